@@ -1,0 +1,48 @@
+# Everything runs in .venv, made on first use and kept; what pyproject.toml asks for is installed again when it changes.
+#   PYTHON       the interpreter to make .venv with; by default the first Python >= 3.12 that is found
+#   JAX_EXTRA    the JAX to run on: cpu, cuda12 or cuda13; by default what nvidia-smi says of this machine
+#   PYTEST_ARGS  what to pass to pytest
+PYTHON ?=
+JAX_EXTRA ?=
+PYTEST_ARGS ?= -n auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1	\2/p' Makefile
+
+demo: $(VENV)/.installed-run ## Run the model that comes with the package; installs only what running needs
+	$(BIN)/flashsvd demo
+
+test: $(VENV)/.installed-test ## Run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev ## Check style, types and import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+clean: ## Remove .venv, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	python=$$(.ci/find_python.sh "$(PYTHON)") && "$$python" -m venv --clear $(VENV)
+
+$(VENV)/.installed-run: pyproject.toml $(BIN)/python
+	@extra=$(JAX_EXTRA); extra=$${extra:-$$($(BIN)/python .ci/jax_extra.py)} && \
+	echo "Installing flashsvd-jax[$$extra] into $(VENV); the first time this takes minutes" && \
+	$(PIP_INSTALL) --editable ".[$$extra]"
+	@touch $@
+
+$(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: pyproject.toml $(BIN)/python
+	@echo "Installing flashsvd-jax[$*] into $(VENV); the first time this takes minutes"
+	@$(PIP_INSTALL) --editable ".[$*]"
+	@touch $@

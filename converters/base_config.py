@@ -1,0 +1,91 @@
+"""The base model's configuration: it alone says how positions are rotated, heads grouped and norms computed."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.families import FAMILIES
+from converters.sources import TensorSource
+from flashsvd_jax.checkpoint.json_files import read_object
+from flashsvd_jax.checkpoint.layout import CONFIG_FILE
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import ConfigError, ConversionError
+
+# What families add to the base model's configuration; none of it describes the base model.
+_ADDED = {key for family in FAMILIES for key in (*family.config_keys, family.rank_map)} | {
+    "auto_map",
+    "low_rank_method",
+    "low_rank_format_version",
+}
+_ARCHITECTURES = tuple(prefix for family in FAMILIES for prefix in family.architectures)
+_BASE_TYPES = {own: base for family in FAMILIES for own, base in family.model_types}
+
+
+@dataclass(frozen=True)
+class FoundConfig:
+    """A Hugging Face configuration as it was read, and where it came from, for the report."""
+
+    hf: Mapping[str, Any]
+    origin: str
+
+
+def own_config(source: TensorSource) -> FoundConfig | None:
+    """The configuration that came with the weights: config.json beside them, or else the one inside the pickle."""
+    path = folder_of(source.path) / CONFIG_FILE
+    if path.is_file():
+        return FoundConfig(read_object(path, ConversionError), f"{CONFIG_FILE} beside the weights")
+    if source.embedded_config is not None:
+        return FoundConfig(source.embedded_config, "the configuration inside the pickle")
+    return None
+
+
+def base_config(own: FoundConfig | None, base: Path | None, where: str) -> FoundConfig:
+    """The base model's configuration, without what a family added to it.
+
+    Args:
+      own: the configuration that came with the weights, or None.
+      base: folder or config.json of the base model, which then counts instead.
+      where: the checkpoint, for messages.
+
+    Raises:
+      ConversionError: there is none, or the file at ``base`` is none.
+    """
+    found = own
+    if base is not None:
+        path = base / CONFIG_FILE if base.is_dir() else base
+        found = FoundConfig(read_object(path, ConversionError), str(path))
+    if found is None:
+        raise ConversionError(f"{where} has no {CONFIG_FILE}: give the base model's folder with --base")
+    hf = found.hf
+    if isinstance(hf.get("base_config"), Mapping):  # LEMS keeps the base model's configuration whole
+        hf = {"model_type": hf.get("base_model_type"), **hf["base_config"]}
+    clean = {key: value for key, value in hf.items() if key not in _ADDED}
+    kind = clean.get("model_type")
+    clean["model_type"] = _BASE_TYPES.get(str(kind), kind)
+    architectures = clean.pop("architectures", None) or ()
+    kept = [name for name in architectures if not str(name).startswith(_ARCHITECTURES)]
+    return FoundConfig(clean | ({"architectures": kept} if kept else {}), found.origin)
+
+
+def model_config(found: FoundConfig) -> ModelConfig:
+    """The dense model that a configuration describes; raises ConfigError, naming where it came from, for any other."""
+    try:
+        return ModelConfig.from_hf(found.hf)
+    except ConfigError as error:
+        raise ConfigError(f"{found.origin}: {error}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(f"{found.origin}: a field is of the wrong kind: {error}") from error
+
+
+def base_name(own: FoundConfig | None) -> str | None:
+    """The base model's name on the hub, where the configuration that came with the weights tells it."""
+    hf = own.hf if own else {}
+    name = hf.get("base_model_id") or hf.get("_name_or_path")
+    return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
+
+
+def folder_of(path: Path) -> Path:
+    """The folder itself, or that of a file."""
+    return path if path.is_dir() else path.parent

@@ -1,0 +1,192 @@
+"""Conversion: a PyTorch checkpoint in, a folder of the canonical layout out, one tensor at a time."""
+
+import os
+import shutil
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from converters.base_config import FoundConfig, base_config, base_name, folder_of, model_config, own_config
+from converters.detect import Detection, detect, refuse_files
+from converters.plan import Plan, make_plan
+from converters.report import ConversionReport
+from converters.sources import TensorSource, open_source
+from converters.sources.hashing import sha256_of
+from converters.verify import verify_folder
+from converters.verify_logits import LogitsFunction
+from flashsvd_jax.checkpoint import FolderWriter, Manifest, SourceFile, WeightWarning
+from flashsvd_jax.checkpoint.layout import companion_files
+from flashsvd_jax.checkpoint.manifest import DTYPES
+from flashsvd_jax.config import RopeConfig
+from flashsvd_jax.errors import ConversionError
+from flashsvd_jax.schema import count_params
+
+_SECONDS_BEFORE_BAR = 2.0
+_SAMPLING_FILE = "generation_config.json"
+_MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class _Job:
+    """All that is decided before anything is written."""
+
+    source: TensorSource
+    detection: Detection
+    base: FoundConfig
+    base_name: str | None
+    plan: Plan
+    dtype: str
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return count_params(self.plan.config) * jnp.dtype(self.dtype).itemsize
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
+    progress: bool = True,
+    logits_fn: LogitsFunction | None = None,
+) -> ConversionReport:
+    """Converts a checkpoint; the folder appears whole at ``dst``, or after an error not at all.
+
+    Args:
+      src: a weight file, or a folder as Hugging Face lays it out.
+      dst: the folder to make.
+      base: folder or config.json of the base model; by default the configuration that came with the weights counts.
+      dtype: ``bfloat16``, ``float16`` or ``float32``; by default 16-bit weights stay as they are, wider ones become
+        bfloat16.
+      verify: compare the written model with the source.
+      progress: show a bar for what takes longer than two seconds.
+      logits_fn: computes logits from the folder, for ``verify``; without it only the parameters are compared.
+
+    Raises:
+      ConversionError: the checkpoint is of no family that is read, does not form the base model, or does not verify.
+      CheckpointError: a file is damaged, or ``dst`` cannot be written.
+      ConfigError: the base model is not one that this package runs.
+    """
+    src, dst, base = Path(src), Path(dst), None if base is None else Path(base)
+    if os.path.lexists(dst):
+        raise ConversionError(f"{dst} already exists; delete it or choose another destination")
+    if dtype is not None and dtype not in DTYPES:
+        raise ConversionError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
+    refuse_files([file.name for file in src.iterdir()] if src.is_dir() else [src.name], str(src))
+    companions = _companions(folder_of(src), base)
+    with open_source(src) as source:
+        job = _prepare(source, base, dtype)
+        _check_space(dst, job.nbytes)
+        _write(job, dst, companions, progress)
+        verification = None
+        if verify:
+            try:
+                verification = verify_folder(source, job.detection.family, job.plan, job.base.hf, dst, logits_fn)
+            except BaseException:
+                shutil.rmtree(dst)  # made above, so it is ours to delete
+                raise
+    return ConversionReport(
+        path=dst,
+        family=job.detection.family.name,
+        description=job.detection.family.description,
+        evidence=job.detection.evidence,
+        config_origin=job.base.origin,
+        config=job.plan.config,
+        dtype=job.dtype,
+        nbytes=job.nbytes,
+        copied=tuple(file.name for file in companions),
+        notes=job.notes,
+        verification=verification,
+    )
+
+
+def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job:
+    where, own = str(source.path), own_config(source)
+    detection = detect(own.hf if own else {}, source.infos(), where)
+    found = base_config(own, base, where)
+    rank_map = own.hf.get(detection.family.rank_map) if own else None
+    plan = make_plan(model_config(found), source.infos(), detection.family, rank_map, where)
+    for dropped, kept in plan.equal:
+        if not np.array_equal(source.get(dropped), source.get(kept)):
+            raise ConversionError(
+                f"{where}: {dropped} differs from {kept}, but the base configuration ties them; if they are meant to "
+                f"differ, set tie_word_embeddings to false in the configuration given with --base"
+            )
+    notes = _notes(source, detection, plan)
+    return _Job(source, detection, found, base_name(own), plan, dtype or _default_dtype(plan), notes)
+
+
+def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None:
+    files = [SourceFile(file.name, file.stat().st_size, sha256_of(file, progress)) for file in job.source.files]
+    manifest = Manifest(
+        family=job.detection.family.name,
+        dtype=job.dtype,
+        factorization=job.plan.config.factorization,
+        params=count_params(job.plan.config),
+        params_dense=count_params(job.plan.config.dense()),
+        base_model=job.base_name,
+        sources=tuple(files),
+        notes=job.notes,
+    )
+    stored = job.plan.stored.items()
+    bar = tqdm(stored, desc=f"converting {dst.name}", unit="tensor", delay=_SECONDS_BEFORE_BAR, disable=not progress)
+    try:
+        with warnings.catch_warnings(), bar, FolderWriter(dst, job.base.hf, manifest, copy_files=companions) as writer:
+            warnings.simplefilter("error", WeightWarning)  # of no use to anybody, so nothing is written
+            for name, info in bar:
+                writer.add(name, job.source.get(info.name))
+    except WeightWarning as warning:
+        raise ConversionError(f"{warning}; nothing was written") from warning
+
+
+def _default_dtype(plan: Plan) -> str:
+    """The dtype of most of the weights if it has 16 bits, else bfloat16."""
+    nbytes: Counter[str] = Counter()
+    for info in plan.stored.values():
+        nbytes[info.dtype.name] += info.nbytes
+    (name, _), *_ = nbytes.most_common()
+    return name if name in ("bfloat16", "float16") else "bfloat16"
+
+
+def _check_space(dst: Path, needed: int) -> None:
+    existing = next(folder for folder in dst.absolute().parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ConversionError(f"{dst} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space")
+
+
+def _companions(own: Path, base: Path | None) -> list[Path]:
+    """Tokenizer and sampling files: those beside the weights, or else the base model's; tokenizers are not mixed."""
+    files = {file.name: file for file in companion_files(own)}
+    others = {} if base is None else {file.name: file for file in companion_files(folder_of(base))}
+    if files.keys() - {_SAMPLING_FILE}:
+        others = {name: file for name, file in others.items() if name == _SAMPLING_FILE}
+    return [file for _, file in sorted((others | files).items())]
+
+
+def _notes(source: TensorSource, detection: Detection, plan: Plan) -> tuple[str, ...]:
+    notes = list(plan.notes)
+    rope = plan.config.rope
+    if detection.family.fixed_rope and rope != RopeConfig():
+        notes.append(
+            f"the family's own Llama class rotates positions with base 10000 and no scaling; the base configuration "
+            f"counts: base {rope.theta:g}, scaling {rope.kind}"
+        )
+    if plan.dropped:
+        notes.append(f"{len(plan.dropped)} tensors were not needed: {_listing(plan.dropped)}")
+    if source.unknown_globals:
+        names = _listing(source.unknown_globals)
+        notes.append(f"{len(source.unknown_globals)} names in the pickle were not looked up, none was run: {names}")
+    return tuple(notes)
+
+
+def _listing(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")

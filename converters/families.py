@@ -1,0 +1,161 @@
+"""Every family of checkpoints that is known, as data: how to recognise it and how it names its factors.
+
+`FAMILIES` is ordered and the first match wins, so an entry with evidence in the configuration stands before those that
+share its tensor names. A new family is an entry here and a test.
+"""
+
+from converters.family import Family
+from converters.rules import PairRule
+
+_A_AFTER_B = PairRule("{module}.BLinear.weight", "{module}.ALinear.weight")
+_B_AFTER_A = PairRule("{module}.ALinear.weight", "{module}.BLinear.weight")
+_U_AFTER_V_IN_BLOCK = PairRule("{parent}.{stem}_v_proj.weight", "{parent}.{stem}_u_proj.weight")
+_U_AFTER_V_IN_MODULE = PairRule("{module}.v_proj.weight", "{module}.u_proj.weight")
+
+FAMILIES: tuple[Family, ...] = (
+    Family(
+        "quantized",
+        "GPTQ, AWQ and other packed integer weights",
+        key_pattern=r"\.(?:qweight|qzeros|weight_packed)$",
+        refusal="its weights are packed integers; convert the checkpoint from before quantization",
+    ),
+    Family(
+        "lowrankarena",
+        "LowRankArena's ABLinear export (SVD-LLM, AA-SVD, ZS-SVD, Swift-SVD, GFWSVD and others)",
+        pairs=(_A_AFTER_B,),
+        config_keys=("low_rank_modules", "low_rank_schema"),
+        model_types=tuple((f"lowrank_{base}", base) for base in ("llama", "mistral", "qwen2", "qwen3")),
+        architectures=("LowRank",),
+        config_values=(("low_rank_schema", "ABLinear"), ("low_rank_format_version", 1)),
+        rank_map="low_rank_modules",
+    ),
+    Family(
+        "dobi",
+        "Dobi-SVD without remapping, Hugging Face export",
+        pairs=(_B_AFTER_A,),
+        config_keys=("dobi_target_modules",),
+        architectures=("DobiSVD",),
+        rank_map="dobi_target_modules",
+    ),
+    Family(
+        "dobi_remapped",
+        "Dobi-SVD with remapped 8-bit factors",
+        files=("remapping_weight.pt",),
+        refusal="its factors are 8-bit codes; the checkpoints named Noremapping hold the same method in floating point",
+    ),
+    Family(
+        "asvd",
+        "ASVD, Hugging Face export",
+        pairs=(_A_AFTER_B,),
+        config_keys=("truncation_ranks",),
+        model_types=tuple((f"asvd_{base}", base) for base in ("llama", "mistral", "qwen2", "qwen3")),
+        architectures=("ASVD",),
+        rank_map="truncation_ranks",
+    ),
+    Family(
+        "basis_sharing",
+        "Basis Sharing",
+        key_pattern=r"(?:^|\.)(?:q|k|v|o|gate|up|down|attn)_basis\.",
+        refusal="layers share a basis, under names that look dense",
+    ),
+    Family(
+        "palu",
+        "Palu",
+        key_pattern=r"_proj\.(?:VT|U\.\d+)\.weight$",
+        refusal="its second factors are block-diagonal",
+    ),
+    Family(
+        "lems",
+        "LEMS and KFAC-SVD",
+        pairs=(PairRule("{module}.mod_a.weight", "{module}.mod_b.weight"),),
+        rank_map="rank_dict",
+        prefix="wrapped_model.",
+        names="hint",
+    ),
+    Family(
+        "modegpt",
+        "MoDeGPT",
+        config_keys=("mask_path", "q_ranks"),
+        refusal="its heads are narrower than the base model's",
+    ),
+    Family(
+        "eigen_attention",
+        "Eigen Attention",
+        key_pattern=r"\.[qkv]_proj_low\.",
+        files=("low_rank_config.pt",),
+        refusal="its heads are narrower than the base model's",
+    ),
+    Family(
+        "svdllm_hf",
+        "SVD-LLM, Hugging Face export",
+        pairs=(_U_AFTER_V_IN_MODULE, _U_AFTER_V_IN_BLOCK),
+        config_keys=("svd_ranks",),
+        model_types=(("svdllm-llama", "llama"),),
+        architectures=("SVDLLM", "SVDLlama"),
+        rank_map="svd_ranks",
+    ),
+    Family(
+        "svdllm",
+        "SVD-LLM and SVD-LLM v2 (also DipSVD, Fisher-SVD-LLM), pickled modules",
+        pairs=(_U_AFTER_V_IN_BLOCK,),
+        fixed_rope=True,
+    ),
+    Family("zs_svd", "ZS-SVD", pairs=(_U_AFTER_V_IN_MODULE,), names="hint"),
+    Family(
+        "aa_svd",
+        "AA-SVD and other U/V pairs",
+        pairs=(PairRule("{module}.V.weight", "{module}.U.weight"),),
+        names="hint",
+    ),
+    Family(
+        "sequential",
+        "nn.Sequential pairs (lillama, GFWSVD)",
+        pairs=(PairRule("{module}.0.weight", "{module}.1.weight"),),
+        names="hint",
+    ),
+    Family("fwsvd", "FWSVD", pairs=(PairRule("{module}.lin0.weight", "{module}.lin1.weight"),), names="hint"),
+    Family(
+        "dynrank",
+        "first/second pairs",
+        pairs=(PairRule("{module}.first.weight", "{module}.second.weight"),),
+        names="hint",
+    ),
+    Family(
+        "flashsvd_encoder",
+        "FlashSVD's BERT and RoBERTa states",
+        key_pattern=r"(?:^|\.)(?:Pq|Uo|U1)$",
+        refusal="encoders are not read",
+    ),
+    Family(
+        "flashsvd_gpt2",
+        "FlashSVD's GPT-2 blocks",
+        key_pattern=r"(?:^|\.)(?:q_U|fc1_U)$",
+        files=("gpt2_block_0.pt",),
+        refusal="GPT-2 is not read",
+    ),
+    Family(
+        "mla",
+        "DeepSeek multi-head latent attention",
+        key_pattern=r"\.kv_a_proj_with_mqa\.",
+        refusal="there is a norm between its factors",
+    ),
+    Family(
+        "lora",
+        "LoRA adapters",
+        key_pattern=r"\.lora_[AB]\.",
+        refusal="an adapter needs its base weights; merge it first",
+    ),
+    Family(
+        "corda",
+        "CorDA and other low-rank terms beside a dense residual",
+        key_pattern=r"\.weight_residual$",
+        refusal="a dense residual stands beside its factors",
+    ),
+    Family(
+        "bare_ab",
+        "ALinear/BLinear pairs of no named family (QSVD, ASVD and Dobi-SVD pickles)",
+        pairs=(_A_AFTER_B,),
+        names="none",
+    ),
+    Family("dense", "an uncompressed Llama, Mistral, Qwen2 or Qwen3, or one merged back to dense"),
+)

@@ -1,0 +1,136 @@
+"""Where every parameter of a model comes from: a table made from names and shapes alone, checked in both directions."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import ml_dtypes
+import numpy as np
+
+from converters.family import Family
+from converters.naming import torch_name
+from converters.pairing import take_factors
+from converters.pool import Pool
+from converters.ranks import rank_problems
+from converters.rules import bias_names
+from converters.sources import TensorInfo
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import ConversionError
+from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.schema import ParamSpec, schema, sites, stored_names
+
+_FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
+_MAX_LISTED = 100
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one checkpoint becomes one model.
+
+    Attributes:
+      config: the model, factorization included.
+      tensors: for every parameter, shared ones included, the tensor that it is a copy of.
+      dropped: tensors that are not needed.
+      equal: pairs of tensors that must hold the same values; the first of each is dropped.
+      notes: what the report should say.
+    """
+
+    config: ModelConfig
+    tensors: Mapping[str, TensorInfo]
+    dropped: tuple[str, ...]
+    equal: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+    @property
+    def stored(self) -> dict[str, TensorInfo]:
+        """The tensors that are written: one for each array, however many parameters share it."""
+        return {name: self.tensors[name] for name in stored_names(self.config)}
+
+
+def make_plan(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    family: Family,
+    rank_map: object = None,
+    where: str = "the checkpoint",
+) -> Plan:
+    """Finds the source of every parameter.
+
+    Args:
+      config: the base model.
+      tensors: all tensors of the checkpoint.
+      family: how it names them.
+      rank_map: what its configuration says about ranks, if it does.
+      where: the checkpoint, for messages.
+
+    Raises:
+      ConversionError: names everything that is missing, unexpected, mis-shaped, the wrong way round or of another rank
+        than the configuration says.
+    """
+    pool = Pool(tensors, family.prefix)
+    by_module = {torch_name(site.name): site for site in sites(config)}
+    equal = _drop_tied_head(config, pool)
+    factors, notes = take_factors(family, by_module, pool)
+    ranks = {by_module[module].name: pair.rank for module, pair in factors.items() if pair is not None}
+    broken = {by_module[module].name for module, pair in factors.items() if pair is None}
+    found: dict[str, TensorInfo] = {}
+    for module, site in by_module.items():
+        pair = factors.get(module)
+        if pair is not None:
+            found |= {f"{site.name}.down": pair.down, f"{site.name}.up": pair.up}
+        elif site.name not in broken:
+            found |= _take(pool, f"{site.name}.weight", (site.d_out, site.d_in), f"{module}.weight")
+        if site.has_bias:
+            up = family.bare(pair.up.name) if pair is not None else None
+            found |= _take(pool, f"{site.name}.bias", (site.d_out,), *bias_names(module, up))
+    for name, spec in params_of_no_site(config).items():
+        found |= _take(pool, name, spec.shape, torch_name(name))
+    pool.problems += rank_problems(rank_map, family.rank_map, ranks, broken, by_module)
+    pool.problems += [f"unexpected: {t.name} {list(t.shape)}{_why(config, name)}" for name, t in pool.left.items()]
+    pool.problems += [f"not floating point: {t.name} is {t.dtype}" for t in found.values() if t.dtype not in _FLOATS]
+    if pool.problems:
+        raise ConversionError(_message(where, family, pool.problems))
+    factorization = Factorization.of(ranks, _shared(replace(config, factorization=Factorization.of(ranks)), found))
+    return Plan(replace(config, factorization=factorization), found, tuple(pool.dropped), equal, tuple(notes))
+
+
+def params_of_no_site(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Embedding and norms: the parameters that belong to no projection, by name."""
+    of_sites = {name for site in sites(config) for name in site.params(None)}
+    return {name: spec for name, spec in schema(config.dense()).items() if name not in of_sites}
+
+
+def _take(pool: Pool, target: str, shape: tuple[int, ...], *names: str) -> dict[str, TensorInfo]:
+    hint = "; the base configuration does not tie it to the embedding" if target == _HEAD else ""
+    info = pool.require(shape, *names, hint=hint)
+    return {} if info is None else {target: info}
+
+
+def _drop_tied_head(config: ModelConfig, pool: Pool) -> tuple[tuple[str, str], ...]:
+    """With tied embeddings a stored head must be the embedding once more; what is still to be compared is returned."""
+    head, embedding = pool.left.get(_HEAD), pool.left.get(_EMBEDDING)
+    if not config.tie_embeddings or head is None or embedding is None or head.shape != embedding.shape:
+        return ()
+    pool.drop(_HEAD)
+    return () if head.identity == embedding.identity else ((head.name, embedding.name),)
+
+
+def _shared(config: ModelConfig, found: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Parameters that are the very tensor of an earlier parameter, and which."""
+    owners: dict[object, str] = {}
+    owner_by_name = {name: owners.setdefault(found[name].identity, name) for name in schema(config)}
+    return {name: owner for name, owner in owner_by_name.items() if name != owner}
+
+
+def _why(config: ModelConfig, name: str) -> str:
+    if name.startswith("lm_head.") and config.tie_embeddings:
+        return "; the base configuration ties the head to the embedding (tie_word_embeddings)"
+    return ""
+
+
+def _message(where: str, family: Family, problems: Iterable[str]) -> str:
+    problems = list(problems)
+    more = [f"and {len(problems) - _MAX_LISTED} more"] if len(problems) > _MAX_LISTED else []
+    lines = "".join(f"\n  {line}" for line in problems[:_MAX_LISTED] + more)
+    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+    return f"{where}, read as {family.description}, does not fit the base model's configuration; {count}:{lines}"

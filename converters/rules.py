@@ -1,0 +1,85 @@
+"""How a family names the two factors of a projection, and which of two matrices comes first by their shapes."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Shape = tuple[int, ...]
+Reading = Literal["as named", "swapped", "either", "neither"]
+
+# What a placeholder stands for, as a regular expression over the names of a Llama-shaped model.
+_PLACEHOLDERS = {
+    "module": r"(?:model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)|lm_head)",
+    "parent": r"model\.layers\.\d+\.(?:self_attn|mlp)",
+    "stem": r"(?:[qkvo]|gate|up|down)",
+}
+
+
+@dataclass(frozen=True)
+class PairRule:
+    """The weights of the layers in ``y = second(first(x))``, as templates.
+
+    ``{module}`` is the projection's path in the original model, such as ``model.layers.0.self_attn.q_proj``;
+    ``{parent}`` that of the block around it (``model.layers.0.self_attn``), ``{stem}`` its short name there (``q``).
+
+    Attributes:
+      first: name of the weight [rank, d_in].
+      second: name of the weight [d_out, rank]; a bias, if there is one, is this layer's.
+    """
+
+    first: str
+    second: str
+
+    def names(self, module: str) -> tuple[str, str]:
+        """Names of the first and second weight of a projection."""
+        return expand(self.first, module), expand(self.second, module)
+
+    def matches(self, name: str) -> bool:
+        """Whether a tensor is a factor under this rule."""
+        return any(re.fullmatch(_pattern(template), name) for template in (self.first, self.second))
+
+
+def expand(template: str, module: str) -> str:
+    """Fills a template in for one projection."""
+    parent, _, leaf = module.rpartition(".")
+    return template.format(module=module, parent=parent, stem=leaf.removesuffix("_proj"))
+
+
+def bias_names(module: str, second: str | None = None) -> tuple[str, ...]:
+    """Where a projection's bias may be stored: on the second factor, on the module, or as a buffer of the block."""
+    names = (f"{module}.bias", expand("{parent}.{stem}_bias", module))
+    return names if second is None else (bias_of(second), *names)
+
+
+def bias_of(weight: str) -> str:
+    """The bias of the layer whose weight has this name."""
+    return weight.removesuffix(".weight") + ".bias"
+
+
+def read_shapes(first: Shape, second: Shape, d_out: int, d_in: int) -> Reading:
+    """Which of two matrices can be applied first in a projection from ``d_in`` to ``d_out`` features.
+
+    Args:
+      first: shape of the matrix whose name says that it comes first.
+      second: shape of the other one.
+      d_out: features the projection makes.
+      d_in: features it reads.
+
+    Returns:
+      "either" only where both are square and of the same size; "neither" where they do not form this projection at all.
+    """
+    named, swapped = _composes(first, second, d_out, d_in), _composes(second, first, d_out, d_in)
+    if named and swapped:
+        return "either"
+    return "as named" if named else "swapped" if swapped else "neither"
+
+
+def _composes(down: Shape, up: Shape, d_out: int, d_in: int) -> bool:
+    return len(down) == len(up) == 2 and (down[1], up[0]) == (d_in, d_out) and down[0] == up[1] > 0
+
+
+def _pattern(template: str) -> str:
+    pattern = re.escape(template)
+    for name, meaning in _PLACEHOLDERS.items():
+        pattern = pattern.replace(re.escape(f"{{{name}}}"), meaning)
+    return pattern

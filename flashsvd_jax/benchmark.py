@@ -1,0 +1,205 @@
+"""Measures prompt processing and decoding through the public engine, against the bytes that must be read.
+
+Decoding reads every weight and the keys and values so far once a token; their bytes over the read bandwidth, measured in the
+same run, is the floor that each row carries.
+"""
+
+import dataclasses
+import datetime
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashsvd_jax.compile_cache import cache_hits, compile_count
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.engine import Engine
+from flashsvd_jax.kv_cache import cache_bytes
+from flashsvd_jax.models.weights import DecoderWeights, build_weights
+from flashsvd_jax.sampling import SamplingParams
+from flashsvd_jax.schema import schema
+from pallas_kernels import hardware_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement: ``pp`` rows process a prompt, ``tg`` rows generate after one. Times in milliseconds.
+
+    ``ms_per_token`` is of one step, which gives a token to every sequence of the batch; ``tokens_per_s`` counts them all.
+    ``cold_start_s`` is the first call, which builds ``compiled`` executables, ``cache_hits`` of them from the persistent cache.
+    ``floor_ms`` and ``fraction_of_bandwidth`` are of ``tg`` rows alone: processing a prompt is bound by arithmetic.
+    """
+
+    suite: str
+    impl: str
+    model: str
+    ratio: float
+    dtype: str
+    batch: int
+    test: str
+    context: int
+    new_tokens: int
+    ms_per_token: float
+    ms_deviation: float
+    tokens_per_s: float
+    tokens_per_s_deviation: float
+    prefill_ms: float
+    cold_start_s: float
+    compiled: int
+    cache_hits: int
+    bytes_per_token: int
+    floor_ms: float | None
+    fraction_of_bandwidth: float | None
+    read_tb_s: float
+    peak_bytes: int | None
+    repeats: int
+    device: str
+    jax: str
+    commit: str
+    date: str
+
+
+def measure(
+    config: ModelConfig, weights: DecoderWeights, *, name: str, batch: int, context: int, new_tokens: int, repeats: int,
+    bandwidth: float, decode_chunk: int = 8,
+) -> list[Row]:  # fmt: skip
+    """Processes random prompts of ``context`` tokens, then generates ``new_tokens`` greedily; end tokens do not end it.
+
+    Returns:
+      A ``pp`` row and a ``tg`` row; times are medians of ``repeats`` runs after one that compiles.
+    """
+    engine = Engine(config, weights, batch=batch, max_length=context + new_tokens + 1, decode_chunk=decode_chunk)
+    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context)).tolist()
+    compiled, hits, clock = compile_count(), cache_hits(), time.perf_counter()
+    _run(engine, prompts, new_tokens)
+    cold = time.perf_counter() - clock
+    compiled, hits = compile_count() - compiled, cache_hits() - hits
+    times = [_run(engine, prompts, new_tokens) for _ in range(repeats)]
+    prefill, step = [t[0] for t in times], [t[1] for t in times]
+    dtype = weights.embedding.dtype
+    read = bytes_per_token(config, weights, batch, context + new_tokens // 2)
+    common = {
+        "impl": "flashsvd_jax-xla", "model": name, "ratio": _kept(config), "dtype": dtype.name, "batch": batch,
+        "context": context, "new_tokens": new_tokens, "prefill_ms": _ms(prefill), "cold_start_s": round(cold, 2),
+        "compiled": compiled, "cache_hits": hits, "bytes_per_token": read, "read_tb_s": round(bandwidth / 1e12, 3),
+        "repeats": repeats, "peak_bytes": _peak_bytes(), **_environment(),
+    }  # fmt: skip
+    floor = read / bandwidth
+    return [
+        Row(
+            suite="prefill", test=f"pp{context}", ms_per_token=_ms(prefill) / context, ms_deviation=_deviation(prefill) / context,
+            tokens_per_s=round(batch * context / statistics.median(prefill), 1),
+            tokens_per_s_deviation=_rate_deviation(prefill, batch * context), floor_ms=None, fraction_of_bandwidth=None, **common,
+        ),
+        Row(
+            suite="decode", test=f"tg{new_tokens} @ d{context}", ms_per_token=_ms(step), ms_deviation=_deviation(step),
+            tokens_per_s=round(batch / statistics.median(step), 1), tokens_per_s_deviation=_rate_deviation(step, batch),
+            floor_ms=round(1e3 * floor, 4), fraction_of_bandwidth=round(floor / statistics.median(step), 4), **common,
+        ),
+    ]  # fmt: skip
+
+
+def random_weights(config: ModelConfig, dtype: str = "bfloat16") -> DecoderWeights:
+    """Weights drawn on the device, scaled so that activations neither vanish nor explode."""
+    specs = schema(config)
+    key = jax.random.key(0)
+
+    @jax.jit
+    def scaled(key: jax.Array, like: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, like.shape, jnp.float32) / like.shape[-1] ** 0.5).astype(like.dtype)
+
+    def get(name: str) -> jax.Array:
+        nonlocal key
+        key, draw = jax.random.split(key)
+        empty = jnp.ones(specs[name].shape, dtype)
+        return empty if name.endswith(".scale") else scaled(draw, empty)
+
+    return build_weights(config, get, hardware_rank)
+
+
+def bytes_per_token(config: ModelConfig, weights: DecoderWeights, batch: int, length: int) -> int:
+    """Bytes a decode step must read: all weights but the embedding (unless it is the head too), keys and values so far."""
+    total = sum(a.nbytes for a in jax.tree.leaves(weights))
+    if weights.head is not None:
+        total -= weights.embedding.nbytes
+    return total + cache_bytes(config, batch, length, weights.embedding.dtype.itemsize)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a plain sum over an array far larger than any cache, the best of several runs."""
+    size = 2**31 if jax.default_backend() == "gpu" else 2**28
+    x = jnp.ones((size // 2**14, 2**13), jnp.bfloat16)
+    total = jax.jit(lambda x: x.sum(axis=1, dtype=jnp.float32))
+    total(x).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        clock = time.perf_counter()
+        for _ in range(10):
+            y = total(x)
+        y.block_until_ready()
+        best = min(best, (time.perf_counter() - clock) / 10)
+    return x.nbytes / best
+
+
+def _run(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
+    """(seconds until the first token, seconds per further step)."""
+    params = [SamplingParams(temperature=0.0, max_tokens=new_tokens + 1, ignore_eos=True)] * len(prompts)
+    clock = time.perf_counter()
+    blocks = engine.generate(prompts, params)
+    next(blocks)
+    first = time.perf_counter()
+    for _ in blocks:
+        pass
+    return first - clock, (time.perf_counter() - first) / new_tokens
+
+
+def _kept(config: ModelConfig) -> float:
+    """Parameters of the layers' projections, as a share of the dense ones."""
+    held = dense = 0
+    for name, spec in schema(config).items():
+        held += spec.size if name.startswith("layers_") and "norm" not in name else 0
+    for name, spec in schema(config.dense()).items():
+        dense += spec.size if name.startswith("layers_") and "norm" not in name else 0
+    return round(held / dense, 4)
+
+
+def _ms(seconds: Sequence[float]) -> float:
+    return round(1e3 * statistics.median(seconds), 4)
+
+
+def _deviation(seconds: Sequence[float]) -> float:
+    return round(1e3 * statistics.stdev(seconds), 4) if len(seconds) > 1 else 0.0
+
+
+def _rate_deviation(seconds: Sequence[float], tokens: int) -> float:
+    return round(statistics.stdev([tokens / s for s in seconds]), 1) if len(seconds) > 1 else 0.0
+
+
+def _peak_bytes() -> int | None:
+    """Most device memory in use at once since the process began; None where the device does not say."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str:
+    """The checkout's commit, from the environment where the measured copy has no history."""
+    given = os.environ.get("FLASHSVD_COMMIT")
+    if given:
+        return given
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else "unknown"

@@ -1,0 +1,54 @@
+"""The `flashsvd` command: a table of sub-commands, each in a module of its own that is imported when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from flashsvd_jax import __version__
+from flashsvd_jax.errors import FlashSVDError
+
+COMMANDS = {
+    "demo": "convert, run and measure the bundled model",
+    "generate": "complete a prompt",
+    "chat": "talk to a model that has a chat template",
+    "convert": "turn a PyTorch SVD checkpoint into a folder that the other commands load",
+    "inspect": "ranks, sizes and memory of a model, from file headers alone",
+    "perplexity": "perplexity of a text file, with its standard error",
+    "bench": "measure prompt processing and decoding",
+    "env": "versions, device, caches and kernels, for a bug report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, 1 for an error that is explained, 2 for a wrong call, 130 if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(
+        prog="flashsvd",
+        description="Run transformers compressed by SVD.",
+        epilog="flashsvd COMMAND --help tells more of each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"flashsvd_jax {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only the command that is called is imported: help for all of them needs no more than the table.
+    called = next((a for a in arguments if not a.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, add_help=name == called)
+        if name == called:
+            module = importlib.import_module(f"flashsvd_jax.cli.{name}")
+            sub.description = module.__doc__
+            sub.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+            module.add_arguments(sub)
+            sub.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    try:
+        return parsed.run(parsed) or 0
+    except FlashSVDError as error:
+        print(f"flashsvd {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0

@@ -1,0 +1,71 @@
+"""Compiled executables kept across processes, and a count of those made in this one.
+
+JAX's persistent cache also holds XLA's autotuning results on a GPU, as long as its folder is local. Options are set through
+`jax.config`, never through XLA_FLAGS: an unknown flag there ends the process.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+ENVIRONMENT_VARIABLE = "FLASHSVD_CACHE_DIR"
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_HIT_EVENT = "/jax/compilation_cache/cache_hits"
+
+_counts = {_COMPILE_EVENT: 0, _HIT_EVENT: 0}
+
+
+def _count(event: str, *_: object, **__: object) -> None:
+    if event in _counts:
+        _counts[event] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+jax.monitoring.register_event_listener(_count)
+
+
+def compile_count() -> int:
+    """Executables built in this process since this module was imported, those read from the persistent cache included."""
+    return _counts[_COMPILE_EVENT]
+
+
+def cache_hits() -> int:
+    """How many of them were read from the persistent cache."""
+    return _counts[_HIT_EVENT]
+
+
+@contextlib.contextmanager
+def expect_no_compile() -> Iterator[None]:
+    """Raises RuntimeError if anything is compiled inside the block: what a warmed-up engine must never do."""
+    before = compile_count()
+    yield
+    if compile_count() != before:
+        raise RuntimeError(f"{compile_count() - before} executables were compiled where none was expected")
+
+
+def cache_directory() -> Path | None:
+    """Where executables are kept: JAX's own setting, else FLASHSVD_CACHE_DIR ("off" for none), else the user's cache folder."""
+    configured = jax.config.jax_compilation_cache_dir
+    if configured:
+        return Path(configured)
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    if chosen == "off":
+        return None
+    if chosen:
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    return (Path(caches) if caches else Path.home() / ".cache") / "flashsvd_jax" / "executables"
+
+
+def enable_persistent_cache() -> Path | None:
+    """Turns the persistent cache on; every executable is kept, however quickly it compiled. Returns its folder."""
+    directory = cache_directory()
+    if directory is None or jax.config.jax_compilation_cache_dir:
+        return directory
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory

@@ -1,0 +1,270 @@
+"""The compiled steps of generation and the loop that drives them.
+
+Every shape is fixed: a batch size, a cache length, a few prompt lengths (buckets), and a number of tokens per dispatch. Prompts,
+lengths, positions and sampling options are arrays, so after one call of a bucket nothing is compiled again.
+
+    prompt  |--- chunk ---|--- chunk ---|- bucket -|        `prefill` from position 0, `extend` for what follows
+    cache   |=============|=============|======....|        slots past a prompt's end hold padding, masked until overwritten
+    decode                                     |kkkk|kkkk|  k tokens a dispatch, the next sent before the last is read
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import RequestError
+from flashsvd_jax.kv_cache import KVCache, empty_cache
+from flashsvd_jax.models import decoder
+from flashsvd_jax.models.weights import DecoderWeights
+from flashsvd_jax.sampling.device import Sampled, SamplingArrays, TokenCounts, sample, sampling_arrays
+from flashsvd_jax.sampling.params import SamplingParams
+
+SMALLEST_BUCKET = 16
+PREFILL_CHUNK = 1024
+DECODE_CHUNK = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Where every sequence of a batch stands. Donated to each step, so the cache is updated in place."""
+
+    cache: KVCache
+    token: jax.Array  # int32 [batch], chosen last; not in the cache yet
+    length: jax.Array  # int32 [batch], tokens in the cache
+    generated: jax.Array  # int32 [batch], tokens chosen so far
+    done: jax.Array  # bool [batch]
+    counts: TokenCounts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What each sequence of a batch asks for."""
+
+    prompt_length: jax.Array  # int32 [batch]
+    max_tokens: jax.Array  # int32 [batch]; 0 for a row that only fills the batch
+    options: SamplingArrays
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenBlock:
+    """Tokens of one dispatch on the host: int32 [steps, batch], -1 where a sequence had ended; log-probabilities likewise."""
+
+    tokens: np.ndarray
+    sampled: Sampled  # still on the device; copied only where log-probabilities are wanted
+
+
+class Engine:
+    """Generates token ids for up to ``batch`` prompts at once.
+
+    Args:
+      config: the model.
+      weights: its weights, on the device.
+      batch: sequences computed together.
+      max_length: longest prompt plus completion, in tokens.
+      decode_chunk: tokens per dispatch; more hides the host, fewer stream sooner.
+      prefill_chunk: longer prompts are processed in pieces of this many tokens.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        *,
+        batch: int = 1,
+        max_length: int,
+        decode_chunk: int = DECODE_CHUNK,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ):
+        if batch < 1 or max_length < 2 or decode_chunk < 1 or prefill_chunk < 1:
+            raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
+        self.config, self.weights, self.batch, self.max_length = config, weights, batch, max_length
+        self.decode_chunk, self.prefill_chunk = decode_chunk, _power_of_two(prefill_chunk)
+        # A whole number of chunks, so that a padded chunk never runs past the last slot.
+        unit = SMALLEST_BUCKET if max_length <= self.prefill_chunk else self.prefill_chunk
+        self.cache_slots = -(-max_length // unit) * unit
+        self._prefill = jax.jit(partial(_prefill, config, self.cache_slots))
+        self._extend = jax.jit(partial(_extend, config), donate_argnums=1)
+        self._decode = jax.jit(partial(_decode, config, decode_chunk), donate_argnums=1)
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
+        """Yields the tokens of each dispatch, the first after the prompts are processed.
+
+        Args:
+          prompts: token ids, at most ``batch`` prompts of any lengths.
+          params: one set of options a prompt.
+
+        Raises:
+          RequestError: no prompt, an empty one, one that leaves no room in the cache, or a token outside the vocabulary.
+        """
+        requests = self._requests(prompts, params)
+        state, block = self._process_prompts(prompts, requests)
+        pending: list[tuple[jax.Array, Sampled]] = [block]
+        steps_left = int(np.max(requests.max_tokens)) - 1
+        while pending:
+            # The next dispatch goes out before the last is read, so that the device never waits for the host.
+            if steps_left > 0:
+                state, *ahead = self._decode(self.weights, state, requests)
+                steps_left -= self.decode_chunk
+                pending.append((ahead[0], ahead[1]))
+            tokens, sampled = pending.pop(0)
+            host = np.asarray(tokens)
+            yield TokenBlock(host, sampled)
+            if (host[-1] < 0).all():
+                return
+
+    def buckets(self, length: int) -> list[int]:
+        """The padded lengths in which a prompt of this length is processed, in order."""
+        whole, rest = divmod(length, self.prefill_chunk)
+        tail = [min(max(_power_of_two(rest), SMALLEST_BUCKET), self.prefill_chunk, self.cache_slots)] if rest else []
+        return [self.prefill_chunk] * whole + tail
+
+    def lower_decode(self) -> Any:
+        """The decode step lowered for its shapes, for memory and kernel analysis."""
+        zeros = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
+        requests = zeros(self._requests([[0]], [SamplingParams(max_tokens=1)]))
+        tokens = jax.ShapeDtypeStruct((self.batch, self.buckets(1)[0]), jnp.int32)
+        state, _, _ = jax.eval_shape(partial(_prefill, self.config, self.cache_slots), self.weights, tokens, requests)
+        return self._decode.lower(self.weights, state, requests)
+
+    def _requests(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Requests:
+        if not prompts or len(prompts) > self.batch or len(prompts) != len(params):
+            raise RequestError(
+                f"between 1 and {self.batch} prompts with as many options are needed, not {len(prompts)}"
+            )
+        for number, prompt in enumerate(prompts):
+            which = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            if not prompt:
+                raise RequestError(f"{which} is empty: it has no token to start from")
+            if len(prompt) >= self.max_length:
+                raise RequestError(
+                    f"{which} has {len(prompt)} tokens; the cache holds {self.max_length} and the completion needs at least one:"
+                    " raise max_length or shorten the prompt"
+                )
+            if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
+                raise RequestError(f"{which} has token ids outside the vocabulary of {self.config.vocab_size}")
+        fill = self.batch - len(prompts)
+        room = [self.max_length - len(prompt) for prompt in prompts]
+        limits = [
+            free if p.max_tokens is None else min(free, p.max_tokens) for free, p in zip(room, params, strict=True)
+        ]
+        everyone = [*params, *[SamplingParams(temperature=0.0)] * fill]
+        seeds = [int(s) for s in np.random.default_rng().integers(0, 2**63, self.batch)]
+        arrays: dict[str, Any] = {  # of numpy until jit takes them
+            "prompt_length": np.array([*map(len, prompts), *[1] * fill], np.int32),
+            "max_tokens": np.array([*limits, *[0] * fill], np.int32),
+            "options": sampling_arrays(everyone, self.config.eos_token_ids, self.config.vocab_size, seeds),
+        }
+        return Requests(**arrays)
+
+    def _process_prompts(
+        self, prompts: Sequence[Sequence[int]], requests: Requests
+    ) -> tuple[DecodeState, tuple[jax.Array, Sampled]]:
+        buckets = self.buckets(max(map(len, prompts)))
+        padded = np.zeros((self.batch, sum(buckets)), np.int32)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        state, tokens, sampled = self._prefill(self.weights, padded[:, : buckets[0]], requests)
+        start = buckets[0]
+        for bucket in buckets[1:]:
+            chunk = padded[:, start : start + bucket]
+            state, tokens, sampled = self._extend(
+                self.weights, state, chunk, np.int32(start), requests, tokens, sampled
+            )
+            start += bucket
+        return state, (tokens, sampled)
+
+
+def _prefill(
+    config: ModelConfig, slots: int, weights: DecoderWeights, tokens: jax.Array, requests: Requests
+) -> tuple[DecodeState, jax.Array, Sampled]:
+    """Prompts' first tokens [batch, bucket] into a new cache; the first output token of those that end here."""
+    batch = tokens.shape[0]
+    cache = empty_cache(config, batch, slots, weights.embedding.dtype)
+    cache, x = decoder.prefill(config, weights, cache, tokens, requests.prompt_length)
+    nothing = jnp.zeros((batch, config.vocab_size), jnp.int32)
+    counts = _count_prompt(TokenCounts(nothing.astype(bool), nothing), tokens, jnp.int32(0), requests.prompt_length)
+    zeros = jnp.zeros((batch,), jnp.int32)
+    state = DecodeState(cache, zeros, requests.prompt_length, zeros, requests.max_tokens == 0, counts)
+    return _first_token(config, weights, state, x, jnp.int32(0), requests)
+
+
+def _extend(
+    config: ModelConfig, weights: DecoderWeights, state: DecodeState, tokens: jax.Array, start: jax.Array, requests: Requests,
+    earlier: jax.Array, earlier_sampled: Sampled,
+) -> tuple[DecodeState, jax.Array, Sampled]:  # fmt: skip
+    """Prompts' next tokens [batch, bucket] from position ``start`` on; keeps the first tokens found in earlier chunks."""
+    cache, x = decoder.extend(config, weights, state.cache, tokens, start, requests.prompt_length)
+    counts = _count_prompt(state.counts, tokens, start, requests.prompt_length)
+    state = dataclasses.replace(state, cache=cache, counts=counts)
+    state, found, sampled = _first_token(config, weights, state, x, start, requests)
+    here = found >= 0
+    pick: Callable[[jax.Array, jax.Array], jax.Array] = lambda new, old: jnp.where(  # noqa: E731
+        here.reshape(here.shape + (1,) * (new.ndim - 2)), new, old
+    )
+    return state, pick(found, earlier), jax.tree.map(pick, sampled, earlier_sampled)
+
+
+def _decode(
+    config: ModelConfig, steps: int, weights: DecoderWeights, state: DecodeState, requests: Requests
+) -> tuple[DecodeState, jax.Array, Sampled]:
+    """``steps`` tokens for every sequence: int32 [steps, batch], -1 where a sequence has ended."""
+
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, Sampled]]:
+        cache, x = decoder.extend(config, weights, state.cache, state.token[:, None], state.length, state.length + 1)
+        logits = decoder.head_logits(config, weights, x[:, -1])
+        state = dataclasses.replace(state, cache=cache, length=jnp.where(state.done, state.length, state.length + 1))
+        state, token, sampled = _choose(state, logits, ~state.done, requests)
+        return state, (token, sampled)
+
+    state, (tokens, sampled) = jax.lax.scan(step, state, length=steps)
+    return state, tokens, sampled
+
+
+def _first_token(
+    config: ModelConfig, weights: DecoderWeights, state: DecodeState, x: jax.Array, start: jax.Array, requests: Requests
+) -> tuple[DecodeState, jax.Array, Sampled]:
+    """The first output token [1, batch] of prompts whose last token is among hidden states x [batch, bucket, embed]."""
+    last = requests.prompt_length - 1 - start
+    inside = (last >= 0) & (last < x.shape[1])
+    at = jnp.clip(last, 0, x.shape[1] - 1)
+    logits = decoder.head_logits(config, weights, jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])
+    state, token, sampled = _choose(state, logits, inside & ~state.done, requests)
+    return state, token[None], jax.tree.map(lambda a: a[None], sampled)
+
+
+def _choose(
+    state: DecodeState, logits: jax.Array, active: jax.Array, requests: Requests
+) -> tuple[DecodeState, jax.Array, Sampled]:
+    """Samples a token for the active sequences and ends those that reach a stop token or their limit."""
+    with jax.named_scope("sample"):
+        sampled = sample(logits, requests.options, state.counts, state.generated)
+    token = jnp.where(active, sampled.token, state.token)
+    generated = state.generated + active
+    stopped = (token[:, None] == requests.options.stop_ids).any(axis=1)
+    ended = active & (stopped | (generated >= requests.max_tokens))
+    rows = jnp.arange(token.shape[0])
+    in_output = state.counts.in_output.at[rows, token].add(active.astype(jnp.int32), unique_indices=True)
+    counts = dataclasses.replace(state.counts, in_output=in_output)
+    state = dataclasses.replace(state, token=token, generated=generated, done=state.done | ended, counts=counts)
+    return state, jnp.where(active, token, -1), sampled
+
+
+def _count_prompt(counts: TokenCounts, tokens: jax.Array, start: jax.Array, lengths: jax.Array) -> TokenCounts:
+    """Marks the prompt's tokens; padding is given an index outside the vocabulary, which a scatter drops."""
+    positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    vocab = counts.in_prompt.shape[1]
+    columns = jnp.where(positions < lengths[:, None], tokens, vocab)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    return dataclasses.replace(counts, in_prompt=counts.in_prompt.at[rows, columns].set(True, mode="drop"))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()

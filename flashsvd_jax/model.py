@@ -1,0 +1,121 @@
+"""A model ready to generate: configuration, weights on the device, tokenizer, and one engine for each batch size used."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from flashsvd_jax.checkpoint.reader import open_folder
+from flashsvd_jax.compile_cache import enable_persistent_cache
+from flashsvd_jax.config import ModelConfig, token_ids
+from flashsvd_jax.engine import DECODE_CHUNK, Engine
+from flashsvd_jax.errors import CheckpointError, RequestError
+from flashsvd_jax.hub import resolve_model
+from flashsvd_jax.models.weights import DecoderWeights, build_weights
+from flashsvd_jax.progress import progress_bar
+from flashsvd_jax.schema import count_params, flatten
+from flashsvd_jax.tokenizer import Tokenizer
+from pallas_kernels import hardware_rank
+
+DTYPES = ("bfloat16", "float16", "float32")
+DEFAULT_MAX_LENGTH = 4096
+
+
+class Model:
+    """What `load` returns.
+
+    Attributes:
+      config: the model's shape.
+      weights: as the forward pass reads them, on the device.
+      tokenizer: None for a model that was made without one.
+      max_length: longest prompt plus completion; the cache is sized for it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        tokenizer: Tokenizer | None = None,
+        max_length: int | None = None,
+        decode_chunk: int = DECODE_CHUNK,
+    ):
+        limit = config.max_position
+        if max_length is not None and not 2 <= max_length <= limit:
+            raise RequestError(
+                f"max_length must be from 2 to the {limit} positions that the model knows, not {max_length}"
+            )
+        self.config, self.weights, self.tokenizer = config, weights, tokenizer
+        self.max_length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
+        self.decode_chunk = decode_chunk
+        self._engines: dict[int, Engine] = {}
+
+    @classmethod
+    def from_params(cls, config: ModelConfig, params: Mapping[str, Any], **options: Any) -> "Model":
+        """A model from a canonical parameter tree ``{"params": ...}``; ``options`` as for the constructor."""
+        enable_persistent_cache()
+        return cls(config, build_weights(config, flatten(params).__getitem__, hardware_rank, jax.device_put), **options)
+
+    def engine(self, prompts: int) -> Engine:
+        """The engine for so many prompts at once: batch sizes are powers of two, so that few are ever compiled."""
+        batch = 1 << (prompts - 1).bit_length()
+        if batch not in self._engines:
+            self._engines[batch] = Engine(
+                self.config, self.weights, batch=batch, max_length=self.max_length, decode_chunk=self.decode_chunk
+            )
+        return self._engines[batch]
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    decode_chunk: int = DECODE_CHUNK,
+    progress: bool = True,
+) -> Model:
+    """Loads a converted model's folder onto the default device.
+
+    Args:
+      path_or_hub_id: a folder that `convert` wrote, or the hub id of one.
+      dtype: "bfloat16", "float16" or "float32" to compute in; by default as stored.
+      max_length: longest prompt plus completion in tokens; by default the model's own limit, at most 4096.
+      decode_chunk: tokens per dispatch while generating.
+      progress: show a bar when it takes more than two seconds.
+
+    Raises:
+      FlashSVDError: the folder is missing, damaged, or not a converted model.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    enable_persistent_cache()
+    path = resolve_model(path_or_hub_id)
+    with open_folder(path) as folder:
+        config = folder.config
+        total = count_params(config)
+        with progress_bar("loading", total=total, unit="B", enabled=progress) as bar:
+
+            def place(array: np.ndarray) -> jax.Array:
+                bar.update(array.size)
+                return jax.device_put(array.astype(dtype or folder.manifest.dtype, copy=False))
+
+            weights = build_weights(config, folder.get, hardware_rank, place)
+    tokenizer = Tokenizer(path)
+    config = dataclasses.replace(config, eos_token_ids=_end_ids(path, config, tokenizer))
+    return Model(config, weights, tokenizer, max_length, decode_chunk)
+
+
+def _end_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """End tokens: those for generation where the folder gives them (chat models have several), else the model's own."""
+    file = path / "generation_config.json"
+    if file.exists():
+        try:
+            given = json.loads(file.read_text()).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{file} is not JSON of the form that transformers writes: {error}") from error
+        if given is not None:
+            return token_ids(given)
+    return config.eos_token_ids or tokenizer.end_ids

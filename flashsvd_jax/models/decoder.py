@@ -1,0 +1,147 @@
+"""The decoder of Llama 1-3, Mistral, Qwen2/2.5 and Qwen3, dense or factorized, as pure functions.
+
+A step writes the new keys and values into the cache and attends over it; prompt processing from an empty cache attends over the
+prompt alone; without a cache the same layers give the logits of whole sequences.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.kv_cache import KVCache, write
+from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
+from flashsvd_jax.rope import rotary_tables, rotate
+from pallas_kernels import attend, project
+
+
+def full_logits(
+    config: ModelConfig, weights: DecoderWeights, tokens: jax.Array, attention_mask: jax.Array | None = None
+) -> jax.Array:
+    """Logits of whole sequences, no cache.
+
+    Args:
+      config: the model.
+      weights: its weights.
+      tokens: int32 [batch, tokens].
+      attention_mask: [batch, tokens], nonzero where a token is real; padding may lie on either side.
+
+    Returns:
+      float32 [batch, tokens, vocab]; rows of padding tokens mean nothing.
+    """
+    real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+    positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    lengths = real.sum(axis=1, dtype=jnp.int32)
+    masks = _masks(config, positions, positions, real)
+    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
+    x = weights.embedding[tokens]
+    for layer, window in zip(weights.layers, config.windows, strict=True):
+        q, k, v = _queries_keys_values(config, layer, x, tables)
+        x = _finish_layer(config, layer, x, attend(q, k, v, masks[window]))
+    return head_logits(config, weights, x)
+
+
+def prefill(
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, lengths: jax.Array
+) -> tuple[KVCache, jax.Array]:
+    """Processes prompts from position 0 into an empty cache, attending over the prompts alone.
+
+    Args:
+      config: the model.
+      weights: its weights.
+      cache: written from slot 0 on; what it holds is ignored.
+      tokens: int32 [batch, tokens], padded on the right.
+      lengths: int32 [batch], each prompt's whole length; it may go on beyond these tokens.
+
+    Returns:
+      The cache and the hidden states [batch, tokens, embed] before the final norm.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    masks = _masks(config, positions, positions, positions < lengths[:, None])
+    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
+    x, start = weights.embedding[tokens], jnp.zeros((), jnp.int32)
+    for index, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
+        q, k, v = _queries_keys_values(config, layer, x, tables)
+        cache = write(cache, index, k, v, start)
+        x = _finish_layer(config, layer, x, attend(q, k, v, masks[window]))
+    return cache, x
+
+
+def extend(
+    config: ModelConfig,
+    weights: DecoderWeights,
+    cache: KVCache,
+    tokens: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+) -> tuple[KVCache, jax.Array]:
+    """Appends tokens to sequences already in the cache: one token each to decode, more to go on with a long prompt.
+
+    Args:
+      config: the model.
+      weights: its weights.
+      cache: holds positions below ``start``.
+      tokens: int32 [batch, tokens].
+      start: int32 [] or [batch], the position of the first token.
+      lengths: int32 [batch], length each sequence has reached (a prompt's whole length, or start + 1).
+
+    Returns:
+      The cache and the hidden states [batch, tokens, embed] before the final norm.
+    """
+    first = jnp.broadcast_to(start, tokens.shape[:1])
+    positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    slots = jnp.arange(cache.length, dtype=jnp.int32)[None]
+    masks = _masks(config, positions, slots, slots < lengths[:, None])
+    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
+    x = weights.embedding[tokens]
+    for index, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
+        q, k, v = _queries_keys_values(config, layer, x, tables)
+        cache = write(cache, index, k, v, start)
+        x = _finish_layer(config, layer, x, attend(q, cache.keys[index], cache.values[index], masks[window]))
+    return cache, x
+
+
+def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> jax.Array:
+    """Final norm and output head: x [..., embed] -> float32 [..., vocab]."""
+    with jax.named_scope("head"):
+        x = rms_norm(x, weights.norm, config.rms_norm_eps)
+        if weights.head is None:
+            return jnp.einsum("...d,vd->...v", x, weights.embedding, preferred_element_type=jnp.float32)
+        return project(x, weights.head)[0].astype(jnp.float32)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), statistics in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return wide.astype(x.dtype) * scale
+
+
+def _masks(
+    config: ModelConfig, query_positions: jax.Array, key_positions: jax.Array, real: jax.Array
+) -> dict[int | None, jax.Array]:
+    """One mask [batch, queries, keys] for each window size that occurs: causal, real keys only, within the window."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    causal = (distance >= 0) & real[:, None, :]
+    return {window: causal if window is None else causal & (distance < window) for window in set(config.windows)}
+
+
+def _queries_keys_values(
+    config: ModelConfig, layer: LayerWeights, x: jax.Array, tables: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normed, projected and rotated: q [batch, heads, tokens, head_dim], k and v with kv_heads."""
+    with jax.named_scope("qkv"):
+        h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
+        q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim).swapaxes(1, 2) for y in project(h, layer.qkv))
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
+            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
+        return rotate(q, *tables), rotate(k, *tables), v
+
+
+def _finish_layer(config: ModelConfig, layer: LayerWeights, x: jax.Array, attended: jax.Array) -> jax.Array:
+    """Output projection and gated MLP, each added to the residual stream x [batch, tokens, embed]."""
+    with jax.named_scope("attention_out"):
+        x = x + project(attended, layer.o)[0]
+    with jax.named_scope("mlp"):
+        gate, up = project(rms_norm(x, layer.post_attention_norm, config.rms_norm_eps), layer.gate_up)
+        return x + project(jax.nn.silu(gate) * up, layer.down)[0]

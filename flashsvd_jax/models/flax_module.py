@@ -1,0 +1,45 @@
+"""A thin Flax module over the decoder: the canonical parameter tree goes into ``.apply`` as it is."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.models.decoder import full_logits
+from flashsvd_jax.models.weights import weights_from_params
+from flashsvd_jax.schema import nest, schema
+
+
+class Decoder(nn.Module):
+    """``Decoder(config).apply({"params": tree}, tokens)`` gives float32 logits [batch, tokens, vocab].
+
+    Computes in the parameters' own dtype. ``init`` draws weights as transformers does (normal, 0.02).
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
+        if self.is_initializing():
+            for name, value in initial_params(self.config, self.make_rng("params"), self.dtype)["params"].items():
+                self.put_variable("params", name, value)
+        weights = weights_from_params(self.config, {"params": self.variables["params"]})
+        return full_logits(self.config, weights, tokens, attention_mask)
+
+
+def initial_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+    """A random parameter tree: norms at one, biases at zero, everything else normal with deviation 0.02."""
+
+    def draw(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+        if name.endswith(".scale"):
+            return jnp.ones(shape, dtype)
+        if name.endswith(".bias"):
+            return jnp.zeros(shape, dtype)
+        return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    specs = schema(config)
+    keys = jax.random.split(key, len(specs))
+    return nest({name: draw(name, spec.shape, k) for (name, spec), k in zip(specs.items(), keys, strict=True)})

@@ -1,0 +1,93 @@
+"""Text to tokens and back, through `transformers`: encoding, chat templates, and decoding a stream piece by piece."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flashsvd_jax.errors import CheckpointError, RequestError
+
+
+class Tokenizer:
+    """A model's tokenizer.
+
+    Args:
+      folder: holds tokenizer.json (or what transformers needs to make one).
+
+    Raises:
+      CheckpointError: there is none, or it cannot be read.
+    """
+
+    def __init__(self, folder: str | Path):
+        from transformers import AutoTokenizer
+
+        try:
+            self._hf: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever its backends do
+            raise CheckpointError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end token, if it has one."""
+        return () if self._hf.eos_token_id is None else (int(self._hf.eos_token_id),)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._hf.chat_template)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens that the model expects at the start."""
+        return list(self._hf.encode(text))
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the assistant speaks next.
+
+        Raises:
+          RequestError: the model has no chat template, or it does not take these messages.
+        """
+        if not self.has_chat_template:
+            raise RequestError(
+                "this model has no chat template: use generate, or give the folder a chat_template.jinja"
+            )
+        try:
+            ids = self._hf.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        except Exception as error:  # a template raises what its author wrote
+            raise RequestError(f"the chat template does not take these messages: {error}") from error
+        return list(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self._hf.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self) -> "TextStream":
+        """A decoder for one completion."""
+        return TextStream(self)
+
+
+class TextStream:
+    """Decodes tokens as they come, holding back bytes that do not form a character yet.
+
+    Decodes from the last point where the text was whole, so that a token's text may depend on those before it (as with the
+    leading space of sentencepiece) and the cost of a token does not grow with the length.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that becomes certain with this token, possibly none."""
+        self._pending.append(token)
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode(self._context + self._pending)
+        if text.endswith("\ufffd") or len(text) <= len(before):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text[len(before) :]
+
+    def finish(self) -> str:
+        """What was held back, with replacement characters for incomplete bytes."""
+        before = self._tokenizer.decode(self._context)
+        text = self._tokenizer.decode(self._context + self._pending)
+        self._pending = []
+        return text[len(before) :]

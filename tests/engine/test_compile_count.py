@@ -1,0 +1,100 @@
+"""What compiles, and when: one executable for each bucket of prompts and one to decode, whatever is asked of them."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flashsvd_jax.compile_cache import compile_count, expect_no_compile
+from flashsvd_jax.engine import Engine
+from flashsvd_jax.sampling import SamplingParams
+
+Complete = Callable[[Engine, Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[int]]]
+
+SHORT = SamplingParams(max_tokens=3, seed=0)
+EVERYTHING = SamplingParams(
+    temperature=0.7, top_k=9, top_p=0.8, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=-0.4,
+    seed=2**64 - 1, max_tokens=40, stop="never", stop_token_ids=[1, 2, 3], ignore_eos=True, logprobs=7,
+)  # fmt: skip
+
+
+def compiled_by(action: Callable[[], Any]) -> int:
+    before = compile_count()
+    action()
+    return compile_count() - before
+
+
+def prompt(length: int) -> list[int]:
+    return [1 + n % 50 for n in range(length)]
+
+
+def test_each_prompt_step_and_the_decode_step_compile_once(tiny: Any, complete: Complete) -> None:
+    """Steps of a chunk of 16: the first one, and one that continues; both are of one length, whatever the prompt's."""
+    engine = tiny.new_engine()
+    run = lambda length, p=SHORT: compiled_by(lambda: complete(engine, [prompt(length)], [p]))  # noqa: E731
+    assert run(5) == 2  # a prompt of one chunk, and decoding
+    assert run(16) == 0
+    assert run(17) == 1  # a further chunk
+    assert [run(length) for length in (1, 40, 95)] == [0, 0, 0]
+    assert run(20, EVERYTHING) == 0
+
+
+def test_longer_chunks_have_a_bucket_for_each_power_of_two(tiny: Any, complete: Complete) -> None:
+    engine = tiny.new_engine(batch=4, prefill_chunk=32)
+    lengths = [16, 3, 17, 32, 33, 48, 64, 50, 80, 95]
+    new = [compiled_by(lambda length=length: complete(engine, [prompt(length)], [SHORT])) for length in lengths]
+    buckets = [engine.buckets(length) for length in lengths]
+    steps = {(place > 0, bucket) for chunks in buckets for place, bucket in enumerate(chunks)}
+    assert len(steps) == 4
+    assert sum(new) == len(steps) + 1
+    assert new == [2, 0, 1, 0, 1, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.0}, {"temperature": 1.3}, {"top_k": 5}, {"top_p": 0.4}, {"min_p": 0.2}, {"repetition_penalty": 1.1},
+        {"presence_penalty": 1.0}, {"frequency_penalty": 1.0}, {"seed": None}, {"seed": 2**63}, {"max_tokens": 1},
+        {"max_tokens": None}, {"stop": ["a", "b"]}, {"stop_token_ids": range(16)}, {"ignore_eos": True}, {"logprobs": 20},
+    ],
+    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items()),
+)  # fmt: skip
+def test_no_option_compiles_anything(tiny: Any, complete: Complete, change: dict[str, Any]) -> None:
+    engine = tiny.engine(batch=4)
+    complete(engine, [prompt(20)], [SHORT])
+    changed = dataclasses.replace(SHORT, **{k: tuple(v) if isinstance(v, range) else v for k, v in change.items()})
+    with expect_no_compile():
+        complete(engine, [prompt(3), prompt(90), prompt(17)], [SHORT, changed, EVERYTHING])
+
+
+def test_what_was_given_up_compiles_nothing_later(tiny: Any, complete: Complete) -> None:
+    engine = tiny.engine(batch=4)
+    complete(engine, [prompt(20)], [SHORT])
+    with expect_no_compile():
+        blocks: Any = engine.generate([prompt(20)], [EVERYTHING])
+        next(blocks)
+        blocks.close()
+        complete(engine, [prompt(20)], [SHORT])
+
+
+def test_expect_no_compile_raises_where_something_is_compiled() -> None:
+    def double(x: jax.Array) -> jax.Array:
+        return x * 2
+
+    values, jitted = jnp.asarray(np.arange(5.0, dtype=np.float32)), jax.jit(double)
+    with pytest.raises(RuntimeError, match="^1 executables were compiled"), expect_no_compile():
+        jitted(values)
+    with expect_no_compile():
+        jitted(values)
+    assert compiled_by(lambda: jax.jit(lambda x: x * 3)(values)) == 1
+
+
+def test_an_error_inside_expect_no_compile_is_not_hidden() -> None:
+    values = jnp.asarray(np.arange(5.0, dtype=np.float32))
+    with pytest.raises(KeyError), expect_no_compile():
+        jax.jit(lambda x: x * 5)(values)
+        raise KeyError

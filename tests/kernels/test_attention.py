@@ -1,0 +1,99 @@
+"""Attention against float64 and against PyTorch: masks, grouped heads, rows that see nothing, and dtypes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from pallas_kernels import attend
+
+SIZES = {  # (batch, heads, kv_heads, queries, keys, head_dim)
+    "one_query": (2, 6, 2, 1, 19, 10),
+    "grouped": (2, 6, 3, 5, 7, 14),
+    "one_kv_head": (3, 4, 1, 8, 8, 6),
+    "no_groups": (1, 5, 5, 3, 11, 2),
+}
+
+
+@pytest.fixture(params=SIZES)
+def arrays(request: pytest.FixtureRequest) -> tuple[np.ndarray, ...]:
+    """q, k, v and a random mask in which every query sees its first key."""
+    batch, heads, kv_heads, queries, keys, head_dim = SIZES[request.param]
+    rng = np.random.default_rng(0)
+    shapes = ((batch, heads, queries, head_dim), (batch, kv_heads, keys, head_dim), (batch, kv_heads, keys, head_dim))
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    mask = rng.random((batch, queries, keys)) < 0.6
+    mask[..., 0] = True
+    return q, k, v, mask
+
+
+def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """One query at a time, in float64; -> [batch, queries, heads * head_dim]."""
+    batch, heads, queries, head_dim = q.shape
+    out = np.zeros((batch, queries, heads, head_dim))
+    for b, h, t in np.ndindex(batch, heads, queries):
+        seen = mask[b, t]
+        if seen.any():
+            kv_head = h // (heads // k.shape[1])
+            scores = k[b, kv_head, seen].astype(np.float64) @ q[b, h, t] / np.sqrt(head_dim)
+            weights = np.exp(scores - scores.max())
+            out[b, t, h] = weights @ v[b, kv_head, seen] / weights.sum()
+    return out.reshape(batch, queries, -1)
+
+
+def test_is_softmax_attention_over_visible_keys(arrays: tuple[np.ndarray, ...]) -> None:
+    got = jax.jit(attend)(*arrays)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, exact(*arrays), rtol=0, atol=2e-6)
+
+
+def test_agrees_with_torch(arrays: tuple[np.ndarray, ...]) -> None:
+    q, k, v, mask = map(torch.tensor, arrays)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
+    want = want.transpose(1, 2).flatten(2)
+    np.testing.assert_allclose(attend(*arrays), want, rtol=0, atol=2e-6)
+
+
+def test_a_query_that_may_look_nowhere_gives_zeros_and_disturbs_no_other(arrays: tuple[np.ndarray, ...]) -> None:
+    q, k, v, mask = arrays
+    blind = mask.copy()
+    blind[0, -1] = False
+    got, seeing = np.asarray(attend(q, k, v, blind)), np.asarray(attend(q, k, v, mask))
+    assert not got[0, -1].any()
+    np.testing.assert_array_equal(got[0, :-1], seeing[0, :-1])
+    np.testing.assert_array_equal(got[1:], seeing[1:])
+
+
+def test_a_batch_that_sees_nothing_at_all_gives_zeros(arrays: tuple[np.ndarray, ...]) -> None:
+    q, k, v, mask = arrays
+    assert not np.asarray(attend(q, k, v, np.zeros_like(mask))).any()
+
+
+def test_hidden_keys_do_not_matter_however_large(arrays: tuple[np.ndarray, ...]) -> None:
+    q, k, v, mask = arrays
+    hidden = ~mask.any(axis=1)
+    hidden[:, -1] = True
+    mask = mask & ~hidden[:, None]
+    loud = np.where(hidden[:, None, :, None], np.float32(1e4), 1)
+    np.testing.assert_array_equal(attend(q, k * loud, v * loud, mask), attend(q, k, v, mask))
+
+
+@pytest.mark.parametrize("arrays", ["grouped"], indirect=True)
+@pytest.mark.parametrize("scale", [1e3, 1e-3])
+def test_scores_far_from_one_stay_finite(arrays: tuple[np.ndarray, ...], scale: float) -> None:
+    q, k, v, mask = arrays
+    q = q * np.float32(scale)
+    np.testing.assert_allclose(attend(q, k, v, mask), exact(q, k, v, mask), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_in_and_out_with_scores_in_float32(arrays: tuple[np.ndarray, ...], dtype: Any) -> None:
+    *halves, mask = (jnp.asarray(a, bool if a.dtype == bool else dtype) for a in arrays)
+    got = attend(*halves, mask)
+    assert got.dtype == dtype
+    want = exact(*(np.asarray(a, np.float32) for a in halves), np.asarray(mask))
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=eps, atol=eps)

@@ -1,0 +1,90 @@
+"""Which implementation of an op serves a call, and what is said of those that do not."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from pallas_kernels import Implementation, Op, ops, registry
+
+
+@pytest.fixture
+def op(monkeypatch: pytest.MonkeyPatch) -> Op:
+    """An op that names the implementation it ran; the package's own list stays as it is."""
+    monkeypatch.setattr(registry, "_OPS", dict(registry._OPS))
+
+    def reference(x: int, *, scale: int = 1) -> tuple[str, int]:
+        """What the op computes."""
+        return "xla", x * scale
+
+    return Op("twice", reference)
+
+
+def implementation(name: str, refuses: Callable[..., str | None] = lambda x, scale=1: None) -> Implementation:
+    return Implementation(name, lambda x, scale=1: (name, x * scale), refuses)
+
+
+def test_the_package_registers_its_ops() -> None:
+    assert {"project", "attend"} <= ops().keys()
+    assert all(name == op.name and op.names[-1] == "xla" for name, op in ops().items())
+
+
+def test_ops_gives_a_copy(op: Op) -> None:
+    ops().clear()
+    assert ops()["twice"] is op
+
+
+def test_an_op_alone_runs_its_reference_and_shows_its_text(op: Op) -> None:
+    assert op(3, scale=5) == ("xla", 15)
+    assert op.__doc__ == op.reference.__doc__ == "What the op computes."
+
+
+def test_what_is_registered_last_is_tried_first(op: Op) -> None:
+    op.register(implementation("slow"))
+    op.register(implementation("fast"))
+    assert op.names == ("fast", "slow", "xla")
+    assert op(3, scale=5) == ("fast", 15)
+    assert op.choose(3) == (op._implementations[0], {})
+
+
+def test_a_refusal_passes_the_call_on_and_its_reason_is_kept(op: Op) -> None:
+    op.register(implementation("even", lambda x, scale=1: "x is odd" if x % 2 else None))
+    op.register(implementation("unscaled", lambda x, scale=1: "scale is not 1" if scale != 1 else None))
+    op.register(implementation("never", lambda *args, **kwargs: "no GPU"))
+    served = {(x, scale): op.choose(x, scale=scale) for x in (2, 3) for scale in (1, 5)}
+    assert {call: (chosen.name, refusals) for call, (chosen, refusals) in served.items()} == {
+        (2, 1): ("unscaled", {"never": "no GPU"}),
+        (3, 1): ("unscaled", {"never": "no GPU"}),
+        (2, 5): ("even", {"never": "no GPU", "unscaled": "scale is not 1"}),
+        (3, 5): ("xla", {"never": "no GPU", "unscaled": "scale is not 1", "even": "x is odd"}),
+    }
+    assert op(3, scale=5) == ("xla", 15)
+
+
+def test_an_implementation_can_be_asked_for_by_name(op: Op) -> None:
+    op.register(implementation("slow"))
+    op.register(implementation("fast"))
+    for name in op.names:
+        assert op(2, implementation=name) == (name, 2)
+
+
+def test_one_asked_for_by_name_that_refuses_is_an_error_with_its_reason(op: Op) -> None:
+    op.register(implementation("even", lambda x: "x is odd" if x % 2 else None))
+    op.register(implementation("other", lambda x: "never asked"))
+    assert op(2, implementation="even") == ("even", 2)
+    with pytest.raises(ValueError, match=re.escape("twice: even refuses: x is odd")):
+        op(3, implementation="even")
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known(op: Op) -> None:
+    op.register(implementation("fast"))
+    with pytest.raises(ValueError, match=re.escape("twice has no implementation 'triton'; it has fast, xla")):
+        op(3, implementation="triton")
+
+
+def test_a_name_is_registered_once(op: Op) -> None:
+    op.register(implementation("fast"))
+    for name in ("fast", "xla"):
+        with pytest.raises(ValueError, match=f"twice already has an implementation named '{name}'"):
+            op.register(implementation(name))
+    assert op.names == ("fast", "xla")

@@ -1,0 +1,180 @@
+"""Reading a Hugging Face config: agreement with transformers' own classes, and one clear error for what is not computed."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from hf_models import ARCHITECTURES, build_model, canonical_tensors, factorize, mixed_ranks
+
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import CheckpointError, ConfigError
+from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.schema import check_shapes, mismatches
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in ARCHITECTURES),
+    ("llama", {"attention_bias": True}),
+    ("llama", {"mlp_bias": True}),
+    ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    ("qwen2", {"use_sliding_window": False, "layer_types": None}),
+    ("qwen2", {"layer_types": None, "max_window_layers": 1}),
+    ("qwen3", {"attention_bias": True, "use_sliding_window": False, "eos_token_id": [3, 4], "bos_token_id": 5}),
+]
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+
+
+def minimal(**fields: Any) -> dict[str, Any]:
+    """The least that a config says; a field given as None is left out."""
+    raw = {"model_type": "llama", "vocab_size": 50, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+           "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}  # fmt: skip
+    return {name: value for name, value in {**raw, **fields}.items() if value is not None}
+
+
+def scaled(rope_type: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_scaling": {"rope_type": rope_type, **fields}}
+
+
+@pytest.mark.parametrize(("architecture", "overrides"), VARIANTS)
+def test_describes_the_model_that_transformers_builds(architecture: str, overrides: dict[str, Any]) -> None:
+    model = build_model(architecture, **overrides)
+    hf, config = model.config, ModelConfig.from_hf(model.config.to_dict())
+    attention = [layer.self_attn for layer in model.model.layers]
+    windows = [getattr(a, "sliding_window", getattr(hf, "sliding_window", None)) for a in attention]
+    eos = hf.eos_token_id if isinstance(hf.eos_token_id, list) else [hf.eos_token_id]
+    assert dataclasses.asdict(config) | {"rope": None} == {
+        "model_type": hf.model_type,
+        "vocab_size": hf.vocab_size,
+        "hidden_size": hf.hidden_size,
+        "intermediate_size": hf.intermediate_size,
+        "num_layers": hf.num_hidden_layers,
+        "num_heads": hf.num_attention_heads,
+        "num_kv_heads": hf.num_key_value_heads,
+        "head_dim": attention[0].head_dim,
+        "max_position": hf.max_position_embeddings,
+        "rms_norm_eps": hf.rms_norm_eps,
+        "rope": None,
+        "windows": tuple(windows),
+        "qkv_bias": attention[0].q_proj.bias is not None,
+        "o_bias": attention[0].o_proj.bias is not None,
+        "mlp_bias": model.model.layers[0].mlp.up_proj.bias is not None,
+        "qk_norm": hasattr(attention[0], "q_norm"),
+        "tie_embeddings": hf.tie_word_embeddings,
+        "bos_token_id": hf.bos_token_id,
+        "eos_token_ids": tuple(token for token in eos if token is not None),
+        "factorization": dataclasses.asdict(Factorization()),
+    }
+    assert config.rope.theta == hf.rope_parameters["rope_theta"]
+    check_shapes(config, {name: tensor.shape for name, tensor in canonical_tensors(model).items()}, architecture)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_defaults_of_each_family_are_read_alike_from_a_whole_and_from_a_saved_config(family: str) -> None:
+    hf = getattr(transformers, f"{family}Config")()
+    whole = ModelConfig.from_hf(hf.to_dict())
+    assert whole == ModelConfig.from_hf(json.loads(hf.to_json_string(use_diff=True)))
+    assert (whole.head_dim, whole.windows[-1]) == (128, hf.sliding_window if family == "Mistral" else None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_absent_fields_mean_what_transformers_takes_them_for(family: str) -> None:
+    raw = minimal(model_type=family.lower())
+    hf = getattr(transformers, f"{family}Config")(**{name: value for name, value in raw.items() if name != "model_type"})
+    tokens = {"bos_token_id": None, "eos_token_ids": ()}  # no token ends a text unless the config names it
+    assert ModelConfig.from_hf(raw) == dataclasses.replace(ModelConfig.from_hf(hf.to_dict()), **tokens)
+
+
+def test_windows_of_qwen_come_from_max_window_layers_where_layer_types_are_not_written() -> None:
+    window = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7}
+    assert ModelConfig.from_hf(minimal(**window, max_window_layers=2)).windows == (None, None, 7)
+    assert ModelConfig.from_hf(minimal(**window)).windows == (None,) * 3  # the first 28 layers by default
+    named = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert ModelConfig.from_hf(minimal(**window, max_window_layers=0, layer_types=named)).windows == (7, None, 7)
+
+
+def test_key_value_heads_left_null_are_as_many_as_heads() -> None:
+    assert ModelConfig.from_hf(minimal() | {"num_key_value_heads": None}).num_kv_heads == 4
+
+
+@pytest.mark.parametrize("alias", ["lowrank_llama", "lowrank_mistral", "lowrank_qwen2", "lowrank_qwen3", "svdllm_llama"])
+def test_types_that_svd_families_write_stand_for_their_base(alias: str) -> None:
+    base = alias.split("_")[1]
+    assert ModelConfig.from_hf(minimal(model_type=alias)) == ModelConfig.from_hf(minimal(model_type=base))
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+     "max_position_embeddings", "rms_norm_eps"],
+)  # fmt: skip
+def test_a_missing_field_is_named(field: str) -> None:
+    with pytest.raises(ConfigError, match=f"config.json: {field} is missing"):
+        ModelConfig.from_hf(minimal(**{field: None}))
+
+
+LONGROPE = {"original_max_position_embeddings": 32, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"hidden_size": 25}, "hidden_size 25 is not a multiple of num_attention_heads 4; give head_dim"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25 is not supported"),
+        ({"vocab_size": 0}, "must be positive.*vocab_size|vocab_size must be"),
+        ({"num_hidden_layers": -1}, "must be positive.*num_layers|num_hidden_layers must be"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be"),
+        (scaled("xpos", factor=2.0), "rope scaling 'xpos' is not known; known: default, linear"),
+        ({"rope_scaling": {"type": "ntk"}}, "rope scaling 'ntk' is not known"),
+        (scaled("linear"), "rope scaling 'linear' needs a factor"),
+        (scaled("dynamic"), "rope scaling 'dynamic' needs a factor"),
+        (scaled("llama3", factor=8.0), "rope scaling 'llama3' needs original_max_position_embeddings"),
+        (scaled("longrope", factor=2.0), "rope scaling 'longrope' needs short_factor and long_factor"),
+        (scaled("longrope", **{**LONGROPE, "long_factor": []}), "rope scaling 'longrope' needs short_factor and long_factor"),
+        (scaled("longrope", **{**LONGROPE, "long_factor": [1.0] * 4}), "long_factor has 4 entries, head_dim needs 3"),
+        (scaled("longrope", **{**LONGROPE, "short_factor": [1.0] * 2}), "short_factor has 2 entries, head_dim needs 3"),
+        ({"model_type": "mistral", "sliding_window": 4, "layer_types": ["full_attention"]}, "layer_types must name"),
+        ({"model_type": "mistral", "sliding_window": 4, "layer_types": ["full_attention", "chunked", "chunked"]}, "layer_types must"),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["full_attention"] * 4},
+         "layer_types must name .* for each of 3 layers"),
+    ],
+)  # fmt: skip
+def test_what_is_not_computed_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(minimal(**fields))
+
+
+def test_a_config_is_hashable_and_forgets_its_factorization_when_asked() -> None:
+    ranks = {"layers_0.mlp.up_proj": 4}
+    config = ModelConfig.from_hf(minimal(), Factorization.of(ranks))
+    assert hash(config) == hash(ModelConfig.from_hf(minimal(), Factorization.of(ranks)))
+    assert (config.factorization.rank("layers_0.mlp.up_proj"), config.factorization.rank("lm_head")) == (4, None)
+    assert config.dense() == ModelConfig.from_hf(minimal())
+
+
+def test_shapes_of_a_factorized_model_are_checked_by_name() -> None:
+    model = build_model("llama_bias")
+    ranks = mixed_ranks(ModelConfig.from_hf(model.config.to_dict()))
+    factorize(model, ranks)
+    config = ModelConfig.from_hf(model.config.to_dict(), Factorization.of(ranks))
+    shapes = {name: np.shape(tensor) for name, tensor in canonical_tensors(model).items()}
+    check_shapes(config, shapes, "file")
+    del shapes["norm.scale"]
+    shapes |= {"layers_0.mlp.up_proj.down": (3, 40), "layers_0.mlp.extra": (1,)}
+    rank = ranks["layers_0.mlp.up_proj"]
+    assert list(mismatches(config, shapes)) == [
+        "missing: norm.scale [40]",
+        "unexpected: layers_0.mlp.extra [1]",
+        f"mis-shaped: layers_0.mlp.up_proj.down is [3, 40], the configuration makes it [{rank}, 40]",
+    ]
+    with pytest.raises(CheckpointError, match="file does not hold this model, 3 problems"):
+        check_shapes(config, shapes, "file")
+    with pytest.raises(CheckpointError, match=r"sites the model does not have: layers_9\.mlp\.up_proj"):
+        check_shapes(dataclasses.replace(config, factorization=Factorization.of({"layers_9.mlp.up_proj": 2})), shapes, "file")

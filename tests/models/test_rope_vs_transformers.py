@@ -1,0 +1,154 @@
+"""Every rotary scaling against transformers: frequencies and attention factor, then whole models, in both config spellings."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compiled_decoder import device_weights, extend_logits, full, prefill_logits, used_cache
+from hf_models import Reference, build_model, reference_of
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.rope import rotary_tables
+
+HEAD_DIM = 32
+MAX_POSITION = 64  # of the small configs; what `dynamic` stretches beyond
+FACTORS = {  # one for each pair of a head's elements, all different
+    "short_factor": [1.0 + 0.02 * i for i in range(HEAD_DIM // 2)],
+    "long_factor": [1.5 + 0.3 * i for i in range(HEAD_DIM // 2)],
+}
+SMALL_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 3.0, "beta_slow": 0.3}
+
+# Small enough for a model of these positions to see every branch: kept, blended and slowed frequencies.
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": SMALL_YARN,
+    "yarn_mscale": {**SMALL_YARN, "mscale": 1.3, "mscale_all_dim": 0.6},
+    "yarn_attention_factor": {**SMALL_YARN, "attention_factor": 1.7},
+    "yarn_fractional_range": {**SMALL_YARN, "truncate": False},
+    "longrope": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 24, **FACTORS},
+    "longrope_ratio": {"rope_type": "longrope", "original_max_position_embeddings": 24, **FACTORS},
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 40},
+}  # fmt: skip
+
+# As published models have them.
+LARGE: dict[str, dict[str, Any]] = {
+    "llama3.1": {"head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+                 "rope_scaling": {**SCALINGS["llama3"], "original_max_position_embeddings": 8192}},
+    "qwen2.5_yarn": {"head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 1e6,
+                     "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+    "codellama": {"head_dim": 128, "max_position_embeddings": 16384, "rope_theta": 1e6},
+}  # fmt: skip
+
+Spelling = str
+
+
+@pytest.fixture(params=["rope_parameters", "rope_scaling"])
+def spelling(request: pytest.FixtureRequest) -> Spelling:
+    return request.param
+
+
+@pytest.fixture(params=SCALINGS)
+def scaling(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return SCALINGS[request.param]
+
+
+def spell(scaling: dict[str, Any], spelling: Spelling, theta: float = 1000.0) -> dict[str, Any]:
+    """Config fields of a scaling, as transformers 5 writes them or as it was written before."""
+    if spelling == "rope_parameters":
+        return {"rope_parameters": {"rope_theta": theta, **scaling}}
+    old = {("type" if key == "rope_type" else key): value for key, value in scaling.items()}
+    return {"rope_theta": theta, "rope_scaling": None if scaling["rope_type"] == "default" else old}
+
+
+def raw_config(**fields: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HEAD_DIM, "vocab_size": 50,
+             "intermediate_size": 20, "num_hidden_layers": 1, "rms_norm_eps": 1e-5, "max_position_embeddings": MAX_POSITION}  # fmt: skip
+    return {"model_type": "llama", **sizes, **fields}
+
+
+def assert_same_frequencies(raw: dict[str, Any], length: int) -> None:
+    """At position 1 an angle is its frequency, so a table holds frequency and attention factor in polar form."""
+    config, hf = ModelConfig.from_hf(raw), LlamaConfig(**_copied(raw))
+    kind = hf.rope_parameters["rope_type"]
+    if kind == "default":
+        want, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(hf)
+    else:
+        want, factor = ROPE_INIT_FUNCTIONS[kind](hf, seq_len=torch.tensor(length))
+    cos, sin = rotary_tables(config.rope, config.head_dim, np.ones((1, 1), np.int32), np.full(1, length, np.int32))
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0], want, rtol=1e-6)
+    np.testing.assert_allclose(np.hypot(sin, cos)[0, 0], factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 24, 25, MAX_POSITION, MAX_POSITION + 1, 1000])
+def test_frequencies(scaling: dict[str, Any], spelling: Spelling, length: int) -> None:
+    assert_same_frequencies(raw_config(**spell(scaling, spelling)), length)
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_frequencies_of_published_models(name: str) -> None:
+    assert_same_frequencies(raw_config(**LARGE[name]), length=5000)
+
+
+def test_tables_at_many_positions_are_those_of_transformers() -> None:
+    raw = raw_config(**spell(SCALINGS["llama3"], "rope_parameters"))
+    config, positions = ModelConfig.from_hf(raw), np.array([[0, 1, 2, 100], [7, 31, 500, 4095]], np.int32)
+    cos, sin = rotary_tables(config.rope, config.head_dim, positions, np.full(2, 4096, np.int32))
+    want_cos, want_sin = LlamaRotaryEmbedding(LlamaConfig(**_copied(raw)))(torch.zeros(1), torch.tensor(positions))
+    for got, want in ((cos, want_cos), (sin, want_sin)):
+        assert got.dtype == np.float32
+        # One unit in the last place of an angle of thousands of radians.
+        np.testing.assert_allclose(got, want[..., : HEAD_DIM // 2], rtol=0, atol=4096 * 1.2e-7)
+
+
+def model_with(scaling: dict[str, Any]) -> Reference:
+    fields = {"head_dim": HEAD_DIM, "num_hidden_layers": 1, "max_position_embeddings": MAX_POSITION}
+    return reference_of(build_model("llama", **fields, rope_parameters={"rope_theta": 1000.0, **scaling}))
+
+
+def draw_tokens(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 71, (batch, length)).astype(np.int32)
+
+
+def test_logits(scaling: dict[str, Any]) -> None:
+    pair, tokens = model_with(scaling), draw_tokens(2, MAX_POSITION + 9)
+    got = full(pair.config, device_weights(pair), tokens)
+    np.testing.assert_allclose(got, pair.logits(tokens), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_each_sequence_of_a_batch_is_scaled_for_its_own_length(kind: str) -> None:
+    lengths = (10, MAX_POSITION + 1, MAX_POSITION + 9)  # rising: transformers keeps the longest so far of `dynamic`
+    pair, tokens = model_with(SCALINGS[kind]), draw_tokens(len(lengths), max(lengths))
+    mask = np.arange(tokens.shape[1]) < np.array(lengths)[:, None]
+    got = np.asarray(full(pair.config, device_weights(pair), tokens, mask))
+    for row, length in enumerate(lengths):
+        want = pair.logits(tokens[row : row + 1, :length])
+        np.testing.assert_allclose(got[row, :length], want[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_prompt_in_chunks_is_scaled_for_its_whole_length(kind: str) -> None:
+    total, chunk = MAX_POSITION + 6, 35
+    pair, tokens = model_with(SCALINGS[kind]), draw_tokens(1, total)
+    want, weights, lengths = pair.logits(tokens), device_weights(pair), np.full(1, total, np.int32)
+    cache, first = prefill_logits(pair.config, weights, used_cache(pair.config, 1, total), tokens[:, :chunk], lengths)
+    _, second = extend_logits(pair.config, weights, cache, tokens[:, chunk:], np.int32(chunk), lengths)
+    np.testing.assert_allclose(np.concatenate([first, second], axis=1), want, rtol=0, atol=1e-4)
+
+
+def test_both_spellings_read_the_same(scaling: dict[str, Any]) -> None:
+    new, old = (ModelConfig.from_hf(raw_config(**spell(scaling, name))).rope for name in ("rope_parameters", "rope_scaling"))
+    assert dataclasses.asdict(new) == dataclasses.asdict(old)
+
+
+def _copied(raw: dict[str, Any]) -> dict[str, Any]:
+    """Transformers writes into the dictionaries that it is given."""
+    return {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}

@@ -1,0 +1,113 @@
+"""The command line: help at once, exit codes, one line for an explained error, and the output of some commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashsvd_jax.cli import COMMANDS, main
+from flashsvd_jax.inspection import inspect
+from flashsvd_jax.scoring import perplexity
+
+HEAVY = ("jax", "numpy", "transformers", "torch", "flax")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: flashsvd {command}")
+    assert "--help" in out
+
+
+def test_help_waits_for_no_library() -> None:
+    script = f"""
+import contextlib, sys, time
+from flashsvd_jax.cli import COMMANDS, main
+for arguments in [[], *([name] for name in COMMANDS)]:
+    with contextlib.suppress(SystemExit):
+        main([*arguments, "--help"])
+found = set({HEAVY!r}) & set(sys.modules)
+assert not found, found
+print("seconds", time.process_time(), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # Processor time, not the clock's: other tests may run beside this one. The interpreter's start and all helps.
+    assert float(done.stderr.split()[-1]) < 0.5
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())  # as on one line
+    assert all(f" {command} {text}" in out for command, text in COMMANDS.items())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nothing"], [], ["inspect"], ["inspect", "model", "--nothing"], ["chat", "m", "--seed", "x"]]
+)
+def test_a_wrong_call_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage: flashsvd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["chat"], ["generate", "--prompt", "x"]])
+def test_an_explained_error_is_one_line_and_ends_with_1(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command[0], str(tmp_path / "missing"), *command[1:]]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"flashsvd {command[0]}: ")
+    assert err.count("\n") == 1
+
+
+def test_an_interruption_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashsvd_jax.inspection.inspect", interrupt)
+    assert main(["inspect", "model"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_inspect_prints_a_table_and_saves_a_plot(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "ranks.png"
+    assert main(["inspect", str(tiny.folder), "--context", "64", "--batch", "2", "--plot", str(plot)]) == 0
+    assert capsys.readouterr().out == f"{inspect(tiny.folder, context=64, batch=2)}\n"
+    assert plot.stat().st_size > 0
+
+
+def test_inspect_prints_json(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tiny.folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] == inspect(tiny.folder).params
+
+
+def test_perplexity_of_a_file(tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("some words, and some more of them: " * 3)
+    assert main(["perplexity", str(tiny.folder), str(file), "--window", "32", "--batch", "2"]) == 0
+    found = perplexity(tiny.model, file.read_text(), window=32, batch=2)
+    expected = f"perplexity {found.value:.4f} ± {found.standard_error:.4f} (102 tokens scored in 4 windows of 32)\n"
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xff", b"x"])
+def test_perplexity_of_a_file_without_text(
+    tiny: Any, tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text.txt"
+    if content is not None:
+        file.write_bytes(content)
+    assert main(["perplexity", str(tiny.folder), str(file)]) == 1
+    err = capsys.readouterr().err
+    assert ("the text has 2 tokens" if content == b"x" else f"{file} cannot be read as text") in err
+    assert err.count("\n") == 1
