@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from converters import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 BUNDLED = ROOT / "flashsvd_jax" / "bundled"
@@ -62,12 +64,21 @@ def bundled_sample() -> str:
     return f"```python\n{measured['prompt']}{measured['compressed']['completion'].rstrip()}\n```"
 
 
+def families() -> str:
+    """The checkpoint families that are known, and whether they are read."""
+    lines = ["| family | read | what |", "|---|---|---|"]
+    for family in FAMILIES:
+        lines.append(f"| `{family.name}` | {'no' if family.refusal else 'yes'} | {family.description} |")
+    return "\n".join(lines)
+
+
 def _measured() -> dict[str, Any]:
     return json.loads((BUNDLED / "measured.json").read_text(encoding="utf-8"))
 
 
 PARTS: dict[str, Callable[[], str]] = {
     "decode": decode_table,
+    "families": families,
     "perplexity": bundled_table,
     "sample": bundled_sample,
 }

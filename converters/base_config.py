@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.families import FAMILIES
+from converters.family import architectures
 from converters.sources import TensorSource
 from flashsvd_jax.checkpoint.json_files import read_object
 from flashsvd_jax.checkpoint.layout import CONFIG_FILE
@@ -64,8 +65,8 @@ def base_config(own: FoundConfig | None, base: Path | None, where: str) -> Found
     clean = {key: value for key, value in hf.items() if key not in _ADDED}
     kind = clean.get("model_type")
     clean["model_type"] = _BASE_TYPES.get(str(kind), kind)
-    architectures = clean.pop("architectures", None) or ()
-    kept = [name for name in architectures if not str(name).startswith(_ARCHITECTURES)]
+    kept = [name for name in architectures(clean) if not name.startswith(_ARCHITECTURES)]
+    clean.pop("architectures", None)
     return FoundConfig(clean | ({"architectures": kept} if kept else {}), found.origin)
 
 

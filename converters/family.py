@@ -62,12 +62,10 @@ class Family:
     def claims(self, config: Mapping[str, Any]) -> list[str]:
         """What a configuration says for this family."""
         found = [f"config.json has {key}" for key in self.config_keys if config.get(key) not in (None, {}, [])]
-        if config.get("model_type") in dict(self.model_types):
+        if str(config.get("model_type")) in dict(self.model_types):
             found.append(f"config.json says model_type {config['model_type']}")
-        for name in config.get("architectures") or ():
-            if str(name).startswith(self.architectures or ("\0",)):
-                found.append(f"config.json says architecture {name}")
-        return found
+        classes = [name for name in architectures(config) if name.startswith(self.architectures)]
+        return found + [f"config.json says architecture {name}" for name in classes]
 
     def _in_names(self, names: Iterable[str]) -> list[str]:
         for name in names:
@@ -76,3 +74,9 @@ class Family:
             if self.key_pattern and re.search(self.key_pattern, name):
                 return [f"tensor {name}"]
         return []
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The class names in a configuration, which nobody has checked; none where there is no list of them."""
+    names = config.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list | tuple) else []

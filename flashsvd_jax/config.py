@@ -11,6 +11,7 @@ from typing import Any
 from flashsvd_jax.errors import ConfigError
 from flashsvd_jax.factorization import Factorization
 
+MAX_LAYERS = 1024
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
@@ -118,6 +119,8 @@ class ModelConfig:
         heads = int(_require(hf, "num_attention_heads"))
         hidden = int(_require(hf, "hidden_size"))
         layers = int(_require(hf, "num_hidden_layers"))
+        if layers > MAX_LAYERS:  # every layer is described one by one: a damaged number must not fill the memory
+            raise ConfigError(f"config.json: num_hidden_layers {layers} is beyond the {MAX_LAYERS} that are supported")
         config = cls(
             model_type=kind,
             vocab_size=int(_require(hf, "vocab_size")),

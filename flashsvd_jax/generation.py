@@ -147,6 +147,8 @@ def _run(model: Model, prompts: Sequence[Prompt], params: Sequence[SamplingParam
     clock, compiled = time.perf_counter(), compile_count()
     if not prompts:
         raise RequestError("no prompts were given")
+    if model.tokenizer is None and any(p.stop for p in params):
+        raise RequestError("stop needs a tokenizer, and this model was made without one: use stop_token_ids")
     ids = [_encode(model, prompt) for prompt in prompts]
     engine = model.engine(len(prompts))
     limits = [

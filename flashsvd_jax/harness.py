@@ -5,7 +5,7 @@
 
 lm-eval finds models among its own modules alone, so its command line is started through this one, which adds ours:
 
-    python -m flashsvd_jax.harness run --model flashsvd --model_args pretrained=FOLDER,dtype=bfloat16 --tasks arc_easy
+    python -m flashsvd_jax.harness run --model flashsvd --model_args pretrained=FOLDER --batch_size auto --tasks arc_easy
 """
 
 import itertools
@@ -63,6 +63,7 @@ class FlashSVDLM(TemplateLM):
       pretrained: a loaded model, or what `load` takes.
       dtype, max_length: as for `load`; not for a model that is loaded already.
       batch_size: sequences computed together; "auto" chooses.
+      max_batch_size, device: ignored. lm-eval's command line always names a device; here it is JAX's default one.
     """
 
     def __init__(
@@ -71,6 +72,8 @@ class FlashSVDLM(TemplateLM):
         dtype: str | None = None,
         max_length: int | None = None,
         batch_size: int | str = "auto",
+        max_batch_size: int | None = None,
+        device: str | None = None,
     ):
         super().__init__()
         if isinstance(pretrained, Model):

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from flashsvd_jax.checkpoint.reader import open_folder
+from flashsvd_jax.checkpoint import open_folder
+from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig, token_ids
 from flashsvd_jax.engine import DECODE_CHUNK, Engine
@@ -21,7 +22,6 @@ from flashsvd_jax.schema import count_params, flatten
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels import hardware_rank
 
-DTYPES = ("bfloat16", "float16", "float32")
 DEFAULT_MAX_LENGTH = 4096
 
 
@@ -96,11 +96,12 @@ def load(
     with open_folder(path) as folder:
         config = folder.config
         total = count_params(config)
-        with progress_bar("loading", total=total, unit="B", enabled=progress) as bar:
+        with progress_bar("loading", total=total, unit="parameter", enabled=progress) as bar:
 
             def place(array: np.ndarray) -> jax.Array:
                 bar.update(array.size)
-                return jax.device_put(array.astype(dtype or folder.manifest.dtype, copy=False))
+                # Waiting for each array keeps one of them in host memory, not as many as the device lags behind.
+                return jax.block_until_ready(jax.device_put(array.astype(dtype or folder.manifest.dtype, copy=False)))
 
             weights = build_weights(config, folder.get, hardware_rank, place)
     tokenizer = Tokenizer(path)

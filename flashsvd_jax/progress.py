@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 def progress_bar(what: str, total: int | None, unit: str = "it", enabled: bool = True) -> "tqdm":
     """A bar on standard error that appears after two seconds, if it is a terminal or a log; silent when not enabled."""
-    scale = unit == "B"
+    scale = unit != "it"
     return tqdm(
         total=total,
         desc=what,

@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=WORK, help="token files of train_tokenizer.py")
     parser.add_argument("--out", type=Path, default=BUNDLED, help="folder for the checkpoint and compression.json")
     parser.add_argument("--ratio", type=float, default=0.6, help="share of the projections' parameters that is kept")
-    parser.add_argument("--windows", type=int, default=256, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=128, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration window")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

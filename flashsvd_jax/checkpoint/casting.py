@@ -24,7 +24,7 @@ def cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, str | None]:
 
 def _all_finite(array: np.ndarray) -> bool:
     """Whether a contiguous floating-point array has neither NaN nor infinity."""
-    # Both have all exponent bits set. Looking at the bits is 3 to 6 times as fast as isfinite on 16-bit floats.
+    # Both have all exponent bits set. Looking at the bits is 2 to 6 times as fast as isfinite on 16-bit floats.
     bits = np.dtype(f"u{array.itemsize}")
     exponent = np.array(jnp.inf, array.dtype).view(bits)
     flat = array.reshape(-1).view(bits)

@@ -23,7 +23,12 @@ from flashsvd_jax.tokenizer import Tokenizer
 
 MAX_LENGTH = 96
 VOCAB = 320
-TRAINING_TEXT = ["the quick brown fox jumps over the lazy dog", "naïve café, über Straße", "日本語 日本 テスト", "😀😃 👍🏽 so good"]
+TRAINING_TEXT = [
+    "the quick brown fox jumps over the dog",
+    "naïve café, über Straße",
+    "日本語 日本 テスト",
+    "😀😃 👍🏽 good",
+]
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -48,7 +53,8 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    model = hf_models.build_model("llama", vocab_size=VOCAB, max_position_embeddings=MAX_LENGTH)
+    sizes = {"vocab_size": VOCAB, "max_position_embeddings": MAX_LENGTH, "num_hidden_layers": 1}
+    model = hf_models.build_model("llama_tied", **sizes)
     ranks = hf_models.mixed_ranks(ModelConfig.from_hf(model.config.to_dict()))
     hf_models.factorize(model, ranks)
     reference = hf_models.reference_of(model, ranks)
@@ -122,8 +128,9 @@ def kept_executables(executables_folder: Path) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def executables_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if hasattr(request.config, "workerinput") else base  # each worker of pytest-xdist has its own below
-    return shared / "engine_executables"
+    if hasattr(request.config, "workerinput"):  # a worker of pytest-xdist, whose folder lies in the one of all
+        base = base.parent
+    return base / "engine_executables"
 
 
 def _configure(options: dict[str, object]) -> None:

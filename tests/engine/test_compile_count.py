@@ -86,7 +86,7 @@ def test_expect_no_compile_raises_where_something_is_compiled() -> None:
         return x * 2
 
     values, jitted = jnp.asarray(np.arange(5.0, dtype=np.float32)), jax.jit(double)
-    with pytest.raises(RuntimeError, match="^1 executables were compiled"), expect_no_compile():
+    with pytest.raises(RuntimeError, match=r"^1 executables were compiled"), expect_no_compile():
         jitted(values)
     with expect_no_compile():
         jitted(values)

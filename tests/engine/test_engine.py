@@ -14,10 +14,10 @@ from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.engine import Engine, TokenBlock
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.kv_cache import cache_bytes
-from flashsvd_jax.models.flax_module import initial_params
 from flashsvd_jax.models.weights import weights_from_params
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.sampling.device import TokenCounts, sample, sampling_arrays
+from flashsvd_jax.schema import nest, schema
 
 Complete = Callable[[Engine, Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[int]]]
 
@@ -99,19 +99,22 @@ def test_a_row_does_not_depend_on_its_place_nor_on_rows_that_fill_the_batch(
     assert got == [drawn[i] for i in rows] + [[]] * (4 - len(rows))
 
 
-@pytest.mark.parametrize(("decode_chunk", "prefill_chunk"), [(1, 16), (3, 16), (32, 16), (8, 32), (8, 1024)])
-def test_sizes_of_chunks_change_nothing(
-    tiny: Any,
-    complete: Complete,
-    prompts: list[list[int]],
-    drawn: list[list[int]],
-    decode_chunk: int,
-    prefill_chunk: int,
+@pytest.mark.parametrize("decode_chunk", [1, 3, 8, 32])
+def test_the_number_of_tokens_in_a_dispatch_changes_nothing(
+    tiny: Any, prompts: list[list[int]], drawn: list[list[int]], decode_chunk: int
 ) -> None:
-    engine = tiny.engine(batch=4, decode_chunk=decode_chunk, prefill_chunk=prefill_chunk)
-    blocks = list(engine.generate(prompts, SAMPLED))
+    rows = [2, 0]  # prompts of one chunk
+    engine = tiny.engine(batch=4, decode_chunk=decode_chunk)
+    blocks = list(engine.generate([prompts[row] for row in rows], [SAMPLED[row] for row in rows]))
     assert [len(block.tokens) for block in blocks] == [1] + [decode_chunk] * -(-(NEW - 1) // decode_chunk)
-    assert rows_of(blocks) == drawn
+    assert rows_of(blocks)[:2] == [drawn[row] for row in rows]
+
+
+@pytest.mark.parametrize("prefill_chunk", [16, 32, 1024])
+def test_the_size_of_a_prompts_chunks_changes_nothing(
+    tiny: Any, complete: Complete, prompts: list[list[int]], drawn: list[list[int]], prefill_chunk: int
+) -> None:
+    assert complete(tiny.engine(batch=4, prefill_chunk=prefill_chunk), prompts, SAMPLED) == drawn
 
 
 def test_buckets_cover_a_prompt_with_whole_chunks_and_one_power_of_two(tiny: Any) -> None:
@@ -208,7 +211,8 @@ def test_nothing_stays_in_an_engine_from_the_sequences_before(
     tiny: Any, complete: Complete, prompts: list[list[int]], greedy: list[list[int]]
 ) -> None:
     engine = tiny.engine(batch=4)
-    complete(engine, [(prompts[3] * 2)[: engine.max_length - 5]] * 4, [dataclasses.replace(SAMPLED[0], max_tokens=None)] * 4)
+    endless = dataclasses.replace(SAMPLED[0], max_tokens=None)
+    complete(engine, [(prompts[3] * 2)[: engine.max_length - 5]] * 4, [endless] * 4)
     assert complete(engine, prompts, [GREEDY] * 4) == greedy
     assert complete(engine, prompts[:1], [GREEDY]) == [greedy[0], [], [], []]
 
@@ -272,12 +276,13 @@ def test_sizes_that_make_no_engine_are_an_error(tiny: Any, sizes: dict[str, int]
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_decode_step_needs_little_memory_beside_the_cache(batch: int) -> None:
     """Less than another cache, which it would need if the update were not in place: at most a copy of one layer's share."""
-    layers, slots = 3, 2**14 // batch
+    layers, slots = 2, 2**14 // batch
     config = ModelConfig(
         model_type="llama", vocab_size=32, hidden_size=32, intermediate_size=32, num_layers=layers, num_heads=2, num_kv_heads=2,
         head_dim=64, max_position=slots, rms_norm_eps=1e-6, rope=RopeConfig(), windows=(None,) * layers,
     )  # fmt: skip
-    weights = weights_from_params(config, initial_params(config, jax.random.key(0)))
+    params = nest({name: np.zeros(spec.shape, np.float32) for name, spec in schema(config).items()})
+    weights = weights_from_params(config, params)
     step = Engine(config, weights, batch=batch, max_length=slots).lower_decode().compile().memory_analysis()
     cache = cache_bytes(config, batch, slots, itemsize=4)
     assert cache >= 2**24

@@ -44,7 +44,8 @@ AT_THE_LIMIT: dict[str, list[Any]] = {
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
-    return [pytest.param(name, value, id=f"{name}-{str(value)[:12]}") for name, values in table.items() for value in values]
+    pairs = [(name, value) for name, values in table.items() for value in values]
+    return [pytest.param(name, value, id=f"{name}-{str(value)[:12]}") for name, value in pairs]
 
 
 @pytest.mark.parametrize(("name", "value"), cases(WRONG))

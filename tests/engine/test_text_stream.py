@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from flashsvd_jax.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
-MIXED = "naïve café, 日本語 テスト 👍🏽😀 — a  b\n\n\tend"
+MIXED = "où? Ærø, 東京 ハル 🦊🦊🚀 — a  b\n\n\tend"
 
 many = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -49,11 +49,10 @@ def test_text_comes_back_as_it_was(either: Tokenizer) -> None:
 
 
 def test_each_character_comes_with_its_last_byte(either: Tokenizer) -> None:
-    ids = either.encode("ab😀c")
+    ids = either.encode("ab🦊c")
     pieces = stream_pieces(either, ids)
-    assert "".join(pieces) == "ab😀c"
-    face = pieces.index("😀")
-    assert pieces[face - 3 : face] == ["", "", ""]
+    assert "".join(pieces) == "ab🦊c"
+    assert pieces[pieces.index("🦊") - 1] == ""
     assert pieces[-2:] == ["c", ""]
 
 
@@ -73,8 +72,8 @@ def test_an_unfinished_character_is_shown_as_a_replacement_at_the_end(either: To
 
 def test_special_tokens_are_no_text(either: Tokenizer) -> None:
     (end,) = either.end_ids
-    ids = either.encode("a😀")
-    assert "".join(stream_pieces(either, [end, *ids, end, *either.encode("b")])) == either.decode([*ids, *either.encode("b")])
+    ids, more = either.encode("a😀"), either.encode("b")
+    assert "".join(stream_pieces(either, [end, *ids, end, *more])) == either.decode([*ids, *more])
 
 
 def test_the_cost_of_a_token_does_not_grow(either: Tokenizer) -> None:

@@ -118,6 +118,7 @@ def test_an_interruption_while_nothing_is_said_does_not_end_the_program(
     monkeypatch.setattr("builtins.input", read)
     chat(tiny.short, PARAMS)
     assert "/quit or Ctrl-D ends" in capsys.readouterr().err
+    assert not list(events)
 
 
 def test_command_line(tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

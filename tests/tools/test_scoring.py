@@ -14,6 +14,7 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.weights import weights_from_params
 from flashsvd_jax.scoring import perplexity, score
+from flashsvd_jax.shapes import shape_config
 
 TOLERANCE = 1e-4
 
@@ -72,6 +73,13 @@ def test_the_logits_are_the_only_array_of_their_size() -> None:
     compiled = scoring._token_scores.lower(pair.config, weights, *shapes).compile()
     logits = 2 * 32 * 5000 * 4
     assert logits <= compiled.memory_analysis().temp_size_in_bytes < 1.5 * logits
+
+
+@pytest.mark.parametrize(("bucket", "count", "batch"), [(2048, 100, 2), (16, 100, 128), (16, 3, 4), (32768, 9, 1)])
+def test_batch_size_keeps_memory_bounded(bucket: int, count: int, batch: int) -> None:
+    config = shape_config("llama-2-7b")  # 32 heads, 32000 tokens
+    assert scoring._batch_size(config, bucket, count) == batch
+    assert batch == 1 or 4 * batch * bucket * max(32000, 32 * bucket) <= 2**30
 
 
 @pytest.mark.parametrize(
@@ -152,9 +160,9 @@ def test_error_from_windows_where_they_are_many(tiny: Any) -> None:
 
 def test_a_short_last_window_compiles_nothing_of_its_own(tiny: Any) -> None:
     vocab = tiny.model.config.vocab_size
-    perplexity(tiny.model, draw(32 * 4, vocab), window=32, batch=2)
+    perplexity(tiny.model, draw(32 * 5, vocab), window=32, batch=5)  # a batch size that no other test has
     with expect_no_compile():
-        perplexity(tiny.model, draw(32 * 3 + 5, vocab), window=32, batch=2)
+        perplexity(tiny.model, draw(32 * 3 + 5, vocab), window=32, batch=5)
 
 
 @pytest.mark.parametrize(
