@@ -1,6 +1,6 @@
 # Everything runs in .venv, made on first use and kept; what pyproject.toml asks for is installed again when it changes.
 #   PYTHON       the interpreter to make .venv with; by default the first Python >= 3.12 that is found
-#   JAX_EXTRA    the JAX to run on: cpu, cuda12 or cuda13; by default what nvidia-smi says of this machine
+#   JAX_EXTRA    the JAX to install: cpu, cuda12 or cuda13; by default what suits the driver and GPU that nvidia-smi reports
 #   PYTEST_ARGS  what to pass to pytest
 PYTHON ?=
 JAX_EXTRA ?=
@@ -36,13 +36,10 @@ clean: ## Remove .venv, builds and caches
 $(BIN)/python:
 	python=$$(.ci/find_python.sh "$(PYTHON)") && "$$python" -m venv --clear $(VENV)
 
-$(VENV)/.installed-run: pyproject.toml $(BIN)/python
-	@extra=$(JAX_EXTRA); extra=$${extra:-$$($(BIN)/python .ci/jax_extra.py)} && \
-	echo "Installing flashsvd-jax[$$extra] into $(VENV); the first time this takes minutes" && \
-	$(PIP_INSTALL) --editable ".[$$extra]"
-	@touch $@
-
-$(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: pyproject.toml $(BIN)/python
-	@echo "Installing flashsvd-jax[$*] into $(VENV); the first time this takes minutes"
-	@$(PIP_INSTALL) --editable ".[$*]"
+# One rule for run, test and dev; the last two are also extras of pyproject.toml.
+comma := ,
+$(VENV)/.installed-run $(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: pyproject.toml $(BIN)/python
+	@jax=$(JAX_EXTRA); extras=$${jax:-$$($(BIN)/python .ci/jax_extra.py)}$(addprefix $(comma),$(filter-out run,$*)) && \
+	echo "Installing flashsvd-jax[$$extras] into $(VENV); the first time this takes minutes" && \
+	$(PIP_INSTALL) --editable ".[$$extras]"
 	@touch $@

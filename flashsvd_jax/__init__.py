@@ -22,6 +22,8 @@ _EXPORTS = {
     "inspect": "inspection",
     "load": "model",
     "load_params": "checkpoint",
+    "perplexity": "scoring",
+    "score": "scoring",
     "stream_generate": "generation",
 }
 
@@ -39,6 +41,8 @@ __all__ = [
     "inspect",
     "load",
     "load_params",
+    "perplexity",
+    "score",
     "stream_generate",
 ]
 
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
     from flashsvd_jax.inspection import inspect
     from flashsvd_jax.model import Model, load
     from flashsvd_jax.sampling import SamplingParams
+    from flashsvd_jax.scoring import perplexity, score
 
 
 def __getattr__(name: str) -> Any:

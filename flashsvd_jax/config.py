@@ -4,10 +4,10 @@ Only fields that change the arithmetic are kept. A field that would change it an
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from flashsvd_jax.config_fields import flag, integer, number, numbers, optional_number, token_ids
 from flashsvd_jax.errors import ConfigError
 from flashsvd_jax.factorization import Factorization
 
@@ -39,43 +39,56 @@ class RopeConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "RopeConfig":
-        """Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before)."""
-        raw = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+        """Reads ``rope_parameters`` (transformers 5) or ``rope_theta`` with ``rope_scaling`` (before), which has the last word."""
+        raw = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        if not isinstance(raw, Mapping) or any(isinstance(value, Mapping) for value in raw.values()):
+            raise ConfigError(
+                "config.json: rope_parameters must be one set of values; sets by layer type are not supported"
+            )
         kind = raw.get("rope_type", raw.get("type", "default"))
         if kind not in ROPE_KINDS:
             raise ConfigError(f"config.json: rope scaling {kind!r} is not known; known: {', '.join(ROPE_KINDS)}")
-        theta = float(raw.get("rope_theta", hf.get("rope_theta", 10000.0)))
-        if kind == "default":
-            return cls(theta=theta)
-        max_position = int(_require(hf, "max_position_embeddings"))
-        original = raw.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
+        theta = number(raw, "rope_theta", number(hf, "rope_theta", 10000.0))
+        if theta <= 1:
+            raise ConfigError(f"config.json: rope_theta must be above 1, not {theta}")
+        partial = raw.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
+        if partial not in (None, 1, 1.0):
+            raise ConfigError(f"config.json: partial_rotary_factor {partial} is not supported; heads are rotated whole")
+        return cls(theta=theta) if kind == "default" else cls._scaled(kind, theta, raw, hf)
+
+    @classmethod
+    def _scaled(cls, kind: str, theta: float, raw: Mapping[str, Any], hf: Mapping[str, Any]) -> "RopeConfig":
+        name = "original_max_position_embeddings"
+        max_position = integer(hf, "max_position_embeddings")
+        original = integer(hf, name, 0) or integer(raw, name, 0)
         if kind == "llama3" and not original:
-            raise ConfigError("config.json: rope scaling 'llama3' needs original_max_position_embeddings")
+            raise ConfigError(f"config.json: rope scaling 'llama3' needs {name}")
         if kind == "dynamic":  # stretches beyond the configured length, whatever the model was pretrained at
             original = max_position
-        factor = raw.get("factor")
-        if factor is None:
-            if kind not in ("longrope", "yarn"):
-                raise ConfigError(f"config.json: rope scaling {kind!r} needs a factor")
-            factor = max_position / original if original else 1.0
+        if raw.get("factor") is None and kind not in ("longrope", "yarn"):
+            raise ConfigError(f"config.json: rope scaling {kind!r} needs a factor")
         rope = cls(
             kind=kind,
             theta=theta,
-            factor=float(factor),
-            original_max_position=int(original or max_position),
-            low_freq_factor=float(raw.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(raw.get("high_freq_factor", 4.0)),
-            beta_fast=float(raw.get("beta_fast") or 32.0),
-            beta_slow=float(raw.get("beta_slow") or 1.0),
-            truncate=bool(raw.get("truncate", True)),
-            attention_factor=_optional_float(raw.get("attention_factor")),
-            mscale=_optional_float(raw.get("mscale")),
-            mscale_all_dim=_optional_float(raw.get("mscale_all_dim")),
-            short_factor=tuple(map(float, raw.get("short_factor") or ())),
-            long_factor=tuple(map(float, raw.get("long_factor") or ())),
+            factor=number(raw, "factor", max_position / original if original else 1.0),
+            original_max_position=original or max_position,
+            low_freq_factor=number(raw, "low_freq_factor", 1.0),
+            high_freq_factor=number(raw, "high_freq_factor", 4.0),
+            beta_fast=number(raw, "beta_fast", 32.0),
+            beta_slow=number(raw, "beta_slow", 1.0),
+            truncate=flag(raw, "truncate", True),
+            attention_factor=optional_number(raw, "attention_factor"),
+            mscale=optional_number(raw, "mscale"),
+            mscale_all_dim=optional_number(raw, "mscale_all_dim"),
+            short_factor=numbers(raw, "short_factor"),
+            long_factor=numbers(raw, "long_factor"),
         )
-        if kind == "longrope" and not (rope.short_factor and rope.long_factor):
-            raise ConfigError("config.json: rope scaling 'longrope' needs short_factor and long_factor")
+        if kind == "longrope" and not (rope.short_factor and rope.long_factor and rope.original_max_position > 1):
+            raise ConfigError(
+                f"config.json: rope scaling 'longrope' needs short_factor and long_factor, and {name} above 1"
+            )
+        if rope.low_freq_factor >= rope.high_freq_factor:
+            raise ConfigError("config.json: rope low_freq_factor must be below high_freq_factor")
         return rope
 
 
@@ -116,56 +129,49 @@ class ModelConfig:
           ConfigError: an unknown ``model_type``, a missing field, or a value this decoder does not compute.
         """
         kind = base_model_type(hf)
-        heads = int(_require(hf, "num_attention_heads"))
-        hidden = int(_require(hf, "hidden_size"))
-        layers = int(_require(hf, "num_hidden_layers"))
+        hidden, layers = integer(hf, "hidden_size"), integer(hf, "num_hidden_layers")
+        heads = integer(hf, "num_attention_heads")
         if layers > MAX_LAYERS:  # every layer is described one by one: a damaged number must not fill the memory
             raise ConfigError(f"config.json: num_hidden_layers {layers} is beyond the {MAX_LAYERS} that are supported")
+        attention_bias = flag(hf, "attention_bias", False)
+        # Null means as many as query heads; an absent key, what transformers' class for the model has.
+        kv_heads = hf.get("num_key_value_heads", {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(kind))
         config = cls(
             model_type=kind,
-            vocab_size=int(_require(hf, "vocab_size")),
+            vocab_size=integer(hf, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=int(_require(hf, "intermediate_size")),
+            intermediate_size=integer(hf, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=int(hf.get("num_key_value_heads") or heads),
-            head_dim=int(hf.get("head_dim") or _default_head_dim(kind, hidden, heads)),
-            max_position=int(_require(hf, "max_position_embeddings")),
-            rms_norm_eps=float(_require(hf, "rms_norm_eps")),
+            num_kv_heads=integer({"num_key_value_heads": kv_heads}, "num_key_value_heads", heads),
+            head_dim=integer(hf, "head_dim", 0) or _default_head_dim(kind, hidden, heads),
+            max_position=integer(hf, "max_position_embeddings"),
+            rms_norm_eps=number(hf, "rms_norm_eps"),
             rope=RopeConfig.from_hf(hf),
             windows=_windows(kind, hf, layers),
-            qkv_bias=kind == "qwen2" or (kind in ("llama", "qwen3") and bool(hf.get("attention_bias", False))),
-            o_bias=kind in ("llama", "qwen3") and bool(hf.get("attention_bias", False)),
-            mlp_bias=kind == "llama" and bool(hf.get("mlp_bias", False)),
+            qkv_bias=kind == "qwen2" or (kind in ("llama", "qwen3") and attention_bias),
+            o_bias=kind in ("llama", "qwen3") and attention_bias,
+            mlp_bias=kind == "llama" and flag(hf, "mlp_bias", False),
             qk_norm=kind == "qwen3",
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_ids=token_ids(hf.get("eos_token_id")),
+            tie_embeddings=flag(hf, "tie_word_embeddings", False),
+            bos_token_id=next(iter(token_ids(hf.get("bos_token_id"), "config.json: bos_token_id")), None),
+            eos_token_ids=token_ids(hf.get("eos_token_id"), "config.json: eos_token_id"),
             factorization=factorization or Factorization(),
         )
         config._check(hf)
         return config
 
     def _check(self, hf: Mapping[str, Any]) -> None:
-        positive = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-                    "max_position")  # fmt: skip
-        bad = [name for name in positive if getattr(self, name) <= 0]
-        if bad:
-            raise ConfigError(f"config.json: must be positive: {', '.join(bad)}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"config.json: num_attention_heads {self.num_heads} is not a multiple of num_key_value_heads {self.num_kv_heads}"
+                f"config.json: num_attention_heads {self.num_heads} is not a multiple of"
+                f" num_key_value_heads {self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ConfigError(f"config.json: head_dim {self.head_dim} is odd; rotary embedding needs an even one")
-        if not (self.rms_norm_eps > 0 and math.isfinite(self.rms_norm_eps)):
-            raise ConfigError(f"config.json: rms_norm_eps must be positive, not {self.rms_norm_eps}")
+        if self.head_dim % 2 or (self.head_dim < 4 and self.rope.kind == "dynamic"):
+            raise ConfigError(f"config.json: head_dim {self.head_dim} is odd or too small to be rotated")
         activation = hf.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise ConfigError(f"config.json: hidden_act {activation!r} is not supported; this decoder computes silu")
-        partial = (hf.get("rope_parameters") or {}).get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
-        if partial not in (None, 1.0):
-            raise ConfigError(f"config.json: partial_rotary_factor {partial} is not supported, only 1.0")
         for name in ("short_factor", "long_factor"):
             values = getattr(self.rope, name)
             if values and len(values) != self.head_dim // 2:
@@ -202,24 +208,6 @@ def base_model_type(hf: Mapping[str, Any]) -> str:
     return kind
 
 
-def _require(hf: Mapping[str, Any], name: str) -> Any:
-    value = hf.get(name)
-    if value is None:
-        raise ConfigError(f"config.json: {name} is missing; give the base model's configuration")
-    return value
-
-
-def _optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def token_ids(value: Any) -> tuple[int, ...]:
-    """A token id field of a Hugging Face config: one id, a list of them, or nothing."""
-    if value is None:
-        return ()
-    return tuple(map(int, value)) if isinstance(value, list | tuple) else (int(value),)
-
-
 def _default_head_dim(kind: str, hidden: int, heads: int) -> int:
     # Qwen3 fixes head_dim at 128 whatever the width; a config that leaves it out means that, not hidden // heads.
     if kind == "qwen3":
@@ -233,21 +221,20 @@ def _default_head_dim(kind: str, hidden: int, heads: int) -> int:
 
 def _windows(kind: str, hf: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """Each layer's sliding window. Mistral windows every layer; Qwen only those named, and only when it says so."""
-    window = hf.get(
-        "sliding_window", 4096 if kind == "mistral" else None
-    )  # transformers' default where the key is absent
-    if kind.startswith("qwen") and not hf.get("use_sliding_window", False):
-        window = None
-    if kind == "llama" or window is None:
+    if kind.startswith("qwen") and not flag(hf, "use_sliding_window", False):
+        return (None,) * layers
+    # An absent key means transformers' default for the model; null means none.
+    given = hf.get("sliding_window", 4096 if kind == "mistral" else None)
+    window = integer({"sliding_window": given}, "sliding_window", 0)
+    if kind == "llama" or not window:
         return (None,) * layers
     types = hf.get("layer_types")
-    if kind == "mistral":
-        types = types or ["sliding_attention"] * layers
+    if types is None and kind == "mistral":
+        types = ["sliding_attention"] * layers
     elif types is None:
-        first = int(hf.get("max_window_layers", 28))
+        first = integer(hf, "max_window_layers", 28, least=0)
         types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
-    if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-        raise ConfigError(
-            f"config.json: layer_types must name sliding_attention or full_attention for each of {layers} layers"
-        )
-    return tuple(int(window) if t == "sliding_attention" else None for t in types)
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+        raise ConfigError(f"config.json: layer_types must name {' or '.join(known)} for each of {layers} layers")
+    return tuple(window if t == "sliding_attention" else None for t in types)

@@ -47,7 +47,7 @@ def evaluate(
       options: further arguments of `lm_eval.simple_evaluate`, such as ``num_fewshot``, ``limit`` or ``task_manager``.
 
     Returns:
-      lm-eval's dictionary: metrics are in ``results[task]``; ``lm_eval.utils.make_table`` prints them.
+      lm-eval's dictionary: a task's metrics are in ``["results"][task]``; ``lm_eval.utils.make_table`` prints them.
     """
     results = simple_evaluate(
         model=FlashSVDLM(model, batch_size=batch_size), tasks=list(tasks), batch_size=batch_size, **options
@@ -84,7 +84,7 @@ class FlashSVDLM(TemplateLM):
             self.model = load(pretrained, dtype=dtype, max_length=max_length)
         if self.model.tokenizer is None:
             raise RequestError("this model was made without a tokenizer; evaluation needs one")
-        self.tokenizer: Any = self.model.tokenizer._hf
+        self.tokenizer: Any = self.model.tokenizer.hf
         if batch_size != "auto" and not (str(batch_size).isdecimal() and int(batch_size) > 0):
             raise RequestError(f"batch_size must be a number above 0 or 'auto', not {batch_size!r}")
         self.batch_size = None if batch_size == "auto" else int(batch_size)

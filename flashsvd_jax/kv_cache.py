@@ -50,5 +50,7 @@ def write(cache: KVCache, layer: int, keys: jax.Array, values: jax.Array, start:
         else:
             put = jax.vmap(lambda o, n, s: lax.dynamic_update_slice_in_dim(o, n, s, axis=1))
             updated.append(put(old, new, start))
+    # Without the barrier XLA's CPU backend fuses the update into the product that reads it too, and copies the cache for that.
+    new_keys, new_values = lax.optimization_barrier(tuple(updated))
     replace = lambda arrays, array: (*arrays[:layer], array, *arrays[layer + 1 :])  # noqa: E731
-    return KVCache(replace(cache.keys, updated[0]), replace(cache.values, updated[1]))
+    return KVCache(replace(cache.keys, new_keys), replace(cache.values, new_values))

@@ -12,7 +12,8 @@ import numpy as np
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.compile_cache import enable_persistent_cache
-from flashsvd_jax.config import ModelConfig, token_ids
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.config_fields import token_ids
 from flashsvd_jax.engine import DECODE_CHUNK, Engine
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.hub import resolve_model
@@ -118,5 +119,5 @@ def _end_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[int
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{file} is not JSON of the form that transformers writes: {error}") from error
         if given is not None:
-            return token_ids(given)
+            return token_ids(given, f"{file}: eos_token_id")
     return config.eos_token_ids or tokenizer.end_ids

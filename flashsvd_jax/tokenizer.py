@@ -21,22 +21,22 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._hf: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            self.hf: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its backends do
             raise CheckpointError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The tokenizer's own end token, if it has one."""
-        return () if self._hf.eos_token_id is None else (int(self._hf.eos_token_id),)
+        return () if self.hf.eos_token_id is None else (int(self.hf.eos_token_id),)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._hf.chat_template)
+        return bool(self.hf.chat_template)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the model expects at the start."""
-        return list(self._hf.encode(text))
+        return list(self.hf.encode(text))
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next.
@@ -49,14 +49,14 @@ class Tokenizer:
                 "this model has no chat template: use generate, or give the folder a chat_template.jinja"
             )
         try:
-            ids = self._hf.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+            ids = self.hf.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         except Exception as error:  # a template raises what its author wrote
             raise RequestError(f"the chat template does not take these messages: {error}") from error
         return list(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
-        return str(self._hf.decode(list(ids), skip_special_tokens=True))
+        return str(self.hf.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> "TextStream":
         """A decoder for one completion."""

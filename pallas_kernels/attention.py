@@ -30,8 +30,9 @@ def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     weights = jnp.where(visible, weights, 0.0)
     total = weights.sum(-1, keepdims=True)
     weights = weights / jnp.where(total == 0.0, 1.0, total)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, queries, heads * head_dim).astype(q.dtype)
+    # Transposed after the product, not by it: XLA's CPU backend has no permuted product of bfloat16 into float32.
+    out = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads * head_dim).astype(q.dtype)
 
 
 attend = Op("attend", attend_reference)

@@ -5,7 +5,9 @@ import os
 # Read once, when the libraries are first imported. JAX_PLATFORMS=cuda in the environment runs the suite on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's models are tiny, and on a busy machine its threads wait for each other
+os.environ["FLASHSVD_CACHE_DIR"] = "off"  # the user's own cache is none of the suite's business
+# PyTorch's models are tiny here, and on a busy machine its threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import pytest

@@ -20,6 +20,13 @@ COMMANDS = {
 }
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 1 for an error that is explained, 2 for a wrong call, 130 if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -37,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name == called:
             module = importlib.import_module(f"flashsvd_jax.cli.{name}")
             sub.description = module.__doc__
-            sub.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+            sub.formatter_class = _HelpFormatter
             module.add_arguments(sub)
             sub.set_defaults(run=module.run)
     parsed = parser.parse_args(arguments)

@@ -106,7 +106,7 @@ def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> j
         x = rms_norm(x, weights.norm, config.rms_norm_eps)
         if weights.head is None:
             return jnp.einsum("...d,vd->...v", x, weights.embedding, preferred_element_type=jnp.float32)
-        return project(x, weights.head)[0].astype(jnp.float32)
+        return project(x, weights.head, jnp.float32)[0]
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

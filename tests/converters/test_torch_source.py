@@ -179,6 +179,13 @@ def test_wrapped_state_dict(tmp_path, key):
     assert_same(tmp_path / "model.pth", layer.state_dict())
 
 
+def test_attributes_of_a_state_dict_do_not_hide_its_methods(tmp_path):
+    saved = OrderedDict(a=torch.ones(2))
+    vars(saved).update(_metadata={"": {"version": 1}}, items="x", values="x", keys="x", get="x")
+    torch.save(saved, tmp_path / "model.pt")
+    assert_same(tmp_path / "model.pt", {"a": torch.ones(2)})
+
+
 def test_nested_dict_keeps_all_levels(tmp_path):
     payload = {"us": torch.ones(2, dtype=torch.uint8), "tail": ("us", torch.zeros(3)), "none": None}
     saved = {"layers.0.q_proj": payload, "other": {1: torch.ones(1)}, "model": {"model": torch.ones(4)}}

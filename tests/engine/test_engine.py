@@ -164,6 +164,13 @@ def test_a_stop_token_ends_its_row_and_no_other(
     ]
 
 
+def test_nothing_is_computed_long_after_all_rows_have_ended(
+    tiny: Any, prompts: list[list[int]], greedy: list[list[int]]
+) -> None:
+    params = [dataclasses.replace(GREEDY, max_tokens=None, stop_token_ids=row[2:3]) for row in greedy]
+    assert len(list(tiny.engine(batch=4).generate(prompts, params))) <= 3
+
+
 def test_the_models_own_end_tokens_end_a_row_unless_they_are_ignored(
     tiny: Any, complete: Complete, prompts: list[list[int]], greedy: list[list[int]]
 ) -> None:

@@ -16,9 +16,15 @@ from torch import nn
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.factorization import Factorization
-from flashsvd_jax.schema import nest
+from flashsvd_jax.schema import nest, sites
 
-_SIZES = {"max_position_embeddings": 64, "rms_norm_eps": 1e-2, "eos_token_id": None, "pad_token_id": 0, "attn_implementation": "eager"}
+_COMMON = {
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-2,  # large, so that it shows
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
 
 _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
@@ -55,6 +61,7 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 ARCHITECTURES = tuple(_ARCHITECTURES)
+_DENSE_BEFORE, _DENSE_IN_LAST = ("k_proj",), ("q_proj", "o_proj", "gate_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Reference:
 
     def logits(self, tokens: np.ndarray, attention_mask: np.ndarray | None = None) -> np.ndarray:
         """Logits of whole sequences; positions count real tokens alone, as `generate` counts them."""
-        mask = torch.ones(tokens.shape, dtype=torch.long) if attention_mask is None else torch.tensor(attention_mask).long()
+        mask = torch.tensor(np.ones_like(tokens) if attention_mask is None else attention_mask).long()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         with torch.no_grad():
             return self.model(torch.tensor(tokens).long(), attention_mask=mask, position_ids=positions).logits.numpy()
@@ -76,7 +83,7 @@ class Reference:
 def build_model(architecture: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
     """A float32 model in evaluation mode whose every parameter is random; overrides are fields of its config."""
     family, fields = _ARCHITECTURES[architecture]
-    config = getattr(transformers, f"{family}Config")(**{**_SIZES, **fields, **overrides})
+    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **fields, **overrides})
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
     randomize(model, seed)
     return model
@@ -96,13 +103,13 @@ def randomize(model: nn.Module, seed: int) -> None:
 
 def mixed_ranks(config: ModelConfig) -> dict[str, int]:
     """A different rank for nearly every site; some sites stay dense, and an untied head is factorized."""
-    ranks = {}
+    ranks = {} if config.tie_embeddings else {"lm_head": 9}
     for layer in range(config.num_layers):
-        parts = ["self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-        if layer == config.num_layers - 1:  # one layer with a dense o_proj and gate_proj, and k_proj low rank in place of q_proj
-            parts = ["self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"]
-        ranks |= {f"layers_{layer}.{part}": 5 + 3 * layer + 2 * i for i, part in enumerate(parts)}
-    return ranks if config.tie_embeddings else {**ranks, "lm_head": 9}
+        dense = _DENSE_IN_LAST if layer == config.num_layers - 1 else _DENSE_BEFORE
+        parts = [site.name for site in sites(config) if site.name.startswith(f"layers_{layer}.")]
+        parts = [name for name in parts if not name.endswith(dense)]
+        ranks |= {name: 5 + 3 * layer + 2 * i for i, name in enumerate(parts)}
+    return ranks
 
 
 def factorize(model: nn.Module, ranks: Mapping[str, int], seed: int = 1) -> None:

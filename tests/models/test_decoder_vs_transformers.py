@@ -76,7 +76,9 @@ def test_prompts_of_different_lengths_decode_greedily_as_transformers_generates(
         ("qwen2", True, (1, 1, 7, 3), True),
     ],
 )
-def test_long_prompt_in_chunks(architecture: str, factorized: bool, chunks: tuple[int, ...], per_sequence_start: bool) -> None:
+def test_long_prompt_in_chunks(
+    architecture: str, factorized: bool, chunks: tuple[int, ...], per_sequence_start: bool
+) -> None:
     pair = reference(architecture, factorized)
     tokens, weights, lengths = draw_tokens(pair), device_weights(pair), np.full(BATCH, LENGTH, np.int32)
     want, first = pair.logits(tokens), LENGTH - sum(chunks)

@@ -61,9 +61,8 @@ def decode_loop(
 
 @pytest.mark.parametrize(
     ("step", "batch", "per_sequence_start"),
-    [(decode_step, 1, False), (decode_step, 4, True), (decode_loop, 1, False), (decode_loop, 1, True), (decode_loop, 4, False),
-     (decode_loop, 4, True)],
-)  # fmt: skip
+    [(decode_step, 1, False), (decode_step, 4, True), (decode_loop, 1, False), (decode_loop, 4, True)],
+)
 def test_decoding_updates_the_cache_in_place(model: Model, step: Step, batch: int, per_sequence_start: bool) -> None:
     position = np.full(batch if per_sequence_start else (), 7, np.int32)
     assert temporary_bytes(step, *model, batch, np.zeros(batch, np.int32), position) < LIMIT

@@ -74,7 +74,9 @@ def test_layers_that_share_a_basis_share_one_array() -> None:
     first, second = (layer.qkv for layer in weights.layers)
     assert first.first is second.first
     assert first.first.shape == (7 + 5, config.hidden_size)  # v reads what k reads
-    assert sum(leaf.size for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(weights)}.values()) == count_params(config)
+    assert sum(leaf.size for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(weights)}.values()) == count_params(
+        config
+    )
 
 
 def test_a_shared_basis_computes_what_its_copies_compute() -> None:
