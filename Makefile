@@ -26,7 +26,7 @@ test: $(VENV)/.installed-test ## Run the tests
 lint: $(VENV)/.installed-dev ## Check style, types and import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports
 
 clean: ## Remove .venv, builds and caches

@@ -61,7 +61,9 @@ def bundled_table() -> str:
 def bundled_sample() -> str:
     """A completion by the compressed model."""
     measured = _measured()
-    return f"```python\n{measured['prompt']}{measured['compressed']['completion'].rstrip()}\n```"
+    options = ", ".join(f"{name} {value}" for name, value in measured["options"].items())
+    code = measured["prompt"] + measured["compressed"]["completion"].rstrip()
+    return f"({options})\n\n```python\n{code}\n```"
 
 
 def families() -> str:

@@ -5,4 +5,6 @@ from converters.families import FAMILIES
 from converters.family import Family
 from converters.report import ConversionReport
 
+__flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
+
 __all__ = ["FAMILIES", "ConversionReport", "Family", "convert"]

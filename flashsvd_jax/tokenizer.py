@@ -36,7 +36,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the model expects at the start."""
-        return list(self.hf.encode(text))
+        return list(self.hf.encode(text, verbose=False))
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next.

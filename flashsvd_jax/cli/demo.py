@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flashsvd_jax.model import Model
 
-PROMPT = '''class Stack:
-    """A last-in, first-out container."""
+PROMPT = '''import argparse
 
-    def __init__(self):'''
+
+def main():
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__)'''
+MAX_LENGTH = 1024
+OPTIONS = {"temperature": 0.5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("--prompt", default=PROMPT, help="the text to complete")
-    parser.add_argument("--max-tokens", type=int, default=160, metavar="N", help="length of the completion")
+    parser.add_argument("--max-tokens", type=int, default=120, metavar="N", help="length of the completion")
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -43,9 +47,9 @@ def _complete(folder: Path, prompt: str, max_tokens: int) -> "Model":
     from flashsvd_jax.model import load
     from flashsvd_jax.sampling import SamplingParams
 
-    model = load(folder, max_length=1024)
+    model = load(folder, max_length=MAX_LENGTH, dtype=_dtype())
     print(prompt, end="", flush=True)
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    params = SamplingParams(max_tokens=max_tokens, **OPTIONS)
     piece = None
     for piece in stream_generate(model, prompt, params):
         print(piece.text, end="", flush=True)
@@ -56,13 +60,20 @@ def _complete(folder: Path, prompt: str, max_tokens: int) -> "Model":
     return model
 
 
+def _dtype() -> str | None:
+    """As stored on a GPU; float32 on a CPU, which only emulates half precision."""
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
 def _perplexities(compressed: "Model", dense_folder: Path, text: str) -> None:
     from flashsvd_jax.model import load
     from flashsvd_jax.schema import count_params
     from flashsvd_jax.scoring import perplexity
 
     print("| model | parameters | perplexity |\n|---|---|---|")
-    for name, model in (("dense", load(dense_folder, max_length=1024)), ("compressed", compressed)):
+    for name, model in (("dense", load(dense_folder, max_length=MAX_LENGTH, dtype=_dtype())), ("compressed", compressed)):
         result = perplexity(model, text)
         print(
             f"| {name} | {count_params(model.config):,} | {result.value:.3f} ± {result.standard_error:.3f} |",

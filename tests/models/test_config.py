@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,16 @@ def test_defaults_of_each_family_are_read_alike_from_a_whole_and_from_a_saved_co
     assert (whole.head_dim, whole.windows[-1]) == (128, hf.sliding_window if family == "Mistral" else None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_absent_fields_mean_what_transformers_takes_them_for(family: str) -> None:
-    raw = minimal(model_type=family.lower())
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *((family, {"num_key_value_heads": None, "num_attention_heads": 32, "head_dim": 2}) for family in FAMILIES),
+        *((family, {"use_sliding_window": True, "max_window_layers": 1}) for family in ("Qwen2", "Qwen3")),
+    ],
+)
+def test_absent_fields_mean_what_transformers_takes_them_for(family: str, given: dict[str, Any]) -> None:
+    raw = minimal(model_type=family.lower(), hidden_size=64, **given)
     fields = {name: value for name, value in raw.items() if name != "model_type"}
     hf = getattr(transformers, f"{family}Config")(**fields)
     tokens = {"bos_token_id": None, "eos_token_ids": ()}  # no token ends a text unless the config names it
@@ -124,21 +132,23 @@ LONGROPE = {"original_max_position_embeddings": 32, "short_factor": [1.0] * 3, "
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
         ({"head_dim": 5}, "head_dim 5 is odd"),
+        ({"head_dim": 2, **scaled("dynamic", factor=2.0)}, "head_dim 2 is odd or too small"),
         ({"hidden_size": 25}, "hidden_size 25 is not a multiple of num_attention_heads 4; give head_dim"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25 is not supported"),
-        ({"vocab_size": 0}, "must be positive.*vocab_size|vocab_size must be"),
-        ({"num_hidden_layers": -1}, "must be positive.*num_layers|num_hidden_layers must be"),
-        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.75}}, "partial_rotary_factor 0.75 is not supported"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "sets by layer type are not supported"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is beyond"),
         (scaled("xpos", factor=2.0), "rope scaling 'xpos' is not known; known: default, linear"),
         ({"rope_scaling": {"type": "ntk"}}, "rope scaling 'ntk' is not known"),
         (scaled("linear"), "rope scaling 'linear' needs a factor"),
         (scaled("dynamic"), "rope scaling 'dynamic' needs a factor"),
         (scaled("llama3", factor=8.0), "rope scaling 'llama3' needs original_max_position_embeddings"),
+        (scaled("llama3", factor=8.0, original_max_position_embeddings=32, low_freq_factor=4.0), "low_freq_factor must be below"),
         (scaled("longrope", factor=2.0), "rope scaling 'longrope' needs short_factor and long_factor"),
+        (scaled("longrope", **{**LONGROPE, "original_max_position_embeddings": 1}), "original_max_position_embeddings above 1"),
         (scaled("longrope", **{**LONGROPE, "long_factor": []}), "rope scaling 'longrope' needs short_factor and long_factor"),
         (scaled("longrope", **{**LONGROPE, "long_factor": [1.0] * 4}), "long_factor has 4 entries, head_dim needs 3"),
         (scaled("longrope", **{**LONGROPE, "short_factor": [1.0] * 2}), "short_factor has 2 entries, head_dim needs 3"),
@@ -148,6 +158,36 @@ LONGROPE = {"original_max_position_embeddings": 32, "short_factor": [1.0] * 3, "
 )  # fmt: skip
 def test_what_is_not_computed_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
+        ModelConfig.from_hf(minimal(**fields))
+
+
+INTEGERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+            "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+FLAGS = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+SCALES = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *(({name: bad}, f"{name} must be a whole number") for name in INTEGERS for bad in (0, -2, 2.5, "8", [8], True)),
+        *(({name: bad}, f"{name} must be true or false") for name in FLAGS for bad in ("false", 1)),
+        *(({name: bad}, f"{name} must be a token id") for name in ("bos_token_id", "eos_token_id") for bad in ("2", 2.5)),
+        *(({name: bad}, f"{name} must be a positive number") for name in ("rms_norm_eps", "rope_theta")
+          for bad in (0, -1.0, math.nan, math.inf, "1e-5")),
+        *((scaled("yarn", **{name: bad}), f"{name} must be a positive number") for name in SCALES for bad in (-1, "2", math.nan)),
+        (scaled("longrope", **{**LONGROPE, "long_factor": [1.0, 0.0, 1.0]}), "long_factor must be a positive number"),
+        (scaled("longrope", **{**LONGROPE, "short_factor": 2.0}), "short_factor must be a list of numbers"),
+        ({"rope_theta": 1.0}, "rope_theta must be above 1"),
+        ({"rope_scaling": "linear"}, "rope_parameters must be one set of values"),
+        ({**WINDOWED, "sliding_window": 0}, "sliding_window must be a whole number"),
+        ({**WINDOWED, "max_window_layers": -1}, "max_window_layers must be a whole number of at least 0"),
+        ({**WINDOWED, "layer_types": "full_attention"}, "layer_types must name"),
+        ({**WINDOWED, "use_sliding_window": "yes"}, "use_sliding_window must be true or false"),
+    ],
+)  # fmt: skip
+def test_a_damaged_field_is_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"config.json: {message}"):
         ModelConfig.from_hf(minimal(**fields))
 
 

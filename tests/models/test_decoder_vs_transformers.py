@@ -37,13 +37,6 @@ def test_full_logits_of_unpadded_left_padded_and_right_padded_sequences(pair: Re
     np.testing.assert_allclose(got[mask == 1], want[mask == 1], rtol=0, atol=TOLERANCE)
 
 
-def test_full_logits_without_a_mask_takes_every_token_as_real() -> None:
-    pair = reference("llama")
-    tokens = draw_tokens(pair)
-    got = full(pair.config, device_weights(pair), tokens)
-    np.testing.assert_allclose(got, pair.logits(tokens), rtol=0, atol=TOLERANCE)
-
-
 def test_prompts_of_different_lengths_decode_greedily_as_transformers_generates(pair: Reference) -> None:
     tokens = draw_tokens(pair, int(PROMPTS.max()))
     generated = _generate(pair, [row[:prompt] for row, prompt in zip(tokens, PROMPTS, strict=True)])

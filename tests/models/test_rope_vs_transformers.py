@@ -98,6 +98,22 @@ def test_frequencies_of_published_models(name: str) -> None:
     assert_same_frequencies(raw_config(**LARGE[name]), length=5000)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {
+            **spell(SMALL_YARN, "rope_scaling"),
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50.0},
+        },
+        {**spell(SMALL_YARN, "rope_scaling"), "original_max_position_embeddings": 32},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "rope_theta": 500.0}, "rope_theta": 1000.0},
+    ],
+    ids=["both_spellings", "original_length_twice", "theta_twice"],
+)
+def test_where_a_config_says_a_thing_twice_the_same_one_counts(fields: dict[str, Any]) -> None:
+    assert_same_frequencies(raw_config(**fields), length=10)
+
+
 def test_tables_at_many_positions_are_those_of_transformers() -> None:
     raw = raw_config(**spell(SCALINGS["llama3"], "rope_parameters"))
     config, positions = ModelConfig.from_hf(raw), np.array([[0, 1, 2, 100], [7, 31, 500, 4095]], np.int32)

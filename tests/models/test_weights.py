@@ -93,10 +93,9 @@ def test_a_shared_basis_computes_what_its_copies_compute() -> None:
     )
 
 
-@pytest.mark.parametrize("architecture", ["llama_bias", "qwen3"])
-def test_a_wrong_sized_array_does_not_pass_unnoticed(architecture: str) -> None:
-    """Every array's shape enters the arithmetic: none can be transposed, cut or left out without an error."""
-    pair = reference(architecture, factorized=True)
+def test_every_array_has_a_part_in_the_arithmetic() -> None:
+    """An array of another size is an error, so none is left unread."""
+    pair = reference("llama_bias", factorized=True)
     flat = flatten(pair.params)
     trace = functools.partial(full_logits, pair.config, tokens=np.zeros((2, 3), np.int32))
     for name in flat:
