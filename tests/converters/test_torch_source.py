@@ -181,7 +181,7 @@ def test_wrapped_state_dict(tmp_path, key):
 
 def test_attributes_of_a_state_dict_do_not_hide_its_methods(tmp_path):
     saved = OrderedDict(a=torch.ones(2))
-    vars(saved).update(_metadata={"": {"version": 1}}, items="x", values="x", keys="x", get="x")
+    vars(saved).update(_metadata={"": {"version": 1}}, values="x", keys="x", get="x")
     torch.save(saved, tmp_path / "model.pt")
     assert_same(tmp_path / "model.pt", {"a": torch.ones(2)})
 

@@ -99,6 +99,16 @@ def test_a_row_does_not_depend_on_its_place_nor_on_rows_that_fill_the_batch(
     assert got == [drawn[i] for i in rows] + [[]] * (4 - len(rows))
 
 
+def test_padding_counts_as_no_token_of_the_prompt(tiny: Any, complete: Complete) -> None:
+    """Padding is token 0; an encouraging penalty shows whether it was taken for one that the prompt has."""
+    p = dataclasses.replace(GREEDY, repetition_penalty=0.01, max_tokens=3)
+    engine = tiny.engine(batch=4)
+    prompts = [[token] * length for token, length in zip((7, 60, 113, 251), LENGTHS, strict=True)]
+    loops = [plain_loop(engine, prompt, p, 3) for prompt in prompts]
+    assert any(logits[0, 0] > 0 for _, logits in loops) and not any(0 in tokens for tokens, _ in loops)
+    assert complete(engine, prompts, [p] * 4) == [tokens for tokens, _ in loops]
+
+
 @pytest.mark.parametrize("decode_chunk", [1, 3, 8, 32])
 def test_the_number_of_tokens_in_a_dispatch_changes_nothing(
     tiny: Any, prompts: list[list[int]], drawn: list[list[int]], decode_chunk: int
