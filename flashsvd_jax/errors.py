@@ -30,3 +30,8 @@ class MissingExtraError(FlashSVDError):
 
     def __init__(self, feature: str, package: str, extra: str):
         super().__init__(f"{feature} needs {package}: install it with  pip install 'flashsvd-jax[{extra}]'")
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, cut to one line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from flashsvd_jax.errors import ModelNotFoundError
+from flashsvd_jax.errors import ModelNotFoundError, first_line
 
 # Weights and what describes them; never code.
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.model", "*.jinja", "merges.txt"]
@@ -27,6 +27,7 @@ def resolve_model(path_or_hub_id: str | Path, wanted: list[str] | None = None) -
     name, _, revision = name.partition("@")
     if name.count("/") != 1 or text.startswith((".", "/", "~")):
         raise ModelNotFoundError(f"{text}: no such file or folder, and not a hub id of the form owner/name")
+    import httpx
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -40,10 +41,10 @@ def resolve_model(path_or_hub_id: str | Path, wanted: list[str] | None = None) -
     except LocalEntryNotFoundError as error:
         raise ModelNotFoundError(f"{name} is not here, and the hub cannot be reached to download it") from error
     except (HfHubHTTPError, HFValidationError) as error:
-        raise ModelNotFoundError(f"{name} cannot be had from the hub: {str(error).splitlines()[0]}") from error
-    except OSError as error:
+        raise ModelNotFoundError(f"{name} cannot be had from the hub: {first_line(error)}") from error
+    except (OSError, httpx.HTTPError) as error:
         raise ModelNotFoundError(
-            f"downloading {name} was interrupted ({error}); run the same command to go on with it"
+            f"downloading {name} was interrupted ({first_line(error)}); run the same command to go on with it"
         ) from error
     path = Path(folder) / subfolder
     if not path.is_dir():

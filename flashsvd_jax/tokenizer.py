@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashsvd_jax.errors import CheckpointError, RequestError
+from flashsvd_jax.errors import CheckpointError, RequestError, first_line
 
 
 class Tokenizer:
@@ -23,7 +23,7 @@ class Tokenizer:
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its backends do
-            raise CheckpointError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+            raise CheckpointError(f"{folder}: no usable tokenizer ({first_line(error)})") from error
 
     @property
     def end_ids(self) -> tuple[int, ...]:
