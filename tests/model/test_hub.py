@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
@@ -59,6 +60,10 @@ def test_what_is_neither_path_nor_hub_id_is_said_to_be(hub: Any, name: str) -> N
     ("error", "message"),
     [
         (LocalEntryNotFoundError("offline"), "owner/name is not here, and the hub cannot be reached"),
+        (
+            httpx.ReadError("connection reset"),
+            "downloading owner/name was interrupted .connection reset.; run the same command",
+        ),
         (
             OSError("connection reset"),
             "downloading owner/name was interrupted .connection reset.; run the same command",
