@@ -73,7 +73,10 @@ def _perplexities(compressed: "Model", dense_folder: Path, text: str) -> None:
     from flashsvd_jax.scoring import perplexity
 
     print("| model | parameters | perplexity |\n|---|---|---|")
-    for name, model in (("dense", load(dense_folder, max_length=MAX_LENGTH, dtype=_dtype())), ("compressed", compressed)):
+    for name, model in (
+        ("dense", load(dense_folder, max_length=MAX_LENGTH, dtype=_dtype())),
+        ("compressed", compressed),
+    ):
         result = perplexity(model, text)
         print(
             f"| {name} | {count_params(model.config):,} | {result.value:.3f} ± {result.standard_error:.3f} |",

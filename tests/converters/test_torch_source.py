@@ -204,7 +204,10 @@ def test_views_and_shapes(tmp_path):
     expected = {
         "base": base,
         "transposed": base.t(),
-        "offset": base[1:3],
+        "row_1": base[1],
+        "row_2": base[2],
+        "square": base[:, :4],
+        "square_transposed": base[:, :4].t(),
         "every_other": base[::2, 1::3],
         "expanded": base[0, :1].expand(5),
         "expanded_rows": base[:1].expand(3, 6),

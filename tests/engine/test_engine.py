@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled_decoder import full
@@ -208,6 +209,13 @@ def test_a_completion_ends_when_the_cache_is_full(tiny: Any, complete: Complete,
     assert complete(tiny.engine(batch=1), [longest], [asked[0]]) == [got[1]]
 
 
+def test_a_cache_that_is_no_whole_number_of_chunks_holds_a_padded_prompt(tiny: Any, complete: Complete) -> None:
+    engine = Engine(tiny.config, tiny.weights, batch=4, max_length=89, prefill_chunk=16)
+    prompt = np.random.default_rng(1).integers(0, tiny.config.vocab_size, 85).tolist()
+    endless = dataclasses.replace(GREEDY, max_tokens=None)
+    assert complete(engine, [prompt], [endless])[0] == plain_loop(engine, prompt, GREEDY, 4)[0]
+
+
 def test_logprobs_stand_beside_their_tokens(tiny: Any, prompts: list[list[int]], drawn: list[list[int]]) -> None:
     """Also where the first token was found in a chunk before the last one."""
     engine = tiny.engine(batch=4)
@@ -305,6 +313,14 @@ def test_a_decode_step_needs_little_memory_beside_the_cache(batch: int) -> None:
     assert cache >= 2**24
     assert step.alias_size_in_bytes >= cache  # the donated cache is the one that comes out
     assert step.temp_size_in_bytes < 1.1 * cache / layers
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_decode_step_can_be_made_in_half_precision(tiny: Any, dtype: str) -> None:
+    """Traced only: what a step gives back must have the types of what it takes."""
+    weights = jax.tree.map(lambda a: np.asarray(a).astype(jnp.dtype(dtype)), tiny.weights)
+    text = Engine(tiny.config, weights, batch=2, max_length=32).lower_decode().as_text()
+    assert {"bfloat16": "xbf16>", "float16": "xf16>"}[dtype] in text
 
 
 def rows_of(blocks: Sequence[TokenBlock]) -> list[list[int]]:

@@ -210,6 +210,10 @@ def test_logprobs_only_for_those_who_ask(model: Model) -> None:
     params = [SamplingParams(seed=1, max_tokens=4, logprobs=best) for best in (None, 2, 0)]
     got = batch_generate(model, PROMPTS, params)
     assert [[len(entry.top) for entry in completion.logprobs] for completion in got] == [[], [2] * 4, [0] * 4]
+    alone = complete(model, PROMPTS[1], seed=1, max_tokens=4, logprobs=2)
+    for together, entry in zip(got[1].logprobs, alone.logprobs, strict=True):
+        assert list(together.top) == list(entry.top)
+        assert together.logprob == pytest.approx(entry.logprob, abs=1e-4)
 
 
 def test_greedy_takes_the_token_of_the_best_logprob(model: Model) -> None:

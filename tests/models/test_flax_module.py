@@ -57,14 +57,16 @@ def test_apply_under_jit_gives_the_logits_of_transformers(factorized: bool) -> N
     np.testing.assert_allclose(got[mask == 1], pair.logits(TOKENS, mask)[mask == 1], rtol=0, atol=1e-4)
 
 
-def test_computes_in_the_dtype_of_its_parameters() -> None:
-    pair = reference("llama", factorized=True)
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+def test_computes_in_the_dtype_of_its_parameters(architecture: str) -> None:
+    pair = reference(architecture, factorized=True)
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), pair.params)
     got = np.asarray(jax.jit(Decoder(pair.config).apply)(half, TOKENS))
     want = pair.logits(TOKENS)
     assert got.dtype == np.float32
-    # Eight bits of mantissa, through two layers: near, yet not the float32 result.
+    # Eight bits of mantissa, through two layers: near, yet not the float32 result. The logits themselves keep all their bits.
     assert 1e-4 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
+    assert (got != got.astype(jnp.bfloat16)).mean() > 0.9
 
 
 def test_flax_flattens_and_serializes_the_tree() -> None:

@@ -45,6 +45,9 @@ LARGE: dict[str, dict[str, Any]] = {
     "qwen2.5_yarn": {"head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 1e6,
                      "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
     "codellama": {"head_dim": 128, "max_position_embeddings": 16384, "rope_theta": 1e6},
+    # So long that even the slowest pair turns: the blended range ends beyond the last frequency.
+    "yarn_beyond_the_last_pair": {"head_dim": 128, "max_position_embeddings": 2**20, "rope_theta": 10000.0,
+                                  "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2**18}},
 }  # fmt: skip
 
 Spelling = str
@@ -153,12 +156,16 @@ def test_each_sequence_of_a_batch_is_scaled_for_its_own_length(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_a_prompt_in_chunks_is_scaled_for_its_whole_length(kind: str) -> None:
-    total, chunk = MAX_POSITION + 6, 35
-    pair, tokens = model_with(SCALINGS[kind]), draw_tokens(1, total)
-    want, weights, lengths = pair.logits(tokens), device_weights(pair), np.full(1, total, np.int32)
-    cache, first = prefill_logits(pair.config, weights, used_cache(pair.config, 1, total), tokens[:, :chunk], lengths)
-    _, second = extend_logits(pair.config, weights, cache, tokens[:, chunk:], np.int32(chunk), lengths)
-    np.testing.assert_allclose(np.concatenate([first, second], axis=1), want, rtol=0, atol=1e-4)
+    chunk, chunks = 23, 3  # before the last of them the model is still within its first positions
+    pair, tokens = model_with(SCALINGS[kind]), draw_tokens(1, chunk * chunks)
+    weights, lengths = device_weights(pair), np.full(1, chunk * chunks, np.int32)
+    cache, first = prefill_logits(pair.config, weights, used_cache(pair.config, 1, 80), tokens[:, :chunk], lengths)
+    got = [first]
+    for start in range(chunk, chunk * chunks, chunk):
+        part = tokens[:, start : start + chunk]
+        cache, logits = extend_logits(pair.config, weights, cache, part, np.int32(start), lengths)
+        got.append(logits)
+    np.testing.assert_allclose(np.concatenate(got, axis=1), pair.logits(tokens), rtol=0, atol=1e-4)
 
 
 def test_both_spellings_read_the_same(scaling: dict[str, Any]) -> None:
