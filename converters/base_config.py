@@ -76,8 +76,6 @@ def model_config(found: FoundConfig) -> ModelConfig:
         return ModelConfig.from_hf(found.hf)
     except ConfigError as error:
         raise ConfigError(f"{found.origin}: {error}") from error
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ConfigError(f"{found.origin}: a field is of the wrong kind: {error}") from error
 
 
 def base_name(own: FoundConfig | None) -> str | None:

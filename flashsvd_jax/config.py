@@ -223,8 +223,8 @@ def _windows(kind: str, hf: Mapping[str, Any], layers: int) -> tuple[int | None,
     """Each layer's sliding window. Mistral windows every layer; Qwen only those named, and only when it says so."""
     if kind.startswith("qwen") and not flag(hf, "use_sliding_window", False):
         return (None,) * layers
-    # An absent key means transformers' default for the model; null means none.
-    given = hf.get("sliding_window", 4096 if kind == "mistral" else None)
+    # An absent key means transformers' default, null means none.
+    given = hf.get("sliding_window", None if kind == "llama" else 4096)
     window = integer({"sliding_window": given}, "sliding_window", 0)
     if kind == "llama" or not window:
         return (None,) * layers

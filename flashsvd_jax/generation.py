@@ -31,7 +31,7 @@ class Statistics:
     """Times of one call, in seconds of wall clock.
 
     Attributes:
-      prompt_tokens, generated_tokens: of this completion.
+      prompt_tokens, generated_tokens: of this completion, an end token included that its ids leave out.
       time_to_first_token: from the call to the first token on the host, compilation included.
       decode_seconds: from the first token to the last one.
       compiled: executables built meanwhile; 0 for a warm call.

@@ -42,7 +42,7 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _complete(folder: Path, prompt: str, max_tokens: int) -> "Model":
-    from flashsvd_jax.cli.generate import describe
+    from flashsvd_jax.cli.generate import announce_compilation, describe
     from flashsvd_jax.generation import stream_generate
     from flashsvd_jax.model import load
     from flashsvd_jax.sampling import SamplingParams
@@ -51,7 +51,7 @@ def _complete(folder: Path, prompt: str, max_tokens: int) -> "Model":
     print(prompt, end="", flush=True)
     params = SamplingParams(max_tokens=max_tokens, **OPTIONS)
     piece = None
-    for piece in stream_generate(model, prompt, params):
+    for piece in announce_compilation(stream_generate(model, prompt, params)):
         print(piece.text, end="", flush=True)
     assert piece is not None
     print(f"\n\ncold: {describe(piece.statistics)}")

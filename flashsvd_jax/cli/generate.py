@@ -2,6 +2,8 @@
 
 import argparse
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from flashsvd_jax.cli.options import add_model_options, add_sampling_options, load_model, sampling_params
@@ -26,12 +28,26 @@ def print_stream(model: Any, prompt: Any, params: Any) -> Any:
     from flashsvd_jax.generation import stream_generate
 
     piece = None
-    for piece in stream_generate(model, prompt, params):
+    for piece in announce_compilation(stream_generate(model, prompt, params)):
         print(piece.text, end="", flush=True)
     print(flush=True)
     assert piece is not None
     print(describe(piece.statistics), file=sys.stderr)
     return piece
+
+
+def announce_compilation(pieces: Iterator[Any]) -> Iterator[Any]:
+    """Passes pieces on; says what is going on if the first is not there after two seconds."""
+    message = "compiling for this model and prompt length; the next call finds it done"
+    timer = threading.Timer(2.0, print, [message], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        for piece in pieces:
+            timer.cancel()
+            yield piece
+    finally:
+        timer.cancel()
 
 
 def describe(statistics: Any) -> str:

@@ -128,7 +128,7 @@ def test_base_that_is_no_configuration(published, tmp_path) -> None:
     for config, words in (
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({}, "model_type is missing"),
-        (hf_config(published("sequential").model, num_attention_heads="many"), "a field is of the wrong kind"),
+        (hf_config(published("sequential").model, num_attention_heads="many"), "num_attention_heads"),
     ):
         write_config(tmp_path, config)
         message = refuse(source, words, tmp_path, ConfigError, base=tmp_path)
