@@ -1,6 +1,7 @@
 """Keys and values of every position so far: fixed shapes, one array a layer.
 
-One array a layer, because an update of a stacked cache inside a loop copies it, donated or not (a test holds this).
+One array a layer, because an update of a stacked cache inside a loop copies it, donated or not; that this one is updated in place
+is tested.
 """
 
 import dataclasses

@@ -1,5 +1,6 @@
 """Text to tokens and back, through `transformers`: encoding, chat templates, and decoding a stream piece by piece."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
+        # transformers advises at import to install PyTorch; tokenizers need none.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
         try:
