@@ -22,6 +22,7 @@ from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
+from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.schema import schema
 from pallas_kernels import hardware_rank
@@ -76,11 +77,15 @@ def measure(
     """
     engine = Engine(config, weights, batch=batch, max_length=context + new_tokens + 1, decode_chunk=decode_chunk)
     prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context)).tolist()
-    compiled, hits, clock = compile_count(), cache_hits(), time.perf_counter()
-    _run(engine, prompts, new_tokens)
-    cold = time.perf_counter() - clock
-    compiled, hits = compile_count() - compiled, cache_hits() - hits
-    times = [_run(engine, prompts, new_tokens) for _ in range(repeats)]
+    with progress_bar(f"{name}, batch {batch}, context {context}", total=repeats + 1, unit=" runs") as bar:
+        compiled, hits, clock = compile_count(), cache_hits(), time.perf_counter()
+        _run(engine, prompts, new_tokens)
+        cold = time.perf_counter() - clock
+        compiled, hits = compile_count() - compiled, cache_hits() - hits
+        times = []
+        for _ in range(repeats):
+            bar.update()
+            times.append(_run(engine, prompts, new_tokens))
     prefill, step = [t[0] for t in times], [t[1] for t in times]
     dtype = weights.embedding.dtype
     read = bytes_per_token(config, weights, batch, context + new_tokens // 2)

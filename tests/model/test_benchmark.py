@@ -1,0 +1,89 @@
+"""The rows of `flashsvd bench`: what they count, and that the three forms of output say the same."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from flashsvd_jax.benchmark import measure, random_weights
+from flashsvd_jax.cli import main
+from flashsvd_jax.errors import RequestError
+from flashsvd_jax.kv_cache import cache_bytes
+from flashsvd_jax.schema import schema
+from flashsvd_jax.shapes import SHAPES, shape_config
+
+
+def test_a_decode_row_counts_the_bytes_that_a_step_reads() -> None:
+    config = shape_config("tiny", 0.5)
+    pp, tg = measure(
+        config, random_weights(config, "float32"), name="tiny", batch=2, context=16, new_tokens=8, repeats=2, bandwidth=1e9
+    )  # fmt: skip
+    assert (pp.suite, pp.test, tg.suite, tg.test) == ("prefill", "pp16", "decode", "tg8 @ d16")
+    factors = sum(spec.size for name, spec in schema(config).items() if name != "embed_tokens.weight")
+    least = 4 * factors + cache_bytes(config, 2, 20, 4)
+    assert least <= tg.bytes_per_token <= 1.1 * least  # padded ranks read a little more
+    assert tg.floor_ms == pytest.approx(1e3 * tg.bytes_per_token / 1e9, rel=1e-3)
+    assert tg.compiled == 2 and 0 < tg.fraction_of_bandwidth == pytest.approx(tg.floor_ms / tg.ms_per_token, rel=1e-2)
+    assert tg.tokens_per_s == pytest.approx(2e3 / tg.ms_per_token, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_have_the_published_ranks(name: str) -> None:
+    assert not shape_config(name).factorization
+    ranks = shape_config(name, 0.5).factorization.rank_by_site
+    if name == "llama-2-7b":
+        assert ranks["layers_31.self_attn.q_proj"] == 1024 and ranks["layers_0.mlp.down_proj"] == 1492
+    assert "lm_head" not in ranks
+
+
+def test_unknown_shapes_and_ratios_are_refused() -> None:
+    with pytest.raises(RequestError, match="no shape named 'huge'; known: llama-2-7b"):
+        shape_config("huge")
+    for ratio in (0.0, 1.5):
+        with pytest.raises(RequestError, match="ratio must be above 0 and at most 1"):
+            shape_config("tiny", ratio)
+
+
+def test_rows_are_the_same_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.jsonl"
+    command = [
+        "bench",
+        "--shape",
+        "tiny",
+        "--dtype",
+        "float32",
+        "-p",
+        "16",
+        "-n",
+        "8",
+        "-r",
+        "1",
+        "--append",
+        str(file),
+    ]
+    for form in ("jsonl", "csv", "md"):
+        assert main([*command, "-o", form]) == 0
+        printed = capsys.readouterr().out
+        rows = [json.loads(line) for line in file.read_text().splitlines()][-2:]
+        match form:
+            case "jsonl":
+                assert [json.loads(line) for line in printed.splitlines()] == rows
+            case "csv":
+                assert list(csv.DictReader(io.StringIO(printed)))[1]["test"] == rows[1]["test"]
+            case "md":
+                assert len(printed.splitlines()) == 4 and f"{rows[1]['ms_per_token']:.3f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either a model or --shape"),
+        (["--shape", "tiny", "-r", "0"], "--new and --repeats must be at least 1"),
+        (["--shape", "tiny", "--ratio", "half"], "--ratio 'half' is not a list of numbers"),
+    ],
+)
+def test_wrong_calls_are_explained(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *options]) == 1
+    assert message in capsys.readouterr().err
