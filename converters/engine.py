@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from converters.base_config import FoundConfig, base_config, base_name, folder_of, model_config, own_config
 from converters.detect import Detection, detect, refuse_files
@@ -24,9 +23,9 @@ from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.config import RopeConfig
 from flashsvd_jax.errors import ConversionError
+from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import count_params
 
-_SECONDS_BEFORE_BAR = 2.0
 _SAMPLING_FILE = "generation_config.json"
 _MAX_NAMED = 5
 
@@ -136,13 +135,14 @@ def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None
         sources=tuple(files),
         notes=job.notes,
     )
-    stored = job.plan.stored.items()
-    bar = tqdm(stored, desc=f"converting {dst.name}", unit="tensor", delay=_SECONDS_BEFORE_BAR, disable=not progress)
+    stored = job.plan.stored
+    bar = progress_bar(f"converting {dst.name}", len(stored), " tensors", progress)
     try:
         with warnings.catch_warnings(), bar, FolderWriter(dst, job.base.hf, manifest, copy_files=companions) as writer:
             warnings.simplefilter("error", WeightWarning)  # of no use to anybody, so nothing is written
-            for name, info in bar:
+            for name, info in stored.items():
                 writer.add(name, job.source.get(info.name))
+                bar.update()
     except WeightWarning as warning:
         raise ConversionError(f"{warning}; nothing was written") from warning
 
