@@ -8,9 +8,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from flashsvd_jax.config import ModelConfig
+from pallas_kernels import write_slots
 
 
 @jax.tree_util.register_dataclass
@@ -25,6 +25,11 @@ class KVCache:
     def length(self) -> int:
         """Number of slots."""
         return self.keys[0].shape[2]
+
+    def replace(self, layer: int, keys: jax.Array, values: jax.Array) -> "KVCache":
+        """The cache with other arrays for one layer."""
+        put = lambda arrays, array: (*arrays[:layer], array, *arrays[layer + 1 :])  # noqa: E731
+        return KVCache(put(self.keys, keys), put(self.values, values))
 
 
 def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
@@ -44,14 +49,6 @@ def write(cache: KVCache, layer: int, keys: jax.Array, values: jax.Array, start:
 
     ``start`` is [] where all sequences are at the same position, else [batch].
     """
-    updated = []
-    for old, new in ((cache.keys[layer], keys), (cache.values[layer], values)):
-        if start.ndim == 0 or old.shape[0] == 1:
-            updated.append(lax.dynamic_update_slice_in_dim(old, new, start.reshape(()), axis=2))
-        else:
-            put = jax.vmap(lambda o, n, s: lax.dynamic_update_slice_in_dim(o, n, s, axis=1))
-            updated.append(put(old, new, start))
-    # Without the barrier XLA's CPU backend fuses the update into the product that reads it too, and copies the cache for that.
-    new_keys, new_values = lax.optimization_barrier(tuple(updated))
-    replace = lambda arrays, array: (*arrays[:layer], array, *arrays[layer + 1 :])  # noqa: E731
-    return KVCache(replace(cache.keys, new_keys), replace(cache.values, new_values))
+    return cache.replace(
+        layer, write_slots(cache.keys[layer], keys, start), write_slots(cache.values[layer], values, start)
+    )

@@ -34,13 +34,6 @@ def rotary_tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates heads x [batch, heads, tokens, head_dim] by tables [batch, tokens, head_dim // 2], in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def _inverse_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array) -> jax.Array:
     """float32 [batch, head_dim // 2] (or [1, head_dim // 2] where the length does not matter)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim

@@ -1,19 +1,45 @@
 """Operations of low-rank inference: what they compute, and the ways to compute them. Knows nothing of models."""
 
-from pallas_kernels.attention import attend
-from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack, project
-from pallas_kernels.registry import Implementation, Op, ops
+from pallas_kernels import triton as _triton  # noqa: F401  (registers its implementations)
+from pallas_kernels.attention import (
+    attend,
+    attend_cached,
+    causal_mask,
+    rotate,
+    rotated_heads,
+    split_heads,
+    write_slots,
+)
+from pallas_kernels.norm import Norm, rms_norm
+from pallas_kernels.products import project
+from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
+from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
+from pallas_kernels.target import Target, assume_target, target
 
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 
 __all__ = [
     "Implementation",
+    "Norm",
     "Op",
     "PackedProjection",
     "Projection",
+    "Target",
+    "assume_target",
     "attend",
+    "attend_cached",
+    "causal_mask",
     "hardware_rank",
+    "implementation_names",
     "ops",
     "pack",
+    "prefer",
     "project",
+    "record",
+    "rms_norm",
+    "rotate",
+    "rotated_heads",
+    "split_heads",
+    "target",
+    "write_slots",
 ]

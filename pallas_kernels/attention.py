@@ -4,7 +4,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.registry import Op
 
 
@@ -35,4 +37,96 @@ def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads * head_dim).astype(q.dtype)
 
 
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
+    """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""
+    return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates heads x [batch, heads, tokens, head_dim] by tables [batch, tokens, head_dim // 2], in float32.
+
+    Element i of a head is paired with element i + head_dim // 2 (the Llama convention of RoPE, Su et al. 2021).
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotated_heads(
+    q: jax.Array,
+    k: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    head_dim: int,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Projected queries and keys [batch, tokens, heads * head_dim] as heads, normed if the model does that, and rotated."""
+    q, k = split_heads(q, head_dim), split_heads(k, head_dim)
+    q = q if q_norm is None else rms_norm(q, q_norm)
+    k = k if k_norm is None else rms_norm(k, k_norm)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def causal_mask(query_positions: jax.Array, key_positions: jax.Array, real: jax.Array, window: int | None) -> jax.Array:
+    """bool [batch, queries, keys]: keys not after the query, real ones only, the last ``window`` of them if that is given."""
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    causal = (distance >= 0) & real[:, None, :]
+    return causal if window is None else causal & (distance < window)
+
+
+def attend_cached_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    start: jax.Array,
+    lengths: jax.Array,
+    *,
+    window: int | None = None,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """New tokens of sequences in a cache: norm and rotation of their queries and keys, the cache's update, attention over it.
+
+    Args:
+      q: [batch, tokens, heads * head_dim], as projected; k, v: [batch, tokens, kv_heads * head_dim].
+      keys, values: the cache, [batch, kv_heads, slots, head_dim]; slot i holds position i.
+      cos, sin: float32 [batch, tokens, head_dim // 2], of the new tokens' positions.
+      start: int32 [] or [batch], position of the first new token; with the tokens after it, within the cache.
+      lengths: int32 [batch]; slots from there on are seen by nobody.
+      window: a query sees this many positions, itself included; all before it if None.
+      q_norm, k_norm: over head_dim, before rotation.
+
+    Returns:
+      Attention [batch, tokens, heads * head_dim], and the cache with the new tokens in it.
+    """
+    batch, tokens, _ = q.shape
+    head_dim = keys.shape[-1]
+    q, k = rotated_heads(q, k, cos, sin, head_dim, q_norm, k_norm)
+    keys = write_slots(keys, k, start)
+    values = write_slots(values, split_heads(v, head_dim), start)
+    # Without the barrier XLA's CPU backend fuses the update into the product that reads it too, and copies the cache for that.
+    keys, values = lax.optimization_barrier((keys, values))
+    positions = jnp.broadcast_to(start, (batch,))[:, None] + jnp.arange(tokens, dtype=jnp.int32)
+    slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
+    mask = causal_mask(positions, slots, slots < lengths[:, None], window)
+    return attend(q, keys, values, mask), keys, values
+
+
+def write_slots(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes new [batch, kv_heads, tokens, head_dim] into cache [batch, kv_heads, slots, head_dim] from slot ``start`` on.
+
+    ``start`` is [] where all sequences are at the same position, else [batch].
+    """
+    if start.ndim == 0 or cache.shape[0] == 1:
+        return lax.dynamic_update_slice_in_dim(cache, new, start.reshape(()), axis=2)
+    put = jax.vmap(lambda old, rows, first: lax.dynamic_update_slice_in_dim(old, rows, first, axis=1))
+    return put(cache, new, start)
+
+
 attend = Op("attend", attend_reference)
+attend_cached = Op("attend_cached", attend_cached_reference)

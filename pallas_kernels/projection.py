@@ -21,9 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-
-from pallas_kernels.registry import Op
 
 
 @jax.tree_util.register_dataclass
@@ -139,46 +136,3 @@ def pack(projections: Sequence[Projection], pad_rank: Callable[[int], int] = lam
         widths.append(width)
     first: Any = firsts[0] if len(firsts) == 1 else xp.concatenate(firsts)
     return PackedProjection(first, tuple(ups), tuple(p.bias for p in projections), tuple(starts), tuple(widths))
-
-
-def project_reference(x: jax.Array, packed: PackedProjection, dtype: jnp.dtype | None = None) -> tuple[jax.Array, ...]:
-    """Each member's ``x @ weight.T + bias``, accumulated in float32; latents are rounded to x's dtype between the factors.
-
-    Args:
-      x: [..., d_in].
-      packed: the members.
-      dtype: of the outputs; x's own if not given.
-
-    Returns:
-      One [..., d_out_i] a member.
-    """
-    latent = _product(x, packed.first)
-    outputs = []
-    for up, bias, start, width in zip(packed.ups, packed.biases, packed.starts, packed.widths, strict=True):
-        y = lax.slice_in_dim(latent, start, start + width, axis=-1)
-        if up is not None:
-            y = _product(y.astype(x.dtype), up)
-        if bias is not None:
-            y = y + bias.astype(jnp.float32)
-        outputs.append(y.astype(dtype or x.dtype))
-    return tuple(outputs)
-
-
-def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [..., i] times weight [o, i], contracted over i: float32 [..., o]."""
-    if math.prod(x.shape[:-1]) == 1:
-        return lax.platform_dependent(x, weight, cuda=_matrix_vector, default=_matrix_product)
-    return _matrix_product(x, weight)
-
-
-def _matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=jnp.float32)
-
-
-def _matrix_vector(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """The same for a single row. XLA makes one row reduction of it, where a dot becomes a padded matrix product: a Llama-2-7B
-    step at ratio 0.5 takes 3.1 ms this way and 3.6 to 4.1 ms the other (H200, see bench/NOTES.md)."""
-    return (x[..., None, :].astype(jnp.float32) * weight.astype(jnp.float32)).sum(-1)
-
-
-project = Op("project", project_reference)

@@ -1,23 +1,41 @@
 """Ops and their implementations: a reference that specifies the op, and others that say what they can serve.
 
 An implementation refuses a call by returning the reason as text; the next one is tried. The reference refuses nothing, so a
-call always ends somewhere, and `explain` says where and why.
+call always ends somewhere; `Op.choose` says where and why, and `record` collects what ran. An op may span as much as its
+reference does: one product, a layer, or all of them.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
+from pallas_kernels.target import Target, target
+
 _OPS: dict[str, "Op"] = {}
+_PREFERRED: ContextVar[str | None] = ContextVar("preferred implementation", default=None)
+_RECORD: ContextVar["Record | None"] = ContextVar("record of choices", default=None)
+
+Record = dict[str, dict[str, set[str]]]
+"""Op name -> implementation name -> the reasons for which others refused the calls that it served."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op. ``refuses(*args, **kwargs)`` gives the reason why it cannot serve a call, or None."""
+    """One way to compute an op.
+
+    Attributes:
+      name: of the implementation; the same name in several ops means the same technique.
+      run: computes the op.
+      refuses: ``refuses(*args, **kwargs)`` gives the reason why it cannot serve a call, or None.
+      unavailable: gives the reason why it can serve no call at all on a device, or None.
+    """
 
     name: str
     run: Callable[..., Any]
-    refuses: Callable[..., str | None]
+    refuses: Callable[..., str | None] = lambda *args, **kwargs: None
+    unavailable: Callable[[Target], str | None] = lambda device: None
 
 
 class Op:
@@ -26,19 +44,29 @@ class Op:
     def __init__(self, name: str, reference: Callable[..., Any]):
         self.name = name
         self.reference = reference
-        self._implementations = [Implementation("xla", reference, lambda *args, **kwargs: None)]
+        self._implementations = [Implementation("xla", reference)]
         self.__doc__ = reference.__doc__
         _OPS[name] = self
 
-    def register(self, implementation: Implementation) -> None:
-        """Puts an implementation before those already there."""
+    def register(self, implementation: Implementation, *, on_request: bool = False) -> None:
+        """Puts an implementation before those already there; one ``on_request`` serves only calls that name or prefer it.
+
+        Raises:
+          ValueError: there is one of this name.
+        """
         if implementation.name in self.names:
             raise ValueError(f"{self.name} already has an implementation named {implementation.name!r}")
-        self._implementations.insert(0, implementation)
+        # The reference refuses nothing: what stands behind it is reached by name alone.
+        self._implementations.insert(len(self._implementations) if on_request else 0, implementation)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(implementation.name for implementation in self._implementations)
+
+    @property
+    def implementations(self) -> tuple[Implementation, ...]:
+        """In the order in which they are tried."""
+        return tuple(self._implementations)
 
     def choose(
         self, *args: Any, implementation: str | None = None, **kwargs: Any
@@ -51,20 +79,50 @@ class Op:
         if implementation is not None and implementation not in self.names:
             raise ValueError(f"{self.name} has no implementation {implementation!r}; it has {', '.join(self.names)}")
         refusals: dict[str, str] = {}
-        for candidate in self._implementations:
+        # Stable: what is preferred comes first, the rest keeps its order.
+        for candidate in sorted(self._implementations, key=lambda i: i.name != _PREFERRED.get()):
             if implementation not in (None, candidate.name):
                 continue
-            reason = candidate.refuses(*args, **kwargs)
+            reason = candidate.unavailable(target()) or candidate.refuses(*args, **kwargs)
             if reason is None:
                 return candidate, refusals
             refusals[candidate.name] = reason
         raise ValueError(f"{self.name}: {implementation} refuses: {refusals[implementation or '']}")
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
-        chosen, _ = self.choose(*args, implementation=implementation, **kwargs)
+        chosen, refusals = self.choose(*args, implementation=implementation, **kwargs)
+        record = _RECORD.get()
+        if record is not None:
+            reasons = record.setdefault(self.name, {}).setdefault(chosen.name, set())
+            reasons.update(f"{name}: {reason}" for name, reason in refusals.items())
         return chosen.run(*args, **kwargs)
 
 
 def ops() -> dict[str, Op]:
     """Every registered op by name."""
     return dict(_OPS)
+
+
+def implementation_names() -> set[str]:
+    """Every name that some op has an implementation by."""
+    return {name for op in _OPS.values() for name in op.names}
+
+
+@contextlib.contextmanager
+def prefer(name: str | None) -> Iterator[None]:
+    """Tries the implementations of this name first, in every op that has one and where it does not refuse."""
+    token = _PREFERRED.set(name)
+    try:
+        yield
+    finally:
+        _PREFERRED.reset(token)
+
+
+@contextlib.contextmanager
+def record(into: Record) -> Iterator[None]:
+    """Adds every choice made while a function is traced to ``into``."""
+    token = _RECORD.set(into)
+    try:
+        yield
+    finally:
+        _RECORD.reset(token)

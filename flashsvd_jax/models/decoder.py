@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, write
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
-from flashsvd_jax.rope import rotary_tables, rotate
-from pallas_kernels import attend, project
+from flashsvd_jax.rope import rotary_tables
+from pallas_kernels import Norm, attend, attend_cached, causal_mask, project, rms_norm, rotated_heads, split_heads
 
 
 def full_logits(
@@ -35,7 +35,7 @@ def full_logits(
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x = weights.embedding[tokens]
     for layer, window in zip(weights.layers, config.windows, strict=True):
-        q, k, v = _queries_keys_values(config, layer, x, tables)
+        q, k, v = _heads(config, layer, x, tables)
         x = _finish_layer(config, layer, x, attend(q, k, v, masks[window]))
     return head_logits(config, weights, x)
 
@@ -60,7 +60,7 @@ def prefill(
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x, start = weights.embedding[tokens], jnp.zeros((), jnp.int32)
     for index, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
-        q, k, v = _queries_keys_values(config, layer, x, tables)
+        q, k, v = _heads(config, layer, x, tables)
         cache = write(cache, index, k, v, start)
         x = _finish_layer(config, layer, x, attend(q, k, v, masks[window]))
     return cache, x
@@ -89,59 +89,60 @@ def extend(
     """
     first = jnp.broadcast_to(start, tokens.shape[:1])
     positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    slots = jnp.arange(cache.length, dtype=jnp.int32)[None]
-    masks = _masks(config, positions, slots, slots < lengths[:, None])
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x = weights.embedding[tokens]
     for index, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
-        q, k, v = _queries_keys_values(config, layer, x, tables)
-        cache = write(cache, index, k, v, start)
-        x = _finish_layer(config, layer, x, attend(q, cache.keys[index], cache.values[index], masks[window]))
+        q, k, v = _queries_keys_values(config, layer, x)
+        with jax.named_scope("attention"):
+            attended, keys, values = attend_cached(
+                q, k, v, cache.keys[index], cache.values[index], *tables, start, lengths,
+                window=window, q_norm=_norm(config, layer.q_norm), k_norm=_norm(config, layer.k_norm),
+            )  # fmt: skip
+        cache = cache.replace(index, keys, values)
+        x = _finish_layer(config, layer, x, attended)
     return cache, x
 
 
 def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> jax.Array:
     """Final norm and output head: x [..., embed] -> float32 [..., vocab]."""
+    norm = Norm(weights.norm, config.rms_norm_eps)
     with jax.named_scope("head"):
-        x = rms_norm(x, weights.norm, config.rms_norm_eps)
         if weights.head is None:
+            x = rms_norm(x, norm)
             return jnp.einsum("...d,vd->...v", x, weights.embedding, preferred_element_type=jnp.float32)
-        return project(x, weights.head, jnp.float32)[0]
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), statistics in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return wide.astype(x.dtype) * scale
+        return project(x, weights.head, dtype=jnp.float32, norm=norm)[0]
 
 
 def _masks(
     config: ModelConfig, query_positions: jax.Array, key_positions: jax.Array, real: jax.Array
 ) -> dict[int | None, jax.Array]:
-    """One mask [batch, queries, keys] for each window size that occurs: causal, real keys only, within the window."""
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    causal = (distance >= 0) & real[:, None, :]
-    return {window: causal if window is None else causal & (distance < window) for window in set(config.windows)}
+    """One mask [batch, queries, keys] for each window size that occurs."""
+    return {window: causal_mask(query_positions, key_positions, real, window) for window in set(config.windows)}
 
 
-def _queries_keys_values(
+def _norm(config: ModelConfig, scale: jax.Array | None) -> Norm | None:
+    return None if scale is None else Norm(scale, config.rms_norm_eps)
+
+
+def _queries_keys_values(config: ModelConfig, layer: LayerWeights, x: jax.Array) -> tuple[jax.Array, ...]:
+    """Normed and projected: q [batch, tokens, heads * head_dim], k and v with kv_heads."""
+    with jax.named_scope("qkv"):
+        return project(x, layer.qkv, norm=_norm(config, layer.input_norm))
+
+
+def _heads(
     config: ModelConfig, layer: LayerWeights, x: jax.Array, tables: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normed, projected and rotated: q [batch, heads, tokens, head_dim], k and v with kv_heads."""
-    with jax.named_scope("qkv"):
-        h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        q, k, v = (y.reshape(*y.shape[:2], -1, config.head_dim).swapaxes(1, 2) for y in project(h, layer.qkv))
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, config.rms_norm_eps)
-        return rotate(q, *tables), rotate(k, *tables), v
+    """The same as heads [batch, heads, tokens, head_dim], q and k rotated."""
+    q, k, v = _queries_keys_values(config, layer, x)
+    norms = _norm(config, layer.q_norm), _norm(config, layer.k_norm)
+    return *rotated_heads(q, k, *tables, config.head_dim, *norms), split_heads(v, config.head_dim)
 
 
 def _finish_layer(config: ModelConfig, layer: LayerWeights, x: jax.Array, attended: jax.Array) -> jax.Array:
     """Output projection and gated MLP, each added to the residual stream x [batch, tokens, embed]."""
     with jax.named_scope("attention_out"):
-        x = x + project(attended, layer.o)[0]
+        (x,) = project(attended, layer.o, residual=x)
     with jax.named_scope("mlp"):
-        gate, up = project(rms_norm(x, layer.post_attention_norm, config.rms_norm_eps), layer.gate_up)
-        return x + project(jax.nn.silu(gate) * up, layer.down)[0]
+        (gated,) = project(x, layer.gate_up, norm=_norm(config, layer.post_attention_norm), gate="silu")
+        return project(gated, layer.down, residual=x)[0]

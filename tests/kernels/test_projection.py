@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import PackedProjection, Projection, hardware_rank, pack, project
-from pallas_kernels.projection import _matrix_product, _matrix_vector
+from pallas_kernels.products import _matrix_product, _row_reduction
 
 D_IN = 13
 # (d_out, rank or None for dense, has a bias)
@@ -64,7 +64,7 @@ def test_project_is_each_members_product(members: list[Projection], shape: tuple
 def test_bfloat16_is_added_up_in_float32_and_only_latents_and_outputs_are_rounded(members: list[Projection]) -> None:
     members = jax.tree.map(lambda a: a.astype(jnp.bfloat16), members)
     x = np.random.default_rng(1).standard_normal((4, D_IN)).astype(jnp.bfloat16)
-    wide, rounded = project(x, pack(members), jnp.float32), project(x, pack(members))
+    wide, rounded = project(x, pack(members), dtype=jnp.float32), project(x, pack(members))
     for member, unrounded, output in zip(members, wide, rounded, strict=True):
         assert (unrounded.dtype, output.dtype) == (jnp.float32, jnp.bfloat16)
         if member.down is None:
@@ -81,7 +81,7 @@ def test_bfloat16_is_added_up_in_float32_and_only_latents_and_outputs_are_rounde
 def test_what_a_gpu_computes_for_a_single_row_is_the_same_product(shape: tuple[int, ...], dtype: Any) -> None:
     rng = np.random.default_rng(0)
     x, weight = (jnp.asarray(rng.standard_normal(s).astype(dtype)) for s in (shape, (7, D_IN)))
-    got, want = _matrix_vector(x, weight), _matrix_product(x, weight)
+    got, want = _row_reduction(x, weight), _matrix_product(x, weight)
     assert (got.shape, got.dtype) == (want.shape, want.dtype)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,56 @@
+"""The device that kernels are chosen for: the default one, or one that is only assumed, to compile for it or to interpret."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import jax
+
+_ASSUMED: ContextVar["Target | None"] = ContextVar("assumed target", default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A device as kernels see it.
+
+    Attributes:
+      platform: "cuda", "cpu", or what else JAX calls it.
+      kind: the device's name, such as "NVIDIA H200"; tuning tables are looked up by it.
+      capability: CUDA compute capability, (0, 0) elsewhere.
+      cores: streaming multiprocessors.
+      interpret: kernels are run by Pallas' interpreter, which needs no GPU.
+    """
+
+    platform: str
+    kind: str = ""
+    capability: tuple[int, int] = (0, 0)
+    cores: int = 1
+    interpret: bool = False
+
+
+H200 = Target("cuda", "NVIDIA H200", (9, 0), 132)
+
+
+def target() -> Target:
+    """What to choose kernels for now."""
+    assumed = _ASSUMED.get()
+    if assumed is not None:
+        return assumed
+    device = jax.config.jax_default_device or jax.devices()[0]
+    if isinstance(device, str) or device.platform != "gpu" or not hasattr(device, "compute_capability"):
+        return Target(device if isinstance(device, str) else device.platform)
+    major, _, minor = str(device.compute_capability).partition(".")
+    if not minor:  # gfx942 and the like: not NVIDIA
+        return Target("rocm", device.device_kind)
+    return Target("cuda", device.device_kind, (int(major), int(minor)), device.core_count)
+
+
+@contextlib.contextmanager
+def assume_target(assumed: Target) -> Iterator[None]:
+    """Chooses kernels for a device that need not be there, while a function is traced."""
+    token = _ASSUMED.set(assumed)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)

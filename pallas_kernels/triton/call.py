@@ -1,0 +1,92 @@
+"""How a tile program becomes a kernel: the only file that calls Pallas-Triton's lowering.
+
+A tile program is a function of references and program ids, made of loads, stores, dots and elementwise arithmetic on tiles whose
+sides are powers of two. JAX deprecates this lowering in favour of Mosaic GPU and jax-triton: what takes its place replaces this
+file, not the tile programs.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.target import Target, target
+
+SUPPORTED_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
+
+
+def launch(
+    program: Callable[..., None],
+    *operands: jax.Array,
+    name: str,
+    grid: tuple[int, ...],
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    warps: int,
+    stages: int = 1,
+    aliases: dict[int, int] | None = None,
+) -> tuple[jax.Array, ...]:
+    """Runs ``program(*operand_refs, *output_refs)`` once for every point of the grid, or has it interpreted.
+
+    Args:
+      program: the tile program; it reads whole operands and computes its own indices.
+      operands: arrays in GPU memory.
+      name: of the kernel, in profiles and in compiled code.
+      grid: number of programs along each axis.
+      outputs: shape and dtype of each output.
+      warps: of a program.
+      stages: loads in flight of a loop with dots.
+      aliases: operand number -> number of the output that takes its memory.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Pallas Triton.*deprecated.*")
+        call = pl.pallas_call(
+            program,
+            out_shape=tuple(outputs),
+            grid=grid,
+            input_output_aliases=aliases or {},
+            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+            interpret=target().interpret,
+            name=name,
+        )
+        return tuple(call(*operands))
+
+
+def load(ref: Any, *indices: Any, mask: jax.Array | None = None, once: bool = False) -> jax.Array:
+    """A tile of a reference, by index arrays that broadcast against each other; zeros where the mask is False.
+
+    ``once`` says that no other program reads the tile: it need not stay in the cache.
+    """
+    view = ref.at[_broadcast(indices)]
+    other = None if mask is None else 0.0
+    return plt.load(view, mask=mask, other=other, eviction_policy="evict_first" if once else None)
+
+
+def store(ref: Any, value: jax.Array, *indices: Any, mask: jax.Array | None = None) -> None:
+    """Writes a tile by index arrays, where the mask is True."""
+    plt.store(ref.at[_broadcast(indices)], value.astype(ref.dtype), mask=mask)
+
+
+def _broadcast(indices: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    arrays = [jnp.asarray(i, jnp.int32) for i in indices]
+    shape = jnp.broadcast_shapes(*(a.shape for a in arrays))
+    return tuple(jnp.broadcast_to(a, shape) for a in arrays)
+
+
+def unavailable(device: Target) -> str | None:
+    """Why Pallas-Triton kernels cannot run on a device at all."""
+    if device.platform != "cuda":
+        return f"written for NVIDIA GPUs, not {device.platform}"
+    if device.capability < (8, 0):
+        return f"needs compute capability 8.0 (Ampere) or newer, not {device.capability[0]}.{device.capability[1]}"
+    if device.capability >= (10, 0):
+        return f"not tried beyond Hopper; this is {device.capability[0]}.{device.capability[1]}"
+    return None
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()

@@ -1,0 +1,121 @@
+"""The decode kernels on a GPU: each op against float64, whole models against float32 and against plain XLA."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import (
+    ATTENTIONS,
+    PRODUCTS,
+    AttentionCase,
+    ProductCase,
+    attention_call,
+    attention_exact,
+    product_call,
+    product_exact,
+    relative_error,
+)
+
+from converters import convert
+from flashsvd_jax import SamplingParams, batch_generate, load
+from flashsvd_jax.benchmark import random_weights
+from flashsvd_jax.bundled import COMPRESSED, DENSE
+from flashsvd_jax.kv_cache import empty_cache
+from flashsvd_jax.models import decoder
+from flashsvd_jax.shapes import shape_config
+from pallas_kernels import attend_cached, prefer, project, record
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1.2e-2, "float16": 2e-3}
+
+LARGE_PRODUCTS = PRODUCTS | {
+    "7B q, k, v": ProductCase(4096, ((4096, 1024),) * 3, norm=True),
+    "8B q, k, v": ProductCase(4096, ((4096, 1228), (1024, 491), (1024, 491)), norm=True, rank_multiple=128),
+    "7B gate, up": ProductCase(4096, ((11008, 1492), (11008, 1488)), norm=True, gate="silu"),
+    "7B down": ProductCase(11008, ((4096, 1492),), residual=True, rank_multiple=128),
+    "7B down, dense": ProductCase(11008, ((4096, None),), residual=True),
+}
+LARGE_ATTENTIONS = ATTENTIONS | {
+    "7B": AttentionCase(32, 32, 128, 592, (591, 0, 1, 63, 64, 65, 300, 511)),
+    "8B, long": AttentionCase(32, 8, 128, 8208, (8207, 4096)),
+    "8B, one": AttentionCase(32, 8, 128, 16384, (16383,)),
+    "32 sequences": AttentionCase(8, 2, 128, 320, tuple(range(7, 320, 10))),
+}
+
+
+@pytest.mark.parametrize("name", LARGE_PRODUCTS)
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [
+        (1, "bfloat16"),
+        (2, "bfloat16"),
+        (4, "float32"),
+        (5, "float16"),
+        (8, "bfloat16"),
+        (17, "float32"),
+        (32, "bfloat16"),
+    ],
+)
+def test_project(name: str, batch: int, dtype: str) -> None:
+    args, options = product_call(LARGE_PRODUCTS[name], batch, dtype)
+    run = jax.jit(lambda args: project(*args, implementation="triton", **options))
+    outputs = run(args)
+    for got, again, want in zip(outputs, run(args), product_exact(*args, **options), strict=True):
+        assert relative_error(got, want) <= TOLERANCE[dtype]
+        np.testing.assert_array_equal(got, again)
+
+
+@pytest.mark.parametrize("name", LARGE_ATTENTIONS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attend_cached(name: str, dtype: str) -> None:
+    args, options = attention_call(LARGE_ATTENTIONS[name], dtype)
+    run = jax.jit(lambda args: attend_cached(*args, implementation="triton", **options))
+    results = run(args)
+    for got, again, want in zip(results, run(args), attention_exact(*args, **options), strict=True):
+        assert relative_error(got, want) <= TOLERANCE[dtype]
+        np.testing.assert_array_equal(got, again)
+
+
+def test_the_bundled_model_says_the_same_with_and_without_kernels(tmp_path: Path) -> None:
+    prompt = ["def area(width, height):\n    return"]
+    convert(COMPRESSED, tmp_path / "model", base=DENSE, progress=False)
+    texts = {}
+    for kernels in ("auto", "xla"):
+        model = load(tmp_path / "model", kernels=kernels, max_length=400)
+        params = SamplingParams(temperature=0.0, max_tokens=256, ignore_eos=True)
+        texts[kernels] = [batch_generate(model, prompt, params)[0].token_ids for _ in range(2)]
+        assert texts[kernels][0] == texts[kernels][1]
+        assert len(texts[kernels][0]) == 256
+    assert texts["auto"][0] == texts["xla"][0]
+
+
+def test_logits_of_a_7b_model_are_as_near_to_float32_as_those_of_plain_xla() -> None:
+    config = shape_config("llama-2-7b", 0.5)
+    weights = random_weights(config)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 65)).astype(np.int32)
+
+    def step(kernels: str | None, used: dict[str, Any]) -> np.ndarray:
+        def decode(weights: Any) -> jax.Array:
+            with prefer(kernels), record(used):
+                cache = empty_cache(config, 1, 80, weights.embedding.dtype)
+                cache, _ = decoder.prefill(config, weights, cache, tokens[:, :64], jnp.array([64]))
+                _, x = decoder.extend(config, weights, cache, tokens[:, 64:], jnp.array([64]), jnp.array([65]))
+                return decoder.head_logits(config, weights, x[:, -1])
+
+        return np.asarray(jax.jit(decode)(weights), np.float64)
+
+    used: dict[str, Any] = {}
+    kernels, plain = step(None, used), step("xla", {})
+    assert "triton" in used["project"] and "triton" in used["attend_cached"]
+    weights = jax.tree.map(lambda a: a.astype(jnp.float32), weights)
+    with jax.default_matmul_precision("highest"):
+        exact = np.asarray(
+            jax.jit(lambda w: decoder.full_logits(config, w, jnp.asarray(tokens)))(weights)[:, -1], np.float64
+        )
+    errors = {name: relative_error(got, exact) for name, got in (("kernels", kernels), ("xla", plain))}
+    print(errors)
+    assert errors["kernels"] <= 1.2 * errors["xla"] and errors["kernels"] < 0.1
