@@ -2,9 +2,11 @@
 #   PYTHON       the interpreter to make .venv with; by default the first Python >= 3.12 that is found
 #   JAX_EXTRA    the JAX to install: cpu, cuda12 or cuda13; by default what suits the driver and GPU that nvidia-smi reports
 #   PYTEST_ARGS  what to pass to pytest
+#   BENCH_ARGS   what to pass to bench/decode.py
 PYTHON ?=
 JAX_EXTRA ?=
 PYTEST_ARGS ?= -n auto
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z]*\): .*## \(.*\)/make \1	\2/p' Makefile
@@ -21,6 +23,7 @@ demo: $(VENV)/.installed-run ## Run the model that comes with the package; insta
 	$(BIN)/flashsvd demo
 
 test: $(VENV)/.installed-test ## Run the tests
+	$(BIN)/python .ci/cuda_compiler.py $(VENV)/cuda-compiler
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style, types and import rules
@@ -28,6 +31,9 @@ lint: $(VENV)/.installed-dev ## Check style, types and import rules
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-test ## Measure decoding on this device, with PyTorch beside it
+	$(BIN)/python bench/decode.py $(BENCH_ARGS)
 
 clean: ## Remove .venv, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

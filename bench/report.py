@@ -1,4 +1,4 @@
-"""Writes the README's measured parts from the rows and files that measurements left; nothing there is typed by hand.
+"""Writes the README's measured parts and the plots from what measurements left; nothing there is typed by hand.
 
 Each part stands between `<!-- measured: NAME -->` and `<!-- end -->`. With --check nothing is written, and a README that does
 not say what was measured is an error.
@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reporting import plots, tables
+from reporting.rows import results
+
 from converters import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,33 +22,51 @@ RESULTS = ROOT / "bench" / "results"
 BUNDLED = ROOT / "flashsvd_jax" / "bundled"
 
 
-CASE = ("impl", "model", "ratio", "dtype", "batch", "context")
-
-
-def newest(device: str, suite: str, from_cache: bool) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """The newest row of every case, in the order of first measurement: of runs that compiled, or that found it all compiled."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for line in (RESULTS / device / f"{suite}.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["suite"] == suite and (row["cache_hits"] == row["compiled"]) == from_cache:
-            found[tuple(row[key] for key in CASE)] = row
-    return found
+DECODE = RESULTS / "nvidia_h200" / "decode.jsonl"
+PLOTS = ROOT / "bench" / "plots"
+PLOT_TEXTS = {
+    "ratio": "Milliseconds a token against the parameters kept",
+    "context": "Milliseconds a token against the context",
+    "batch": "Milliseconds a token against the batch",
+}
 
 
 def decode_table() -> str:
-    """Decoding on the H200, with the floor that the bytes read set."""
-    head = "| model | kept | batch | context | ms/token | floor | of bandwidth | tokens/s | prompt ms | start, cached |"
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    cached = newest("nvidia_h200", "decode", from_cache=True)
-    for case, row in newest("nvidia_h200", "decode", from_cache=False).items():
-        kept = "all (dense)" if row["ratio"] == 1 else f"{row['ratio']:.2f}"
-        again = f"{cached[case]['cold_start_s']:.1f}" if case in cached else "-"
-        lines.append(
-            f"| {row['model']} | {kept} | {row['batch']} | {row['context']} | {row['ms_per_token']:.2f} | {row['floor_ms']:.2f}"
-            f" | {row['fraction_of_bandwidth']:.0%} | {row['tokens_per_s']:.0f} | {row['prefill_ms']:.1f}"
-            f" | {row['cold_start_s']:.1f} s, {again} s |"
+    """Decoding with every implementation."""
+    return tables.decode(results(DECODE))
+
+
+def start_table() -> str:
+    """First tokens and first calls: rows of runs that compiled, and of runs that found it all compiled."""
+    own = [
+        results(
+            DECODE, lambda row, cached=cached: "compiled" in row and (row["cache_hits"] == row["compiled"]) == cached
         )
-    return "\n".join(lines)
+        for cached in (False, True)
+    ]
+    return tables.start(*own)
+
+
+def dense_table() -> str:
+    """Low rank against our own dense model."""
+    return tables.low_rank_against_dense(results(DECODE))
+
+
+def speedup_table() -> str:
+    """Against plain XLA and PyTorch; with its sentence, because early rows give no such table."""
+    table = tables.speedups(results(DECODE))
+    return table and f"Milliseconds a token of each of the others, divided by those of flashsvd_jax:\n\n{table}"
+
+
+def end_to_end_table() -> str:
+    """Whole requests; with its sentence, likewise."""
+    table = tables.end_to_end(results(DECODE))
+    return table and f"Milliseconds from a call to its last token, prompt + new tokens:\n\n{table}"
+
+
+def plot_links() -> str:
+    """The plots there are rows for."""
+    return "\n".join(f"![{PLOT_TEXTS[name]}](bench/plots/{name}.svg)" for name in plots.plots(results(DECODE)))
 
 
 def bundled_table() -> str:
@@ -80,9 +101,14 @@ def _measured() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], str]] = {
     "decode": decode_table,
+    "dense": dense_table,
+    "end_to_end": end_to_end_table,
     "families": families,
     "perplexity": bundled_table,
+    "plots": plot_links,
     "sample": bundled_sample,
+    "speedups": speedup_table,
+    "start": start_table,
 }
 
 
@@ -96,19 +122,23 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """Updates README.md, or checks it."""
+    """Updates README.md and the plots, or checks them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether README and plots are up to date")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    text, wanted = readme.read_text(encoding="utf-8"), plots.plots(results(DECODE))
     updated = render(text)
-    if check:
-        if updated != text:
-            print("README.md does not say what was measured: run python bench/report.py", file=sys.stderr)
-        return int(updated != text)
-    readme.write_text(updated, encoding="utf-8")
-    return 0
+    if not check:
+        readme.write_text(updated, encoding="utf-8")
+        plots.write(PLOTS, wanted)
+        return 0
+    wrong = [f"bench/plots/{name}.svg" for name in plots.stale(PLOTS, wanted)]
+    if updated != text:
+        wrong.insert(0, "README.md")
+    if wrong:
+        print(f"not what was measured: {', '.join(wrong)}; run python bench/report.py", file=sys.stderr)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

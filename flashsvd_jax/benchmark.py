@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +26,27 @@ from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.schema import schema
+from flashsvd_jax.shapes import kept_share, rank_layout
 from pallas_kernels import hardware_rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement: ``pp`` rows process a prompt, ``tg`` rows generate after one. Times in milliseconds.
+    """One measurement: ``pp`` rows process a prompt, ``tg`` rows generate after one, ``pp+tg`` rows do both. Times in milliseconds.
 
     ``ms_per_token`` is of one step, which gives a token to every sequence of the batch; ``tokens_per_s`` counts them all.
     ``cold_start_s`` is the first call, which builds ``compiled`` executables, ``cache_hits`` of them from the persistent cache.
     ``floor_ms`` and ``fraction_of_bandwidth`` are of ``tg`` rows alone: processing a prompt is bound by arithmetic.
+    ``total_ms`` is from the call to its last token. ``kernels`` says which implementation of each operation ran, ``ranks``
+    whether they are ``uniform`` or ``mixed`` (or the model ``dense``).
     """
 
     suite: str
     impl: str
+    kernels: str
     model: str
     ratio: float
+    ranks: str
     dtype: str
     batch: int
     test: str
@@ -51,6 +57,7 @@ class Row:
     tokens_per_s: float
     tokens_per_s_deviation: float
     prefill_ms: float
+    total_ms: float
     cold_start_s: float
     compiled: int
     cache_hits: int
@@ -66,36 +73,48 @@ class Row:
     date: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Timings:
+    """Seconds of each repeat: to the first token, of one further step, and to the last token; and what the first call cost."""
+
+    prefill: list[float]
+    step: list[float]
+    total: list[float]
+    cold_start: float
+    compiled: int
+    cache_hits: int
+
+
 def measure(
     config: ModelConfig, weights: DecoderWeights, *, name: str, batch: int, context: int, new_tokens: int, repeats: int,
-    bandwidth: float, decode_chunk: int = 8,
+    bandwidth: float, decode_chunk: int = 8, kernels: str = "auto",
 ) -> list[Row]:  # fmt: skip
     """Processes random prompts of ``context`` tokens, then generates ``new_tokens`` greedily; end tokens do not end it.
 
+    Args:
+      config: the model.
+      weights: its weights, on the device.
+      name: what the rows call it.
+      batch: sequences at once.
+      context: prompt tokens of each.
+      new_tokens: decode steps after the first token.
+      repeats: timed runs after one that compiles; times are their medians.
+      bandwidth: bytes a second that the device reads, from `read_bandwidth`.
+      decode_chunk: tokens per dispatch.
+      kernels: as `Engine` takes it; "auto", or the name of an implementation that is tried first.
+
     Returns:
-      A ``pp`` row and a ``tg`` row; times are medians of ``repeats`` runs after one that compiles.
+      A ``pp`` row and a ``tg`` row.
     """
-    engine = Engine(config, weights, batch=batch, max_length=context + new_tokens + 1, decode_chunk=decode_chunk)
-    prompts = np.random.default_rng(0).integers(0, config.vocab_size, (batch, context)).tolist()
-    with progress_bar(f"{name}, batch {batch}, context {context}", total=repeats + 1, unit=" runs") as bar:
-        compiled, hits, clock = compile_count(), cache_hits(), time.perf_counter()
-        _run(engine, prompts, new_tokens)
-        cold = time.perf_counter() - clock
-        compiled, hits = compile_count() - compiled, cache_hits() - hits
-        times = []
-        for _ in range(repeats):
-            bar.update()
-            times.append(_run(engine, prompts, new_tokens))
-    prefill, step = [t[0] for t in times], [t[1] for t in times]
-    dtype = weights.embedding.dtype
+    engine = _engine(config, weights, batch, context + new_tokens + 1, decode_chunk, kernels)
+    times = _time(engine, f"{name}, batch {batch}, context {context}", context, new_tokens, repeats)
     read = bytes_per_token(config, weights, batch, context + new_tokens // 2)
     common = {
-        "impl": "flashsvd_jax-xla", "model": name, "ratio": _kept(config), "dtype": dtype.name, "batch": batch,
-        "context": context, "new_tokens": new_tokens, "prefill_ms": _ms(prefill), "cold_start_s": round(cold, 2),
-        "compiled": compiled, "cache_hits": hits, "bytes_per_token": read, "read_tb_s": round(bandwidth / 1e12, 3),
-        "repeats": repeats, "peak_bytes": _peak_bytes(), **_environment(),
+        **_common(engine, times, kernels), "model": name, "context": context, "new_tokens": new_tokens,
+        "bytes_per_token": read, "read_tb_s": round(bandwidth / 1e12, 3),
     }  # fmt: skip
     floor = read / bandwidth
+    prefill, step = times.prefill, times.step
     return [
         Row(
             suite="prefill", test=f"pp{context}", ms_per_token=_ms(prefill) / context, ms_deviation=_deviation(prefill) / context,
@@ -107,6 +126,29 @@ def measure(
             tokens_per_s=round(batch / statistics.median(step), 1), tokens_per_s_deviation=_rate_deviation(step, batch),
             floor_ms=round(1e3 * floor, 4), fraction_of_bandwidth=round(floor / statistics.median(step), 4), **common,
         ),
+    ]  # fmt: skip
+
+
+def measure_end_to_end(
+    config: ModelConfig, weights: DecoderWeights, *, name: str, batch: int, context: int, new_tokens: int, repeats: int,
+    bandwidth: float, decode_chunk: int = 8, kernels: str = "auto",
+) -> list[Row]:  # fmt: skip
+    """One request as a user waits for it: a prompt of ``context`` tokens and ``new_tokens`` (at least 2), the first included.
+
+    Arguments are those of `measure`. Returns one ``pp+tg`` row: ``total_ms`` is the wait, ``ms_per_token`` its share of a token.
+    """
+    engine = _engine(config, weights, batch, context + new_tokens, decode_chunk, kernels)
+    times = _time(engine, f"{name}, {context} + {new_tokens} tokens", context, new_tokens - 1, repeats)
+    total = times.total
+    return [
+        Row(
+            suite="end-to-end", test=f"pp{context}+tg{new_tokens}", model=name, context=context, new_tokens=new_tokens,
+            ms_per_token=round(_ms(total) / new_tokens, 4), ms_deviation=round(_deviation(total) / new_tokens, 4),
+            tokens_per_s=round(batch * new_tokens / statistics.median(total), 1),
+            tokens_per_s_deviation=_rate_deviation(total, batch * new_tokens),
+            bytes_per_token=bytes_per_token(config, weights, batch, context + new_tokens // 2),
+            floor_ms=None, fraction_of_bandwidth=None, read_tb_s=round(bandwidth / 1e12, 3), **_common(engine, times, kernels),
+        )
     ]  # fmt: skip
 
 
@@ -152,26 +194,52 @@ def read_bandwidth() -> float:
     return x.nbytes / best
 
 
-def _run(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
-    """(seconds until the first token, seconds per further step)."""
-    params = [SamplingParams(temperature=0.0, max_tokens=new_tokens + 1, ignore_eos=True)] * len(prompts)
+def _engine(
+    config: ModelConfig, weights: DecoderWeights, batch: int, max_length: int, decode_chunk: int, kernels: str
+) -> Engine:
+    return Engine(config, weights, batch=batch, max_length=max_length, decode_chunk=decode_chunk, kernels=kernels)
+
+
+def _time(engine: Engine, what: str, context: int, steps: int, repeats: int) -> _Timings:
+    """Runs random prompts of ``context`` tokens with ``steps`` decode steps: once to compile, then ``repeats`` times."""
+    prompts = np.random.default_rng(0).integers(0, engine.config.vocab_size, (engine.batch, context)).tolist()
+    with progress_bar(what, total=repeats + 1, unit=" runs") as bar:
+        compiled, hits, clock = compile_count(), cache_hits(), time.perf_counter()
+        _run(engine, prompts, steps)
+        cold = time.perf_counter() - clock
+        compiled, hits = compile_count() - compiled, cache_hits() - hits
+        times = []
+        for _ in range(repeats):
+            bar.update()
+            times.append(_run(engine, prompts, steps))
+    prefill, step, total = (list(column) for column in zip(*times, strict=True))
+    return _Timings(prefill, step, total, cold, compiled, hits)
+
+
+def _run(engine: Engine, prompts: Sequence[Sequence[int]], steps: int) -> tuple[float, float, float]:
+    """(seconds until the first token, seconds per further step, seconds until the last token)."""
+    params = [SamplingParams(temperature=0.0, max_tokens=steps + 1, ignore_eos=True)] * len(prompts)
     clock = time.perf_counter()
     blocks = engine.generate(prompts, params)
     next(blocks)
     first = time.perf_counter()
     for _ in blocks:
         pass
-    return first - clock, (time.perf_counter() - first) / new_tokens
+    last = time.perf_counter()
+    return first - clock, (last - first) / steps, last - clock
 
 
-def _kept(config: ModelConfig) -> float:
-    """Parameters of the layers' projections, as a share of the dense ones."""
-    held = dense = 0
-    for name, spec in schema(config).items():
-        held += spec.size if name.startswith("layers_") and "norm" not in name else 0
-    for name, spec in schema(config.dense()).items():
-        dense += spec.size if name.startswith("layers_") and "norm" not in name else 0
-    return round(held / dense, 4)
+def _common(engine: Engine, times: _Timings, kernels: str) -> dict[str, Any]:
+    """What all rows of one set of runs share."""
+    return {
+        "impl": "flashsvd_jax" if kernels == "auto" else f"flashsvd_jax-{kernels}",
+        "kernels": ", ".join(f"{op}={'+'.join(sorted(used))}" for op, used in sorted(engine.kernels_used.items())),
+        "ratio": kept_share(engine.config), "ranks": rank_layout(engine.config),
+        "dtype": engine.weights.embedding.dtype.name, "batch": engine.batch, "prefill_ms": _ms(times.prefill),
+        "total_ms": _ms(times.total), "cold_start_s": round(times.cold_start, 2), "compiled": times.compiled,
+        "cache_hits": times.cache_hits, "peak_bytes": _peak_bytes(), "repeats": len(times.total),
+        "device": jax.devices()[0].device_kind, "jax": jax.__version__, **provenance(),
+    }  # fmt: skip
 
 
 def _ms(seconds: Sequence[float]) -> float:
@@ -191,13 +259,9 @@ def _peak_bytes() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _environment() -> dict[str, str]:
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "commit": _commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+def provenance() -> dict[str, str]:
+    """``commit`` of the measured checkout and ``date`` of now, in UTC."""
+    return {"commit": _commit(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
 def _commit() -> str:
@@ -206,5 +270,8 @@ def _commit() -> str:
     if given:
         return given
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
     return result.stdout.strip() if result.returncode == 0 else "unknown"

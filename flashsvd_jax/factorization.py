@@ -4,7 +4,10 @@ A *site* is the dotted path of a projection in the parameter tree, such as ``lay
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+
+# What `load` may do with low-rank sites: expand those that hold more than their dense weights, none, or all.
+MATERIALIZE = ("auto", "never", "always")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,5 +40,24 @@ class Factorization:
     def owner_by_name(self) -> dict[str, str]:
         return dict(self.shared)
 
+    def without(self, sites: Collection[str]) -> "Factorization":
+        """The same with these sites dense; an array that one of them owned goes to the first of the others that read it."""
+        new_owners: dict[str, str] = {}
+        shared = {}
+        for name, owner in self.shared:
+            if _factor_of(name, sites):
+                continue
+            if _factor_of(owner, sites):
+                owner = new_owners.setdefault(owner, name)
+            if name != owner:
+                shared[name] = owner
+        return Factorization.of({site: rank for site, rank in self.ranks if site not in sites}, shared)
+
     def __bool__(self) -> bool:
         return bool(self.ranks)
+
+
+def _factor_of(name: str, sites: Collection[str]) -> bool:
+    """Whether an array is a factor of one of the sites; their biases stay."""
+    site, _, part = name.rpartition(".")
+    return part in ("down", "up") and site in sites

@@ -14,9 +14,10 @@ from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.config_fields import token_ids
-from flashsvd_jax.engine import DECODE_CHUNK, Engine
+from flashsvd_jax.engine import DECODE_CHUNK, Engine, check_kernels
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.hub import resolve_model
+from flashsvd_jax.models.expansion import expanded_sites
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import count_params, flatten
@@ -43,7 +44,9 @@ class Model:
         tokenizer: Tokenizer | None = None,
         max_length: int | None = None,
         decode_chunk: int = DECODE_CHUNK,
+        kernels: str = "auto",
     ):
+        check_kernels(kernels)
         limit = config.max_position
         if max_length is not None and not 2 <= max_length <= limit:
             raise RequestError(
@@ -51,22 +54,34 @@ class Model:
             )
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
         self.max_length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
-        self.decode_chunk = decode_chunk
+        self.decode_chunk, self.kernels = decode_chunk, kernels
         self._engines: dict[int, Engine] = {}
 
     @classmethod
-    def from_params(cls, config: ModelConfig, params: Mapping[str, Any], **options: Any) -> "Model":
-        """A model from a canonical parameter tree ``{"params": ...}``; ``options`` as for the constructor."""
+    def from_params(
+        cls, config: ModelConfig, params: Mapping[str, Any], *, materialize: str = "auto", **options: Any
+    ) -> "Model":
+        """A model from a canonical parameter tree ``{"params": ...}``.
+
+        Args:
+          config: its configuration.
+          params: the tree, as `load_params` or `load_orbax` gives it.
+          materialize: as for `load`.
+          options: as for the constructor.
+        """
+        expand = expanded_sites(config, materialize, hardware_rank)
         enable_persistent_cache()
-        return cls(config, build_weights(config, flatten(params).__getitem__, hardware_rank, jax.device_put), **options)
+        weights = build_weights(config, flatten(params).__getitem__, hardware_rank, jax.device_put, expand)
+        return cls(config, weights, **options)
 
     def engine(self, prompts: int) -> Engine:
         """The engine for so many prompts at once: batch sizes are powers of two, so that few are ever compiled."""
         batch = 1 << (prompts - 1).bit_length()
         if batch not in self._engines:
             self._engines[batch] = Engine(
-                self.config, self.weights, batch=batch, max_length=self.max_length, decode_chunk=self.decode_chunk
-            )
+                self.config, self.weights, batch=batch, max_length=self.max_length, decode_chunk=self.decode_chunk,
+                kernels=self.kernels,
+            )  # fmt: skip
         return self._engines[batch]
 
 
@@ -74,8 +89,10 @@ def load(
     path_or_hub_id: str | Path,
     *,
     dtype: str | None = None,
+    materialize: str = "auto",
     max_length: int | None = None,
     decode_chunk: int = DECODE_CHUNK,
+    kernels: str = "auto",
     progress: bool = True,
 ) -> Model:
     """Loads a converted model's folder onto the default device.
@@ -83,8 +100,11 @@ def load(
     Args:
       path_or_hub_id: a folder that `convert` wrote, or the hub id of one.
       dtype: "bfloat16", "float16" or "float32" to compute in; by default as stored.
+      materialize: which low-rank sites become dense weights: "auto" those whose factors hold more than the weight (see
+        `flashsvd_jax.models.expansion`), "never" none, "always" all.
       max_length: longest prompt plus completion in tokens; by default the model's own limit, at most 4096.
       decode_chunk: tokens per dispatch while generating.
+      kernels: "auto", or the name of an implementation that every op tries first, such as "xla"; see `flashsvd env`.
       progress: show a bar when it takes more than two seconds.
 
     Raises:
@@ -92,22 +112,28 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_kernels(kernels)
     enable_persistent_cache()
     path = resolve_model(path_or_hub_id)
     with open_folder(path) as folder:
         config = folder.config
-        total = count_params(config)
-        with progress_bar("loading", total=total, unit="parameter", enabled=progress) as bar:
+        aliases = config.factorization.owner_by_name
+        expand = expanded_sites(config, materialize, hardware_rank)
+        with progress_bar("loading", total=count_params(config), unit="parameter", enabled=progress) as bar:
 
-            def place(array: np.ndarray) -> jax.Array:
-                bar.update(array.size)
+            def get(name: str) -> np.ndarray:
+                array = folder.get(name)
+                bar.update(0 if name in aliases else array.size)
+                return array
+
+            def place(array: Any) -> jax.Array:
                 # Waiting for each array keeps one of them in host memory, not as many as the device lags behind.
-                return jax.block_until_ready(jax.device_put(array.astype(dtype or folder.manifest.dtype, copy=False)))
+                return jax.block_until_ready(jax.device_put(array))
 
-            weights = build_weights(config, folder.get, hardware_rank, place)
+            weights = build_weights(config, get, hardware_rank, place, expand, dtype)
     tokenizer = Tokenizer(path)
     config = dataclasses.replace(config, eos_token_ids=_end_ids(path, config, tokenizer))
-    return Model(config, weights, tokenizer, max_length, decode_chunk)
+    return Model(config, weights, tokenizer, max_length, decode_chunk, kernels)
 
 
 def _end_ids(path: Path, config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

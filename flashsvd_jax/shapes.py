@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
+
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import Factorization
-from flashsvd_jax.schema import sites
+from flashsvd_jax.schema import Site, schema, sites
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -39,17 +41,77 @@ def shape_config(name: str, ratio: float = 1.0) -> ModelConfig:
     """A published shape with every projection of its layers at one ratio of kept parameters; 1 is dense.
 
     Ranks are ``floor(ratio * d_out * d_in / (d_out + d_in))``, as SVD-LLM and FlashSVD choose them; the head stays dense.
+
+    Raises:
+      RequestError: an unknown name, or a ratio outside (0, 1].
     """
+    config = _dense_config(name, ratio)
+    if ratio == 1:
+        return config
+    return _with_ranks(name, {site.name: _rank(site, ratio) for site in _layer_sites(config)})
+
+
+def mixed_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
+    """The same number of parameters spread unevenly, as methods that choose a rank a site (ASVD) spread it.
+
+    Each site's rank is drawn from 30 to 110 % of the rank that `shape_config` gives it, then all are scaled by one factor until
+    the projections hold as many parameters as there, within 1 %. One seed gives one set of ranks on every machine.
+
+    Raises:
+      RequestError: an unknown name, or a ratio outside (0, 1).
+    """
+    config = _dense_config(name, ratio)
+    if ratio == 1:
+        raise RequestError("a model of mixed ranks needs a ratio below 1")
+    layer_sites = _layer_sites(config)
+    uniform = np.array([_rank(site, ratio) for site in layer_sites])
+    cost = np.array([site.d_out + site.d_in for site in layer_sites])
+    largest = np.array([min(site.d_out, site.d_in) for site in layer_sites])
+    drawn = uniform * np.random.default_rng(seed).uniform(0.3, 1.1, len(layer_sites))
+    budget, scale = (uniform * cost).sum(), 1.0
+    for _ in range(20):  # more than once, because ranks are whole numbers with a largest one
+        ranks = np.clip(np.rint(scale * drawn), 1, largest)
+        scale *= budget / (ranks * cost).sum()
+    ranks = np.clip(np.rint(scale * drawn), 1, largest).astype(int)
+    return _with_ranks(name, {site.name: int(rank) for site, rank in zip(layer_sites, ranks, strict=True)})
+
+
+def kept_share(config: ModelConfig) -> float:
+    """Parameters of the layers' projections as a share of the dense ones, to four digits."""
+    return round(_projection_params(config) / _projection_params(config.dense()), 4)
+
+
+def rank_layout(config: ModelConfig) -> str:
+    """``dense``; ``uniform`` where sites of one shape have one rank; else ``mixed``."""
+    ranks = config.factorization.rank_by_site
+    if not ranks:
+        return "dense"
+    layer_sites = _layer_sites(config)
+    found = {(site.d_out, site.d_in, ranks.get(site.name)) for site in layer_sites}
+    return "uniform" if len(found) == len({(site.d_out, site.d_in) for site in layer_sites}) else "mixed"
+
+
+def _dense_config(name: str, ratio: float) -> ModelConfig:
+    """A published shape, after the checks that every ratio goes through."""
     if name not in SHAPES:
         raise RequestError(f"no shape named {name!r}; known: {', '.join(SHAPES)}")
     if not 0 < ratio <= 1:
         raise RequestError(f"ratio must be above 0 and at most 1, not {ratio}")
-    config = ModelConfig.from_hf(SHAPES[name])
-    if ratio == 1:
-        return config
-    ranks = {
-        site.name: max(1, int(ratio * site.d_out * site.d_in / (site.d_out + site.d_in)))
-        for site in sites(config)
-        if site.name.startswith("layers_")
-    }
+    return ModelConfig.from_hf(SHAPES[name])
+
+
+def _with_ranks(name: str, ranks: dict[str, int]) -> ModelConfig:
     return ModelConfig.from_hf(SHAPES[name], Factorization.of(ranks))
+
+
+def _layer_sites(config: ModelConfig) -> list[Site]:
+    return [site for site in sites(config) if site.name.startswith("layers_")]
+
+
+def _rank(site: Site, ratio: float) -> int:
+    return max(1, int(ratio * site.d_out * site.d_in / (site.d_out + site.d_in)))
+
+
+def _projection_params(config: ModelConfig) -> int:
+    specs = schema(config).items()
+    return sum(spec.size for name, spec in specs if name.startswith("layers_") and "norm" not in name)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from flashsvd_jax.cli.options import numbers
+from flashsvd_jax.cli.options import add_materialize, numbers
 from flashsvd_jax.errors import RequestError
 
 
@@ -22,10 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="as stored, or bfloat16, if not given"
     )
+    add_materialize(parser)
     parser.add_argument("-b", "--batch", type=numbers, default=[1], metavar="N,..", help="sequences at once")
     parser.add_argument("-p", "--prompt", type=numbers, default=[512], metavar="N,..", help="prompt tokens")
     parser.add_argument("-n", "--new", type=int, default=64, metavar="N", help="generated tokens")
     parser.add_argument("-r", "--repeats", type=int, default=5, metavar="N", help="timed runs after one that compiles")
+    parser.add_argument(
+        "--kernels", default="auto", metavar="NAME", help="auto, or an implementation to try first, such as xla"
+    )
     parser.add_argument("-o", "--output", choices=("md", "csv", "jsonl"), default="md", help="form of the rows")
     parser.add_argument("--append", type=Path, metavar="FILE", help="also append the rows to this file, as JSON lines")
 
@@ -45,7 +49,7 @@ def run(parsed: argparse.Namespace) -> None:
             for context in parsed.prompt:
                 rows = measure(
                     config, weights, name=name, batch=batch, context=context, new_tokens=parsed.new,
-                    repeats=parsed.repeats, bandwidth=bandwidth,
+                    repeats=parsed.repeats, bandwidth=bandwidth, kernels=parsed.kernels,
                 )  # fmt: skip
                 for row in rows:
                     writer.write(dataclasses.asdict(row))
@@ -59,12 +63,14 @@ def _models(parsed: argparse.Namespace) -> Any:
     if parsed.model is not None:
         from flashsvd_jax.model import load
 
-        model = load(parsed.model, dtype=parsed.dtype)
+        model = load(parsed.model, dtype=parsed.dtype, materialize=parsed.materialize)
         yield Path(parsed.model).name, model.config, model.weights
         return
     from flashsvd_jax.benchmark import random_weights
     from flashsvd_jax.compile_cache import enable_persistent_cache
+    from flashsvd_jax.models.expansion import as_loaded
     from flashsvd_jax.shapes import shape_config
+    from pallas_kernels import hardware_rank
 
     enable_persistent_cache()
     try:
@@ -73,7 +79,8 @@ def _models(parsed: argparse.Namespace) -> Any:
         raise RequestError(f"--ratio {parsed.ratio!r} is not a list of numbers such as 1,0.5") from error
     for ratio in ratios:
         config = shape_config(parsed.shape, ratio)
-        yield parsed.shape, config, random_weights(config, parsed.dtype or "bfloat16")
+        loaded = as_loaded(config, parsed.materialize, hardware_rank)
+        yield parsed.shape, config, random_weights(loaded, parsed.dtype or "bfloat16")
 
 
 class _Writer:

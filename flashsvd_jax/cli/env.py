@@ -3,6 +3,10 @@
 import argparse
 import importlib.metadata
 import platform
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pallas_kernels import Op
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "flax", "orbax-checkpoint", "safetensors",
             "transformers", "tokenizers", "numpy", "jax-triton", "triton", "lm-eval")  # fmt: skip
@@ -16,9 +20,9 @@ def run(parsed: argparse.Namespace) -> None:
     """Runs the command."""
     import jax
 
-    import pallas_kernels
     from flashsvd_jax import __version__
     from flashsvd_jax.compile_cache import enable_persistent_cache
+    from pallas_kernels import ops
 
     directory = enable_persistent_cache()
     print(f"flashsvd_jax {__version__}, Python {platform.python_version()}, {platform.platform()}")
@@ -34,8 +38,17 @@ def run(parsed: argparse.Namespace) -> None:
         files = [f for f in directory.rglob("*") if f.is_file()] if directory.exists() else []
         size = sum(f.stat().st_size for f in files) / 2**20
         print(f"compiled executables and autotuning: {directory} ({len(files)} files, {size:.1f} MiB)")
-    for name, op in pallas_kernels.ops().items():
-        print(f"op {name}: {', '.join(op.names)}")
+    for name, op in ops().items():
+        print(f"op {name}: {_implementations(op)}")
+
+
+def _implementations(op: "Op") -> str:
+    """In the order in which they are tried, each with the reason if it can serve no call here."""
+    from pallas_kernels import target
+
+    device = target()
+    reasons = {i.name: i.unavailable(device) for i in op.implementations}
+    return ", ".join(name if reason is None else f"{name} (not here: {reason})" for name, reason in reasons.items())
 
 
 def _version(package: str) -> str | None:

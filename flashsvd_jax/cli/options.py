@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from flashsvd_jax.factorization import MATERIALIZE
+
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -10,7 +12,29 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """The model and how it is loaded."""
     parser.add_argument("model", help="folder that `flashsvd convert` wrote, or the hub id of one")
     parser.add_argument("--dtype", choices=_DTYPES, help="compute in this; as stored if not given")
+    add_materialize(parser)
+    add_kernels(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="longest prompt plus completion, in tokens")
+
+
+def add_materialize(parser: argparse.ArgumentParser) -> None:
+    """Which low-rank sites are expanded to dense weights."""
+    parser.add_argument(
+        "--materialize",
+        choices=MATERIALIZE,
+        default="auto",
+        help="low-rank sites to load as dense weights: those that are smaller so (auto), none, or all",
+    )
+
+
+def add_kernels(parser: argparse.ArgumentParser) -> None:
+    """Which implementation of the ops is tried first."""
+    parser.add_argument(
+        "--kernels",
+        default="auto",
+        metavar="NAME",
+        help="the fastest (auto), or try this one first; `flashsvd env` lists them",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
@@ -77,4 +101,10 @@ def load_model(parsed: argparse.Namespace) -> Any:
     """The model that `add_model_options` names."""
     from flashsvd_jax.model import load
 
-    return load(parsed.model, dtype=parsed.dtype, max_length=parsed.max_length)
+    return load(
+        parsed.model,
+        dtype=parsed.dtype,
+        materialize=parsed.materialize,
+        max_length=parsed.max_length,
+        kernels=parsed.kernels,
+    )

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from flashsvd_jax.benchmark import measure, random_weights
+from flashsvd_jax.benchmark import measure, measure_end_to_end, random_weights
 from flashsvd_jax.cli import main
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.schema import schema
-from flashsvd_jax.shapes import SHAPES, shape_config
+from flashsvd_jax.shapes import SHAPES, kept_share, mixed_config, rank_layout, shape_config
 
 
 def test_a_decode_row_counts_the_bytes_that_a_step_reads() -> None:
@@ -27,6 +27,19 @@ def test_a_decode_row_counts_the_bytes_that_a_step_reads() -> None:
     assert tg.floor_ms == pytest.approx(1e3 * tg.bytes_per_token / 1e9, rel=1e-3)
     assert tg.compiled == 2 and 0 < tg.fraction_of_bandwidth == pytest.approx(tg.floor_ms / tg.ms_per_token, rel=1e-2)
     assert tg.tokens_per_s == pytest.approx(2e3 / tg.ms_per_token, rel=1e-2)
+    assert tg.total_ms >= 8 * tg.ms_per_token and (tg.impl, tg.ratio, tg.ranks) == ("flashsvd_jax", 0.4959, "uniform")
+
+
+def test_an_end_to_end_row_counts_a_whole_request() -> None:
+    config = shape_config("tiny")
+    weights = random_weights(config, "float32")
+    (row,) = measure_end_to_end(
+        config, weights, name="tiny", batch=2, context=16, new_tokens=9, repeats=1, bandwidth=1e9, kernels="xla"
+    )
+    assert (row.suite, row.test, row.impl, row.ranks) == ("end-to-end", "pp16+tg9", "flashsvd_jax-xla", "dense")
+    assert row.new_tokens == 9 and row.ms_per_token == pytest.approx(row.total_ms / 9, rel=1e-3)
+    assert row.tokens_per_s == pytest.approx(2e3 / row.ms_per_token, rel=1e-2)
+    assert row.total_ms > row.prefill_ms and row.floor_ms is None and "project=xla" in row.kernels.split(", ")
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -38,12 +51,33 @@ def test_published_shapes_have_the_published_ranks(name: str) -> None:
     assert "lm_head" not in ranks
 
 
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("ratio", [0.8, 0.5])
+def test_mixed_ranks_hold_what_uniform_ones_hold(name: str, ratio: float) -> None:
+    uniform, mixed = shape_config(name, ratio), mixed_config(name, ratio)
+    assert kept_share(mixed) == pytest.approx(kept_share(uniform), rel=0.01)
+    assert (rank_layout(uniform), rank_layout(mixed), rank_layout(uniform.dense())) == ("uniform", "mixed", "dense")
+    shares = [
+        rank / uniform.factorization.rank_by_site[site] for site, rank in mixed.factorization.rank_by_site.items()
+    ]
+    assert len(shares) == len(uniform.factorization.ranks)
+    assert min(shares) < 0.75 and max(shares) > 1.25 and max(shares) / min(shares) < 1.1 / 0.3 * 1.1
+
+
+def test_mixed_ranks_depend_on_the_seed_alone() -> None:
+    assert mixed_config("tiny", 0.5) == mixed_config("tiny", 0.5, seed=0) != mixed_config("tiny", 0.5, seed=1)
+    ranks = mixed_config("llama-2-7b", 0.5).factorization.rank_by_site
+    assert (ranks["layers_0.self_attn.q_proj"], ranks["layers_31.mlp.down_proj"]) == (1172, 752)
+
+
 def test_unknown_shapes_and_ratios_are_refused() -> None:
     with pytest.raises(RequestError, match="no shape named 'huge'; known: llama-2-7b"):
         shape_config("huge")
     for ratio in (0.0, 1.5):
         with pytest.raises(RequestError, match="ratio must be above 0 and at most 1"):
             shape_config("tiny", ratio)
+    with pytest.raises(RequestError, match="mixed ranks needs a ratio below 1"):
+        mixed_config("tiny", 1.0)
 
 
 def test_rows_are_the_same_in_every_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +94,8 @@ def test_rows_are_the_same_in_every_form(tmp_path: Path, capsys: pytest.CaptureF
         "8",
         "-r",
         "1",
+        "--kernels",
+        "xla",
         "--append",
         str(file),
     ]

@@ -18,9 +18,10 @@ from flashsvd_jax.checkpoint import Manifest, ModelFolder, open_folder, save_par
 from flashsvd_jax.checkpoint.shards import Shards
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError, MissingExtraError, ModelNotFoundError, RequestError
-from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.factorization import MATERIALIZE, Factorization
 from flashsvd_jax.inspection import PROJECTIONS, Inspection, inspect
 from flashsvd_jax.kv_cache import empty_cache
+from flashsvd_jax.models.expansion import expanded_sites
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.plotting import plot_ranks
 from flashsvd_jax.schema import count_params, nest, schema
@@ -82,20 +83,35 @@ def device_bytes(weights: DecoderWeights) -> int:
     return sum({id(array): array.nbytes for array in jax.tree.leaves(weights)}.values())
 
 
-def test_memory_is_that_of_the_model_as_loaded(tiny: Any) -> None:
-    found = inspect(tiny.folder, context=100, batch=3)
-    weights = flashsvd_jax.load(tiny.folder).weights
+@pytest.mark.parametrize("materialize", MATERIALIZE)
+def test_memory_is_that_of_the_model_as_loaded(tiny: Any, materialize: str) -> None:
+    found = inspect(tiny.folder, context=100, batch=3, materialize=materialize)
+    weights = flashsvd_jax.load(tiny.folder, materialize=materialize).weights
     assert found.weight_bytes == device_bytes(weights)
     assert found.bytes_per_step == bytes_per_token(tiny.model.config, weights, 3, 100)
+    assert (found.bytes_per_step == found.dense_bytes_per_step) == (materialize == "always")
     cache = empty_cache(tiny.model.config, 3, 100, np.dtype("float32"))
     assert found.cache_bytes == sum(array.nbytes for array in jax.tree.leaves(cache))
 
 
-def test_shared_arrays_are_held_once_and_read_where_they_are_used(sharing: Path) -> None:
-    found = inspect(sharing)
+def test_expanding_saves_what_is_said(tiny: Any) -> None:
+    stored, expanded = inspect(tiny.folder, materialize="never"), inspect(tiny.folder)
+    assert expanded.expansions and not stored.expansions
+    saved = sum(expansion.factor_bytes - expansion.dense_bytes for expansion in expanded.expansions)
+    assert stored.weight_bytes - expanded.weight_bytes == stored.bytes_per_step - expanded.bytes_per_step == saved > 0
+    assert expanded.bytes_per_step <= expanded.dense_bytes_per_step == stored.dense_bytes_per_step
+    names = {name for expansion in expanded.expansions for name in expansion.sites}
+    assert names == {site.name for site in expanded.sites if site.expanded}
+    assert inspect(tiny.folder).materialize == "auto"
+
+
+@pytest.mark.parametrize("materialize", MATERIALIZE)
+def test_shared_arrays_are_held_once_and_read_where_they_are_used(sharing: Path, materialize: str) -> None:
+    found = inspect(sharing, materialize=materialize)
     with open_folder(sharing) as folder:
         config = folder.config
-        weights = build_weights(config, folder.get, hardware_rank, jax.numpy.asarray)
+        expand = expanded_sites(config, materialize, hardware_rank)
+        weights = build_weights(config, folder.get, hardware_rank, jax.numpy.asarray, expand)
     assert found.weight_bytes == device_bytes(weights)
     assert found.bytes_per_step == bytes_per_token(config, weights, 1, found.context)
     assert found.params < sum(array.size for array in jax.tree.leaves(weights))
@@ -120,13 +136,24 @@ def test_table_joins_equal_layers_and_marks_what_is_unusual(sharing: Path) -> No
     assert lines[header + 1].split() == ["48x48", "16x48", "16x48", "48x48", "52x48", "52x48", "48x52"]
     first, middle, last = (re.split(r" {2,}", line) for line in lines[header + 2 : header + 5])
     kept = f"{33 * (48 + 52) / (48 * 52):.0%}"
-    assert first == ["0", "20 83%", "20 167%!=", "20 167%!=", "dense", "dense", "dense", f"33 {kept}!"]
-    assert middle == ["1-3", "20 83%=", "20 167%!=", "20 167%!=", "dense", "dense", "dense", f"33 {kept}!"]
+    assert first == ["0", "20 83%", "20 167%!=", "20 167%!=", "dense", "dense", "dense", f"33 {kept}!~"]
+    assert middle == ["1-3", "20 83%=", "20 167%!=", "20 167%!=", "dense", "dense", "dense", f"33 {kept}!~"]
     assert last == ["4", *["dense"] * 7]
     legend = "\n".join(lines[header + 5 :])
     assert "! rank above break-even" in legend
     assert "= reads a factor" in legend
+    assert "~ expanded to the dense weight at load, which holds less" in legend
+    # Four layers in bfloat16, rank 33 padded to 48. The basis of q, k and v saves memory, so it stays.
+    factors, dense = 4 * 2 * 48 * (48 + 52), 4 * 2 * 48 * 52
+    assert f"  down: 4 sites, {dense / 1024:.2f} KiB in place of {factors / 1024:.2f} KiB" in legend.splitlines()
     assert "lm_head" not in legend
+
+
+def test_sites_that_share_a_factor_have_one_line(sharing: Path) -> None:
+    lines = str(inspect(sharing, materialize="always")).splitlines()
+    assert "~ expanded to the dense weight at load, as asked:" in lines
+    factors, dense = 2 * 32 * (48 + 4 * (48 + 16 + 16)), 4 * 2 * 48 * (48 + 16 + 16)
+    assert f"  q, k, v: 12 sites, {dense / 1024:.2f} KiB in place of {factors / 1024:.2f} KiB" in lines
 
 
 def test_legends_are_left_out_where_nothing_needs_them(tmp_path: Path) -> None:
@@ -134,6 +161,7 @@ def test_legends_are_left_out_where_nothing_needs_them(tmp_path: Path) -> None:
     text = str(inspect(write_zeros(tmp_path / "model", hf_config, Factorization.of({"layers_0.mlp.up_proj": 4}))))
     assert "break-even" not in text
     assert "reads a factor" not in text
+    assert "expanded" not in text
     assert "lm_head: dense, 71x48" in text
 
 
@@ -157,6 +185,7 @@ def test_json_holds_every_field(found: Inspection) -> None:
         ({"context": 0}, "context must be from 1 to 128"),
         ({"context": 129}, "context must be"),
         ({"batch": 0}, "batch must be"),
+        ({"materialize": "some"}, "materialize 'some' is not one of auto, never, always"),
     ],
 )
 def test_sizes_that_the_model_cannot_have_are_refused(tiny: Any, options: dict[str, Any], message: str) -> None:

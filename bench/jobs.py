@@ -1,0 +1,127 @@
+"""Jobs: cases of one model measured by one process, and how the parent starts, watches and ends that process."""
+
+import dataclasses
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from cases import Case
+
+from flashsvd_jax.benchmark import provenance
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import first_line
+from flashsvd_jax.shapes import kept_share, mixed_config, rank_layout, shape_config
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Cases of one model for one implementation.
+
+    Attributes:
+      script: path of the script that measures them, below this folder.
+      variant: of the script: the ``kernels`` of an engine, or the name of a PyTorch variant.
+      impl: what rows call the implementation.
+      cases: all with the same weights.
+      bandwidth: bytes a second that the device reads.
+      deadline: seconds since the epoch after which no further case is started.
+      dtype: of weights and activations.
+    """
+
+    script: str
+    variant: str
+    impl: str
+    cases: tuple[Case, ...]
+    bandwidth: float
+    deadline: float
+    dtype: str = "bfloat16"
+
+    def to_json(self) -> str:
+        """For the command line of the process that measures it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        """What `to_json` wrote."""
+        fields = json.loads(text)
+        cases = tuple(Case(**{**case, "peers": tuple(case["peers"])}) for case in fields.pop("cases"))
+        return cls(**fields, cases=cases)
+
+
+def config_of(case: Case) -> ModelConfig:
+    """The model of a case."""
+    return (mixed_config if case.ranks == "mixed" else shape_config)(case.model, case.ratio)
+
+
+def described(job: Job, case: Case) -> dict[str, Any]:
+    """The keys that say what a row is of, for implementations that are not ours and for failures."""
+    config = config_of(case)
+    return {
+        "suite": case.suite, "impl": job.impl, "model": case.model, "ratio": kept_share(config),
+        "ranks": rank_layout(config), "dtype": job.dtype, "batch": case.batch, "context": case.context,
+        "new_tokens": case.new_tokens, **provenance(),
+    }  # fmt: skip
+
+
+def serve(job: Job, measure: Callable[[Case], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Inside the process: a row for each case begun before the deadline; one that fails gives a row with an `error`."""
+    for case in job.cases:
+        if time.time() > job.deadline:
+            return
+        try:
+            row = measure(case)
+        except Exception as error:  # whatever stops one case, the others are still worth measuring
+            row = {**described(job, case), "error": f"{type(error).__name__}: {first_line(error)}"[:300]}
+        yield row
+
+
+def run(job: Job, limit: float, env: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Starts the process and yields its rows as they come.
+
+    A case that takes longer than ``limit`` seconds ends the process; it, or the case during which the process died, gives a
+    row with an `error`, and so does every later case of the job.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, str(HERE / job.script), job.to_json()]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(env)) as process:
+            assert process.stdout is not None
+            threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
+            done, reason = 0, ""
+            while True:
+                try:
+                    line = lines.get(timeout=limit)
+                except queue.Empty:
+                    reason = f"no result after {limit:.0f} s"
+                    process.kill()
+                    break
+                if line is None:
+                    break
+                done += 1
+                yield json.loads(line)
+        if process.returncode and not reason:
+            log.seek(0)
+            reason = f"exit status {process.returncode}: {_last_line(log.read())}"
+    if reason:
+        for case in job.cases[done:]:
+            yield {**described(job, case), "error": reason[:300]}
+
+
+def _forward(source: IO[str], lines: "queue.Queue[str | None]") -> None:
+    """Passes on the rows; anything else that a library prints is dropped."""
+    for line in source:
+        if line.startswith("{"):
+            lines.put(line)
+    lines.put(None)
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")

@@ -1,0 +1,1 @@
+"""PyTorch implementations of the same decoder, to compare speed with; `steps.VARIANTS` lists them."""

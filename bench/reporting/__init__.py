@@ -1,0 +1,1 @@
+"""What `report.py` makes of the rows: tables and plots."""

@@ -1,0 +1,103 @@
+"""An inspection as text: where the model comes from, a table of ranks, sizes."""
+
+import itertools
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flashsvd_jax.inspection import Inspection, SiteInfo
+
+PROJECTIONS = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+_EXPANDED = {
+    "auto": "~ expanded to the dense weight at load, which holds less than the factors with their ranks as padded:",
+    "always": "~ expanded to the dense weight at load, as asked:",
+}
+
+
+def describe(found: "Inspection") -> str:
+    """All of it, several lines."""
+    return "\n".join([*_origin(found), "", *_rank_table(found), "", *_totals(found)])
+
+
+def _origin(found: "Inspection") -> list[str]:
+    base = f" of {found.base_model}" if found.base_model else ""
+    lines = [f"{found.path}: {found.model_type}, {found.num_layers} layers, {found.dtype}; {found.family}{base}"]
+    lines += [f"made from {file.name} ({_size(file.bytes)}, sha256 {file.sha256[:12]})" for file in found.sources]
+    return lines + [f"note: {note}" for note in found.notes]
+
+
+def _rank_table(found: "Inspection") -> list[str]:
+    """Ranks and kept shares, one row a layer; equal neighbours make one row."""
+    names = [f"layers_{{}}.{path}" for path in PROJECTIONS.values()]
+    rows = [["layers", *PROJECTIONS], ["", *(_shape(found.site(name.format(0))) for name in names)]]
+    layers = [(layer, [_cell(found.site(name.format(layer))) for name in names]) for layer in range(found.num_layers)]
+    for cells, group in itertools.groupby(layers, key=lambda row: row[1]):
+        numbers = [layer for layer, _ in group]
+        rows.append([str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", *cells])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if (head := found.site("lm_head")) is not None:
+        lines.append(f"lm_head: {_cell(head)}, {_shape(head)}")
+    if any(site.exceeds_dense for site in found.sites):
+        lines.append("! rank above break-even: the factors hold more than the dense weight would")
+    if any(site.borrowed for site in found.sites):
+        lines.append("= reads a factor that another site stores")
+    return lines + _expansions(found)
+
+
+def _expansions(found: "Inspection") -> list[str]:
+    """Bytes of both forms of what is expanded, one line for each projection, or for those that share a first factor."""
+    if not found.expansions:
+        return []
+    short = {path: name for name, path in PROJECTIONS.items()}
+    sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    for expansion in found.expansions:
+        names = [short.get(site.partition(".")[2], site) for site in expansion.sites]
+        row = sums[", ".join(dict.fromkeys(names))]
+        for column, count in enumerate((len(names), expansion.factor_bytes, expansion.dense_bytes)):
+            row[column] += count
+    lines = [
+        f"  {names}: {count} site{'s' * (count > 1)}, {_size(dense)} in place of {_size(factors)}"
+        for names, (count, factors, dense) in sums.items()
+    ]
+    return [_EXPANDED[found.materialize], *lines]
+
+
+def _totals(found: "Inspection") -> list[str]:
+    at = f"batch {found.batch}, context {found.context}"
+    weights, cache, both = map(_size, (found.weight_bytes, found.cache_bytes, found.weight_bytes + found.cache_bytes))
+    share = found.params / found.params_dense
+    return [
+        f"parameters     {found.params:,} stored, {share:.1%} of the dense model's {found.params_dense:,}",
+        f"on disk        {_size(found.disk_bytes)}",
+        f"on the device  {both}: weights {weights} (as loaded: ranks padded), KV cache {cache} ({at}); temporaries come on top",
+        f"read per step  {_size(found.bytes_per_step)} to decode one token for each sequence ({at});"
+        f" dense {_size(found.dense_bytes_per_step)}",
+    ]
+
+
+def _shape(site: "SiteInfo | None") -> str:
+    return f"{site.d_out}x{site.d_in}" if site else ""
+
+
+def _cell(site: "SiteInfo | None") -> str:
+    if site is None or site.rank is None:
+        return "dense" if site else ""
+    marks = "!" * site.exceeds_dense + "=" * bool(site.borrowed) + "~" * site.expanded
+    return f"{site.rank} {site.kept:.0%}{marks}"
+
+
+def _size(count: int) -> str:
+    """Bytes in a unit that reads well."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"

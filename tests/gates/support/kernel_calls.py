@@ -1,0 +1,109 @@
+"""The calls of ops that the gates lower and compile for an H200, at the shapes that decoding has: a list to add to.
+
+Every implementation of an op that is not XLA's own (a name that begins with "xla") must be listed, or a test fails.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Norm, PackedProjection, Projection, hardware_rank, ops, pack
+from pallas_kernels.triton.blocks import MATVEC_BATCH
+
+Member = tuple[int, int | None]
+"""d_out, and the rank or None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """A call of one implementation of an op, and what its kernels may take.
+
+    Attributes:
+      label: names the test.
+      op, implementation: as registered.
+      args, arrays: shapes of the positional and of the named arrays, as pytrees.
+      options: static arguments.
+      max_registers: of a thread; above 128, fewer than four blocks of 128 threads fit a multiprocessor with any of them.
+      max_shared_memory: of a block, in bytes; an H200 has 227 KiB for all blocks of a multiprocessor.
+    """
+
+    label: str
+    op: str
+    implementation: str
+    args: tuple[Any, ...]
+    arrays: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    max_registers: int = 128
+    max_shared_memory: int = 227 * 1024
+
+    def function(self) -> partial[Any]:
+        """What to lower, with `args` and `arrays` as its two arguments."""
+        return partial(_call, self.op, self.implementation, dict(self.options))
+
+
+def _call(op: str, implementation: str, options: dict[str, Any], args: tuple[Any, ...], arrays: dict[str, Any]) -> Any:
+    return ops()[op](*args, implementation=implementation, **arrays, **options)
+
+
+def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """The shape of an array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def packed(d_in: int, *members: Member, dtype: Any = jnp.bfloat16) -> PackedProjection:
+    """The shapes of projections packed as a model on a GPU holds them, ranks padded."""
+
+    def projection(d_out: int, rank: int | None) -> Projection:
+        if rank is None:
+            return Projection(weight=array(d_out, d_in, dtype=dtype))  # pyright: ignore[reportArgumentType]
+        return Projection(down=array(rank, d_in, dtype=dtype), up=array(d_out, rank, dtype=dtype))  # pyright: ignore
+
+    return jax.eval_shape(partial(pack, pad_rank=hardware_rank), [projection(*member) for member in members])
+
+
+def _project(label: str, rows: int, d_in: int, *members: Member, **options: Any) -> KernelCall:
+    """A call of `project` with a norm before it unless ``options`` say otherwise."""
+    arrays: dict[str, Any] = {"norm": Norm(array(d_in), 1e-5)} if options.pop("norm", True) else {}  # pyright: ignore
+    if options.pop("residual", False):
+        arrays["residual"] = array(rows, 1, members[0][0])
+    args = (array(rows, 1, d_in), packed(d_in, *members))
+    call = KernelCall(f"project-{label}-{rows}", "project", "triton", args, arrays, options)
+    return call if rows <= MATVEC_BATCH else dataclasses.replace(call, max_registers=192)  # sums of tensor cores
+
+
+def _attend(label: str, rows: int, heads: int, kv_heads: int, head_dim: int = 128, slots: int = 8192) -> KernelCall:
+    new = [array(rows, 1, count * head_dim) for count in (heads, kv_heads, kv_heads)]
+    cache = [array(rows, kv_heads, slots, head_dim)] * 2
+    tables = [array(rows, 1, head_dim // 2, dtype=jnp.float32)] * 2
+    positions = [array(rows, dtype=jnp.int32)] * 2
+    args = (*new, *cache, *tables, *positions)
+    return KernelCall(f"attend-{label}-{rows}", "attend_cached", "triton", args, max_registers=192)
+
+
+# Ranks are those of ratio 0.5: 1024 and 1488 in Llama-2-7B; 1024, 409 and 1592 in Llama-3.1-8B.
+KERNEL_CALLS: list[KernelCall] = [
+    _project("qkv", 1, 4096, (4096, 1024), (4096, 1024), (4096, 1024)),
+    _project("qkv-dense", 1, 4096, (4096, None), (1024, None), (1024, None)),
+    _project("o", 1, 4096, (4096, 1024), norm=False, residual=True),
+    _project("gate-up-dense", 1, 4096, (14336, None), (14336, None), gate="silu"),
+    _project("head", 1, 4096, (128256, None), dtype=jnp.float32),
+    _attend("mha", 1, 32, 32),
+    _attend("gqa", 1, 32, 8),
+    *(
+        call
+        for rows in (1, 2, 4, 8, 32)
+        for call in (
+            _project("qkv-mixed", rows, 4096, (4096, 1024), (1024, 409), (1024, None)),
+            _project("gate-up", rows, 4096, (11008, 1492), (11008, 1492), gate="silu"),
+            _project("down", rows, 11008, (4096, 1492), norm=False, residual=True),
+        )
+    ),
+    _project("head", 8, 4096, (128256, None), dtype=jnp.float32),
+    _attend("gqa", 8, 32, 8),
+    _attend("head-256", 1, 16, 8, head_dim=256),
+    _attend("head-64", 1, 14, 2, head_dim=64),
+]
