@@ -44,7 +44,8 @@ def start_table() -> str:
         )
         for cached in (False, True)
     ]
-    return tables.start(*own)
+    table = tables.start(*own)
+    return table and f"The first call of a process compiles, unless an earlier process left its executables:\n\n{table}"
 
 
 def dense_table() -> str:

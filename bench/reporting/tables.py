@@ -24,8 +24,10 @@ def start(compiled: Results, cached: Results) -> str:
     lines = []
     for setting in compiled.settings():
         impl = next((i for i in OURS if compiled.row(setting, i) and cached.row(setting, i)), None)
-        if impl is not None:
-            row, again = compiled.by_setting[setting][impl], cached.by_setting[setting][impl]
+        if impl is None:
+            continue
+        row, again = compiled.by_setting[setting][impl], cached.by_setting[setting][impl]
+        if row["commit"] == again["commit"]:
             times = [f"{row['prefill_ms']:.1f}", f"{row['cold_start_s']:.1f} s", f"{again['cold_start_s']:.1f} s"]
             lines.append([*_what(setting), IMPLEMENTATIONS[impl], *times])
     return _table(["model", "kept", "batch", "context", "with", "prompt ms", "first call", "cached"], lines)

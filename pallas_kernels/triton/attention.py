@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.norm import Norm
 from pallas_kernels.target import target
-from pallas_kernels.triton.call import SUPPORTED_DTYPES, launch, load, power_of_two, store
+from pallas_kernels.triton.call import SUPPORTED_DTYPES, Launch, load, power_of_two, store
 
 _NOTHING = -1e30  # a score that no key has; finite, so that differences of it are zero and not NaN
 _LOG2_E = math.log2(math.e)
@@ -99,21 +99,17 @@ def attend_cached(
     else:
         shape = (plan.splits, batch, plan.heads)
         parts = [jax.ShapeDtypeStruct((*shape, n), jnp.float32) for n in (head_dim, 2)]
-    keys, values, *results = launch(
-        partial(attend_program, plan=plan), *operands, name="attend", grid=(batch * kv_heads, plan.splits),
-        outputs=[*caches, *parts], warps=plan.warps, stages=plan.stages, aliases={0: 0, 1: 1},
-    )  # fmt: skip
+    constants = (("plan", plan),)
+    keys, values, *results = Launch(
+        attend_program, constants, name="attend", grid=(batch * kv_heads, plan.splits), outputs=(*caches, *parts),
+        warps=plan.warps, stages=plan.stages, aliases=((0, 0), (1, 1)),
+    )(*operands)  # fmt: skip
     if plan.splits > 1:
         merged = jax.ShapeDtypeStruct((batch, plan.heads * head_dim), q.dtype)
         warps = max(1, min(8, plan.splits * power_of_two(head_dim) // 1024))
-        results = launch(
-            partial(merge_program, plan=plan),
-            *results,
-            name="attend_merge",
-            grid=(batch, plan.heads),
-            outputs=[merged],
-            warps=warps,
-        )
+        results = Launch(
+            merge_program, constants, name="attend_merge", grid=(batch, plan.heads), outputs=(merged,), warps=warps
+        )(*results)
     return results[0][:, None], keys, values
 
 
@@ -130,7 +126,7 @@ def _plan(
 
 
 def attend_program(*refs: Any, plan: AttentionPlan) -> None:
-    """See the module's text; for `launch` with a grid (batch * kv_heads, splits)."""
+    """See the module's text; for `Launch` with a grid (batch * kv_heads, splits)."""
     keys, values, q_ref, k_ref, v_ref, cos_ref, sin_ref, start_ref, lengths_ref, *rest = refs
     q_scale = rest.pop(0) if plan.q_eps is not None else None
     k_scale = rest.pop(0) if plan.k_eps is not None else None
@@ -257,7 +253,7 @@ def _finish(
 
 
 def merge_program(sums_ref: Any, stats_ref: Any, out_ref: Any, *, plan: AttentionPlan) -> None:
-    """Adds up the splits of one head; for `launch` with a grid (batch, heads)."""
+    """Adds up the splits of one head; for `Launch` with a grid (batch, heads)."""
     b, head = pl.program_id(0), pl.program_id(1)
     splits, columns = jnp.arange(plan.splits), jnp.arange(power_of_two(plan.head_dim))
     highest, total = (load(stats_ref, splits, b, head, number) for number in (0, 1))

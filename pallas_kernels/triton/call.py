@@ -5,8 +5,9 @@ sides are powers of two. JAX deprecates this lowering in favour of Mosaic GPU an
 file, not the tile programs.
 """
 
-import warnings
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,40 +20,48 @@ from pallas_kernels.target import Target, target
 SUPPORTED_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 
 
-def launch(
-    program: Callable[..., None],
-    *operands: jax.Array,
-    name: str,
-    grid: tuple[int, ...],
-    outputs: Sequence[jax.ShapeDtypeStruct],
-    warps: int,
-    stages: int = 1,
-    aliases: dict[int, int] | None = None,
-) -> tuple[jax.Array, ...]:
-    """Runs ``program(*operand_refs, *output_refs)`` once for every point of the grid, or has it interpreted.
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How a tile program is run: ``program(*operand_refs, *output_refs, **constants)``, once for every point of the grid.
 
-    Args:
+    Attributes:
       program: the tile program; it reads whole operands and computes its own indices.
-      operands: arrays in GPU memory.
+      constants: names and values of its static arguments.
       name: of the kernel, in profiles and in compiled code.
       grid: number of programs along each axis.
       outputs: shape and dtype of each output.
       warps: of a program.
       stages: loads in flight of a loop with dots.
-      aliases: operand number -> number of the output that takes its memory.
+      aliases: pairs of an operand's number and that of the output that takes its memory.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Pallas Triton.*deprecated.*")
-        call = pl.pallas_call(
-            program,
-            out_shape=tuple(outputs),
-            grid=grid,
-            input_output_aliases=aliases or {},
-            compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-            interpret=target().interpret,
-            name=name,
-        )
-        return tuple(call(*operands))
+
+    program: Callable[..., None]
+    constants: tuple[tuple[str, Any], ...]
+    name: str
+    grid: tuple[int, ...]
+    outputs: tuple[jax.ShapeDtypeStruct, ...]
+    warps: int
+    stages: int = 1
+    aliases: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, *operands: jax.Array) -> tuple[jax.Array, ...]:
+        """Runs the kernel, or has it interpreted if that is the target."""
+        return _run(operands, self, target().interpret)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _run(operands: tuple[jax.Array, ...], launch: Launch, interpret: bool) -> tuple[jax.Array, ...]:
+    """Compiled by itself so that the layers of a model, all alike, are traced and lowered once: 0.4 s in place of 9."""
+    call = pl.pallas_call(
+        partial(launch.program, **dict(launch.constants)),
+        out_shape=launch.outputs,
+        grid=launch.grid,
+        input_output_aliases=dict(launch.aliases),
+        compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
+        interpret=interpret,
+        name=launch.name,
+    )
+    return tuple(call(*operands))
 
 
 def load(ref: Any, *indices: Any, mask: jax.Array | None = None, once: bool = False) -> jax.Array:

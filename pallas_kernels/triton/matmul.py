@@ -23,7 +23,7 @@ from pallas_kernels.triton.plan import Blocks, Member, ProductPlan
 
 
 def matmul_program(*refs: Any, plan: ProductPlan, blocks: Blocks) -> None:
-    """See the module's text; for `launch` with a grid (all programs of all members, splits)."""
+    """See the module's text; for `Launch` with a grid (all programs of all members, splits)."""
     at = Operands.sort(plan, refs)
     program, split = pl.program_id(0), pl.program_id(1)
     first = 0

@@ -51,7 +51,7 @@ class Operands:
 
 
 def matvec_program(*refs: Any, plan: ProductPlan, blocks: Blocks) -> None:
-    """See the module's text; for `launch` with a grid of all programs of all members."""
+    """See the module's text; for `Launch` with a grid of all programs of all members."""
     at = Operands.sort(plan, refs)
     program = pl.program_id(0)
     first = 0

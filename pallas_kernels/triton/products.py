@@ -1,7 +1,7 @@
 """The op `project` in Pallas-Triton: one kernel for dense members, two for low-rank ones, norm and epilogues folded in."""
 
 import dataclasses
-from functools import partial
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from pallas_kernels.products import rows as rows_of
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import target
 from pallas_kernels.triton.blocks import MATVEC_BATCH, product_blocks
-from pallas_kernels.triton.call import SUPPORTED_DTYPES, launch
+from pallas_kernels.triton.call import SUPPORTED_DTYPES, Launch
 from pallas_kernels.triton.matmul import matmul_program
 from pallas_kernels.triton.matvec import matvec_program
 from pallas_kernels.triton.plan import Blocks, Member, ProductPlan, dense_members, latent_members, second_members
@@ -110,7 +110,7 @@ def _run(
 
 
 def _launch(
-    program: object,
+    program: Callable[..., None],
     name: str,
     plan: ProductPlan,
     blocks: Blocks,
@@ -123,21 +123,19 @@ def _launch(
     split = blocks.splits > 1
     members = plan.members[:1] if plan.gate else plan.members
     shapes = [(plan.batch, m.rows) for m in members]
-    outputs = [
-        jax.ShapeDtypeStruct((blocks.splits, *s), jnp.float32) if split else jax.ShapeDtypeStruct(s, finish.dtype)
-        for s in shapes
-    ]
     operands = [x, *([] if norm is None else [norm.scale]), *weights, *biases]
     operands += [] if finish.residual is None else [finish.residual]
     programs = sum(plan.tiles(blocks.rows))
-    grid = (programs,) if program is matvec_program else (programs, blocks.splits)
-    results = launch(
-        partial(program, plan=plan, blocks=blocks),  # pyright: ignore[reportCallIssue, reportArgumentType]
-        *operands,
+    results = Launch(
+        program,
+        (("plan", plan), ("blocks", blocks)),
         name=name,
-        grid=grid,
-        outputs=outputs,
+        grid=(programs,) if program is matvec_program else (programs, blocks.splits),
+        outputs=tuple(
+            jax.ShapeDtypeStruct((blocks.splits, *s), jnp.float32) if split else jax.ShapeDtypeStruct(s, finish.dtype)
+            for s in shapes
+        ),
         warps=blocks.warps,
         stages=blocks.stages,
-    )
+    )(*operands)
     return tuple(y.sum(0).astype(finish.dtype) for y in results) if split else results
