@@ -264,7 +264,7 @@ def _loop_options() -> dict[str, Any] | None:
     A loop by itself is sent step by step: 2.53 ms a token in place of 2.41 (H200, Llama-2-7B at ratio 0.5; bench/NOTES.md). The
     names are XLA's default ones and WHILE; a lone loop is below the default size of a graph.
     """
-    if target().platform != "cuda":
+    if target().platform != "cuda" or target().interpret:
         return None
     kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
     return {"xla_gpu_enable_command_buffer": kinds, "xla_gpu_graph_min_graph_size": 1}

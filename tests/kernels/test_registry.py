@@ -3,9 +3,11 @@
 import re
 from collections.abc import Callable
 
+import jax
 import pytest
 
-from pallas_kernels import Implementation, Op, ops, registry
+from pallas_kernels import Implementation, Op, Target, assume_target, ops, prefer, record, registry, target
+from pallas_kernels.registry import Record
 
 
 @pytest.fixture
@@ -88,3 +90,55 @@ def test_a_name_is_registered_once(op: Op) -> None:
         with pytest.raises(ValueError, match=f"twice already has an implementation named '{name}'"):
             op.register(implementation(name))
     assert op.names == ("fast", "xla")
+
+
+def test_an_implementation_that_no_call_can_use_here_refuses_them_all(op: Op) -> None:
+    def unavailable(device: Target) -> str | None:
+        return None if device.platform == "cuda" else f"no kernels for {device.platform}"
+
+    op.register(Implementation("kernel", lambda x: ("kernel", x), lambda x: "x is odd" if x % 2 else None, unavailable))
+    with assume_target(Target("cpu")):
+        assert op.choose(2)[1] == op.choose(3)[1] == {"kernel": "no kernels for cpu"}
+    with assume_target(Target("cuda")):
+        assert op(2) == ("kernel", 2)
+        assert op.choose(3)[1] == {"kernel": "x is odd"}
+
+
+def test_one_on_request_serves_only_calls_that_name_or_prefer_it(op: Op) -> None:
+    op.register(implementation("example"), on_request=True)
+    assert op.names == ("xla", "example")
+    assert op(3) == ("xla", 3)
+    assert op(3, implementation="example") == ("example", 3)
+    with prefer("example"):
+        assert op(3) == ("example", 3)
+    with pytest.raises(ValueError, match="already has"):
+        op.register(implementation("example"), on_request=True)
+
+
+def test_what_is_preferred_is_tried_first_and_the_rest_keeps_its_order(op: Op) -> None:
+    op.register(implementation("slow"))
+    op.register(implementation("even", lambda x: "x is odd" if x % 2 else None))
+    with prefer("slow"):
+        assert op(2) == ("slow", 2)
+        with prefer("xla"):
+            assert op(2) == ("xla", 2)
+        assert op(2) == ("slow", 2)
+    with prefer("even"):
+        assert op(3) == ("slow", 3)
+    with prefer(None):
+        assert op(2) == ("even", 2)
+
+
+def test_a_record_tells_what_ran_and_why_others_did_not(op: Op) -> None:
+    op.register(implementation("even", lambda x: "x is odd" if x % 2 else None))
+    used: Record = {}
+    with record(used):
+        for x in (2, 3, 5):
+            op(x)
+    op(7, implementation="xla")
+    assert used == {"twice": {"even": set(), "xla": {"even: x is odd"}}}
+
+
+def test_the_default_target_is_the_default_device() -> None:
+    assert target().platform == jax.default_backend()
+    assert target().interpret is False

@@ -1,0 +1,57 @@
+"""Which kernels an engine uses: chosen for its target, preferred by name, told afterwards, and the same tokens from all."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import pytest
+
+from flashsvd_jax.engine import Engine
+from flashsvd_jax.errors import RequestError
+from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.model import Model
+from flashsvd_jax.models.weights import build_weights
+from flashsvd_jax.sampling import SamplingParams
+from flashsvd_jax.schema import schema
+from flashsvd_jax.shapes import shape_config
+from pallas_kernels import assume_target, hardware_rank
+from pallas_kernels.target import H200
+
+
+def test_an_unknown_name_is_refused_before_anything_is_made(tiny: Any) -> None:
+    for make in (Engine, Model):
+        with pytest.raises(RequestError, match=r"no kernels named 'fast'; known: auto, .*triton.*xla"):
+            make(tiny.config, tiny.weights, max_length=96, kernels="fast")
+
+
+def test_on_a_cpu_it_is_xla_and_the_engine_says_why(tiny: Any) -> None:
+    engine = tiny.new_engine()
+    assert engine.kernels_used == {}
+    engine.lower_decode()
+    assert engine.kernels_used["attend_cached"].keys() == {"xla"}
+    assert any(reason.startswith("triton: ") for reason in engine.kernels_used["attend_cached"]["xla"])
+
+
+def test_interpreted_kernels_give_the_tokens_of_plain_xla() -> None:
+    config = shape_config("tiny", 0.5)
+    ranks = {site: rank for site, rank in config.factorization.rank_by_site.items() if site.startswith("layers_0.")}
+    config = dataclasses.replace(
+        config, num_layers=1, windows=(None,), vocab_size=64, factorization=Factorization.of(ranks)
+    )
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    specs = schema(config)
+    weights = build_weights(
+        config,
+        lambda name: jax.random.normal(next(keys), specs[name].shape) / specs[name].shape[-1] ** 0.5,
+        hardware_rank,
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
+    tokens = {}
+    for kernels in ("auto", "xla"):
+        with assume_target(dataclasses.replace(H200, interpret=True)):
+            engine = Engine(config, weights, max_length=48, kernels=kernels, decode_chunk=3, batch=2)
+            blocks = list(engine.generate([[1, 2, 3], [9] * 20], [params] * 2))
+        tokens[kernels] = [block.tokens.tolist() for block in blocks]
+        used = {op: set(names) for op, names in engine.kernels_used.items()}
+        assert ("triton" in used["attend_cached"]) == ("triton" in used["project"]) == (kernels == "auto")
+    assert tokens["auto"] == tokens["xla"]
