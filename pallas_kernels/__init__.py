@@ -1,6 +1,7 @@
 """Operations of low-rank inference: what they compute, and the ways to compute them. Knows nothing of models."""
 
-from pallas_kernels import triton as _triton  # noqa: F401  (registers its implementations)
+from pallas_kernels import persistent as _persistent  # noqa: F401  (both register their implementations)
+from pallas_kernels import triton as _triton  # noqa: F401
 from pallas_kernels.attention import (
     attend,
     attend_cached,
@@ -14,6 +15,7 @@ from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
+from pallas_kernels.segment import segment
 from pallas_kernels.target import Target, assume_target, target
 
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
@@ -39,6 +41,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotated_heads",
+    "segment",
     "split_heads",
     "target",
     "write_slots",

@@ -4,6 +4,8 @@ A step writes the new keys and values into the cache and attends over it; prompt
 prompt alone; without a cache the same layers give the logits of whole sequences.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,17 @@ from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, write
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from flashsvd_jax.rope import rotary_tables
-from pallas_kernels import Norm, attend, attend_cached, causal_mask, project, rms_norm, rotated_heads, split_heads
+from pallas_kernels import (
+    Norm,
+    attend,
+    attend_cached,
+    causal_mask,
+    project,
+    rms_norm,
+    rotated_heads,
+    segment,
+    split_heads,
+)
 
 
 def full_logits(
@@ -34,10 +46,11 @@ def full_logits(
     masks = _masks(config, positions, positions, real)
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x = weights.embedding[tokens]
-    for layer, window in zip(weights.layers, config.windows, strict=True):
-        q, k, v = _heads(config, layer, x, tables)
-        x = _finish_layer(config, layer, x, attend(q, k, v, masks[window]))
-    return head_logits(config, weights, x)
+
+    def attention(index: int, *projected: jax.Array) -> jax.Array:
+        return attend(*_heads(config, weights.layers[index], tables, *projected), masks[config.windows[index]])
+
+    return head_logits(config, weights, _through_layers(config, weights, x, attention))
 
 
 def prefill(
@@ -59,10 +72,14 @@ def prefill(
     masks = _masks(config, positions, positions, positions < lengths[:, None])
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x, start = weights.embedding[tokens], jnp.zeros((), jnp.int32)
-    for index, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
-        q, k, v = _heads(config, layer, x, tables)
+
+    def attention(index: int, *projected: jax.Array) -> jax.Array:
+        nonlocal cache
+        q, k, v = _heads(config, weights.layers[index], tables, *projected)
         cache = write(cache, index, k, v, start)
-        x = _finish_layer(config, layer, x, attend(q, k, v, masks[window]))
+        return attend(q, k, v, masks[config.windows[index]])
+
+    x = _through_layers(config, weights, x, attention)
     return cache, x
 
 
@@ -91,15 +108,19 @@ def extend(
     positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x = weights.embedding[tokens]
-    for index, (layer, window) in enumerate(zip(weights.layers, config.windows, strict=True)):
-        q, k, v = _queries_keys_values(config, layer, x)
+
+    def attention(index: int, *projected: jax.Array) -> jax.Array:
+        nonlocal cache
+        layer = weights.layers[index]
         with jax.named_scope("attention"):
             attended, keys, values = attend_cached(
-                q, k, v, cache.keys[index], cache.values[index], *tables, start, lengths,
-                window=window, q_norm=_norm(config, layer.q_norm), k_norm=_norm(config, layer.k_norm),
+                *projected, cache.keys[index], cache.values[index], *tables, start, lengths, window=config.windows[index],
+                q_norm=_norm(config, layer.q_norm), k_norm=_norm(config, layer.k_norm),
             )  # fmt: skip
         cache = cache.replace(index, keys, values)
-        x = _finish_layer(config, layer, x, attended)
+        return attended
+
+    x = _through_layers(config, weights, x, attention)
     return cache, x
 
 
@@ -124,25 +145,39 @@ def _norm(config: ModelConfig, scale: jax.Array | None) -> Norm | None:
     return None if scale is None else Norm(scale, config.rms_norm_eps)
 
 
-def _queries_keys_values(config: ModelConfig, layer: LayerWeights, x: jax.Array) -> tuple[jax.Array, ...]:
-    """Normed and projected: q [batch, tokens, heads * head_dim], k and v with kv_heads."""
+def _through_layers(
+    config: ModelConfig, weights: DecoderWeights, x: jax.Array, attention: Callable[..., jax.Array]
+) -> jax.Array:
+    """The residual stream x [batch, tokens, embed] after all layers.
+
+    ``attention(index, q, k, v)`` takes what is projected, each [batch, tokens, heads * head_dim], and gives q's shape.
+    """
+    layers = weights.layers
     with jax.named_scope("qkv"):
-        return project(x, layer.qkv, norm=_norm(config, layer.input_norm))
+        projected = project(x, layers[0].qkv, norm=_norm(config, layers[0].input_norm))
+    for index, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+        x, projected = segment(
+            x,
+            attention(index, *projected),
+            o=layer.o,
+            mlp_norm=Norm(layer.post_attention_norm, config.rms_norm_eps),
+            gate_up=layer.gate_up,
+            gate="silu",
+            down=layer.down,
+            next_norm=None if following is None else _norm(config, following.input_norm),
+            following=None if following is None else following.qkv,
+        )
+    return x
 
 
 def _heads(
-    config: ModelConfig, layer: LayerWeights, x: jax.Array, tables: tuple[jax.Array, jax.Array]
+    config: ModelConfig,
+    layer: LayerWeights,
+    tables: tuple[jax.Array, jax.Array],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same as heads [batch, heads, tokens, head_dim], q and k rotated."""
-    q, k, v = _queries_keys_values(config, layer, x)
+    """What is projected as heads [batch, heads, tokens, head_dim], q and k normed if the model does that, and rotated."""
     norms = _norm(config, layer.q_norm), _norm(config, layer.k_norm)
     return *rotated_heads(q, k, *tables, config.head_dim, *norms), split_heads(v, config.head_dim)
-
-
-def _finish_layer(config: ModelConfig, layer: LayerWeights, x: jax.Array, attended: jax.Array) -> jax.Array:
-    """Output projection and gated MLP, each added to the residual stream x [batch, tokens, embed]."""
-    with jax.named_scope("attention_out"):
-        (x,) = project(attended, layer.o, residual=x)
-    with jax.named_scope("mlp"):
-        (gated,) = project(x, layer.gate_up, norm=_norm(config, layer.post_attention_norm), gate="silu")
-        return project(gated, layer.down, residual=x)[0]

@@ -105,8 +105,11 @@ def _run_child(toolchain: Toolchain, request: dict[str, str], folder: Path) -> d
     environment |= {
         "PYTHONPATH": os.pathsep.join([*toolchain.path, *filter(None, sys.path)]),
         "JAX_PLATFORMS": "cpu",
-        "JAX_TRITON_DUMP_DIR": str(folder / "dump" / "jax_triton"),  # its kernels are assembled before XLA sees them
+        # The kernels of these two are assembled before XLA sees them.
+        "JAX_TRITON_DUMP_DIR": str(folder / "dump" / "jax_triton"),
+        "MOSAIC_GPU_DUMP_TO": str(folder / "dump" / "mosaic_gpu"),
     }
+    (folder / "dump" / "mosaic_gpu").mkdir(parents=True)
     command = [sys.executable, str(_CHILD), str(question), str(answer)]
     run = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace", check=False, timeout=_TIMEOUT_S

@@ -84,6 +84,27 @@ def _attend(label: str, rows: int, heads: int, kv_heads: int, head_dim: int = 12
     return KernelCall(f"attend-{label}-{rows}", "attend_cached", "triton", args, max_registers=192)
 
 
+def _segment(
+    label: str, rows: int, ranks: tuple[int | None, int | None], width: int = 4096, ff: int = 11008, kv: int = 4096,
+    implementation: str = "persistent",
+) -> KernelCall:  # fmt: skip
+    """A call of `segment`; ranks of the attention's projections and of the MLP's, None for dense ones."""
+    attention, mlp = ranks
+    arrays = {
+        "o": packed(width, (width, attention)),
+        "mlp_norm": Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
+        "gate_up": packed(width, (ff, mlp), (ff, mlp)),
+        "down": packed(ff, (width, mlp)),
+        "next_norm": Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
+        "following": packed(width, (width, attention), (kv, attention), (kv, attention)),
+    }
+    args = (array(rows, 1, width), array(rows, 1, width))
+    call = KernelCall(
+        f"segment-{implementation}-{label}-{rows}", "segment", implementation, args, arrays, {"gate": "silu"}
+    )
+    return dataclasses.replace(call, max_registers=255)  # one block a multiprocessor has them all
+
+
 # Ranks are those of ratio 0.5: 1024 and 1488 in Llama-2-7B; 1024, 409 and 1592 in Llama-3.1-8B.
 KERNEL_CALLS: list[KernelCall] = [
     _project("qkv", 1, 4096, (4096, 1024), (4096, 1024), (4096, 1024)),
@@ -106,4 +127,9 @@ KERNEL_CALLS: list[KernelCall] = [
     _attend("gqa", 8, 32, 8),
     _attend("head-256", 1, 16, 8, head_dim=256),
     _attend("head-64", 1, 14, 2, head_dim=64),
+    _segment("7b", 1, (1024, 1492)),
+    _segment("7b", 4, (1024, 1492)),
+    _segment("7b-dense", 1, (None, None)),
+    _segment("8b-mixed", 2, (None, 1592), ff=14336, kv=1024),
+    _segment("7b", 1, (1024, 1492), implementation="products"),
 ]
