@@ -15,12 +15,13 @@ from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
-from pallas_kernels.segment import segment
+from pallas_kernels.segment import Between, segment
 from pallas_kernels.target import Target, assume_target, target
 
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 
 __all__ = [
+    "Between",
     "Implementation",
     "Norm",
     "Op",

@@ -14,6 +14,7 @@ from flashsvd_jax.kv_cache import KVCache, write
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from flashsvd_jax.rope import rotary_tables
 from pallas_kernels import (
+    Between,
     Norm,
     attend,
     attend_cached,
@@ -156,17 +157,16 @@ def _through_layers(
     with jax.named_scope("qkv"):
         projected = project(x, layers[0].qkv, norm=_norm(config, layers[0].input_norm))
     for index, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
-        x, projected = segment(
-            x,
-            attention(index, *projected),
+        between = Between(
             o=layer.o,
             mlp_norm=Norm(layer.post_attention_norm, config.rms_norm_eps),
             gate_up=layer.gate_up,
-            gate="silu",
             down=layer.down,
             next_norm=None if following is None else _norm(config, following.input_norm),
             following=None if following is None else following.qkv,
+            gate="silu",
         )
+        x, projected = segment(x, attention(index, *projected), between)
     return x
 
 

@@ -35,14 +35,7 @@ def run_segment(segment: Segment, operands: tuple[jax.Array, ...], eps: float) -
     Returns:
       The new residual stream [batch, width], then the plain outputs [batch, rows] of each group.
     """
-    plain = [(j, i) for j, phase in enumerate(segment.phases) if phase.plain for i in range(len(phase.groups))]
-    stream = jax.ShapeDtypeStruct((segment.batch, segment.width), jnp.bfloat16)
-    outputs = [stream] + [
-        jax.ShapeDtypeStruct(
-            (segment.batch, segment.phases[j].groups[i].rows), jnp.float32 if segment.phases[j].wide else jnp.bfloat16
-        )
-        for j, i in plain
-    ]
+    plain, outputs = _outputs(segment)
 
     def segment_kernel(*refs: Any) -> None:
         given, made = refs[: len(operands)], refs[len(operands) : len(operands) + len(outputs)]
@@ -84,6 +77,17 @@ def run_segment(segment: Segment, operands: tuple[jax.Array, ...], eps: float) -
             plgpu.Barrier(num_barriers=stages),
         ],
     )(*operands)
+
+
+def _outputs(segment: Segment) -> tuple[list[tuple[int, int]], list[jax.ShapeDtypeStruct]]:
+    """(phase, group) of the plain outputs; shapes of the residual stream and of these."""
+    plain = [(j, i) for j, phase in enumerate(segment.phases) if phase.plain for i in range(len(phase.groups))]
+    shapes = [jax.ShapeDtypeStruct((segment.batch, segment.width), jnp.bfloat16)]
+    for j, i in plain:
+        phase = segment.phases[j]
+        dtype = jnp.float32 if phase.wide else jnp.bfloat16
+        shapes.append(jax.ShapeDtypeStruct((segment.batch, phase.groups[i].rows), dtype))
+    return plain, shapes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import TILE_K, TILE_ROWS, Group, Phase, Segment, Source, splits_for
 from pallas_kernels.products import rows
 from pallas_kernels.projection import PackedProjection
+from pallas_kernels.segment import Between
 from pallas_kernels.target import Target, target
 
 LARGEST_BATCH = 4
-_EPILOGUES = "biases or an activation other than silu"
 
 
 def unavailable(device: Target) -> str | None:
@@ -22,57 +21,37 @@ def unavailable(device: Target) -> str | None:
     return "Mosaic GPU's interpreter has no words in GPU memory" if device.interpret else None
 
 
-def refuses(
-    x: jax.Array,
-    attended: jax.Array,
-    *,
-    o: PackedProjection,
-    mlp_norm: Norm,
-    gate_up: PackedProjection,
-    gate: str,
-    down: PackedProjection,
-    next_norm: Norm | None = None,
-    following: PackedProjection | None = None,
-) -> str | None:
+def refuses(x: jax.Array, attended: jax.Array, between: Between) -> str | None:
     """Why the kernel cannot serve a call."""
-    if following is None or next_norm is None:
+    if between.following is None or between.next_norm is None:
         return "the last layer, which nothing follows"
     if rows(x) > LARGEST_BATCH:
         return f"{rows(x)} rows; it serves up to {LARGEST_BATCH}"
-    parts = (o, gate_up, down, following)
+    parts = (between.o, between.gate_up, between.down, between.following)
     weights = [weight for part in parts for weight in (part.first, *part.ups) if weight is not None]
     if any(a.dtype != jnp.bfloat16 for a in (x, attended, *weights)):
         return "a dtype other than bfloat16"
-    if gate != "silu" or any(bias is not None for part in parts for bias in part.biases):
-        return _EPILOGUES
+    if between.gate != "silu" or any(bias is not None for part in parts for bias in part.biases):
+        return "biases, or an activation other than silu"
     if any(len({up is None for up in part.ups}) > 1 for part in parts):
         return "dense and low-rank members of one input"
     if any(weight.shape[0] < TILE_ROWS or weight.shape[1] < TILE_K for weight in weights):
         return f"a weight smaller than a tile of {TILE_ROWS} by {TILE_K}"
-    if mlp_norm.eps != next_norm.eps:
+    if between.mlp_norm.eps != between.next_norm.eps:
         return "norms of different eps"
-    return _plan(rows(x), x.shape[-1], target().cores, o, gate_up, down, following)[0].problems()
+    return _plan(rows(x), x.shape[-1], target().cores, between)[0].problems()
 
 
-def run(
-    x: jax.Array,
-    attended: jax.Array,
-    *,
-    o: PackedProjection,
-    mlp_norm: Norm,
-    gate_up: PackedProjection,
-    gate: str,
-    down: PackedProjection,
-    next_norm: Norm,
-    following: PackedProjection,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def run(x: jax.Array, attended: jax.Array, between: Between) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """As `pallas_kernels.segment`. The residual stream is rounded once, after both additions."""
     from pallas_kernels.persistent.kernel import run_segment
 
+    assert between.next_norm is not None
     batch, width = rows(x), x.shape[-1]
-    segment, weights = _plan(batch, width, target().cores, o, gate_up, down, following)
-    operands = (x.reshape(batch, width), attended.reshape(batch, -1), mlp_norm.scale, next_norm.scale, *weights)
-    stream, *outputs = run_segment(segment, operands, mlp_norm.eps)
+    segment, weights = _plan(batch, width, target().cores, between)
+    scales = between.mlp_norm.scale, between.next_norm.scale
+    operands = (x.reshape(batch, width), attended.reshape(batch, -1), *scales, *weights)
+    stream, *outputs = run_segment(segment, operands, between.mlp_norm.eps)
     return stream.reshape(x.shape), tuple(y.reshape(*x.shape[:-1], -1) for y in outputs)
 
 
@@ -115,22 +94,15 @@ class _Builder:
         return len(self.phases) - 1
 
 
-def _plan(
-    batch: int,
-    width: int,
-    cores: int,
-    o: PackedProjection,
-    gate_up: PackedProjection,
-    down: PackedProjection,
-    following: PackedProjection,
-) -> tuple[Segment, list[jax.Array]]:
+def _plan(batch: int, width: int, cores: int, between: Between) -> tuple[Segment, list[jax.Array]]:
     """The segment's phases, and the weights in the order in which they are numbered."""
+    assert between.following is not None
     programs = cores // 8 * 8  # a multiple of every number of splits
     build = _Builder(programs)
-    attention = build.project("o", o, Source("plain"))
-    gates = build.project("gate_up", gate_up, Source("stream", (attention,), scale=2))
+    attention = build.project("o", between.o, Source("plain"))
+    gates = build.project("gate_up", between.gate_up, Source("stream", (attention,), scale=2))
     dense = build.phases[gates].source.kind == "stream"
     half = build.phases[gates].groups[0].row_tiles * TILE_ROWS
-    mlp = build.project("down", down, Source("gated", (gates,), scaled=gates if dense else None, half=half))
-    build.project("following", following, Source("stream", (attention, mlp), scale=3), plain=True)
+    mlp = build.project("down", between.down, Source("gated", (gates,), scaled=gates if dense else None, half=half))
+    build.project("following", between.following, Source("stream", (attention, mlp), scale=3), plain=True)
     return Segment(tuple(build.phases), batch, programs, width), build.weights

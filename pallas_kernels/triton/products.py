@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,7 @@ from pallas_kernels.triton.plan import Blocks, Member, ProductPlan, dense_member
 LARGEST_BATCH = 32
 
 
-def refuses(
-    x: jax.Array,
-    packed: PackedProjection,
-    *,
-    dtype: jnp.dtype | None = None,
-    norm: Norm | None = None,
-    gate: str | None = None,
-    residual: jax.Array | None = None,
-) -> str | None:
+def refuses(x: jax.Array, packed: PackedProjection, **options: Any) -> str | None:
     """Why these kernels cannot serve a call."""
     if rows_of(x) > LARGEST_BATCH:
         return f"{rows_of(x)} rows; it serves up to {LARGEST_BATCH}"

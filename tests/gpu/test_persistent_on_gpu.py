@@ -3,8 +3,6 @@
 A kernel that spins ends by itself after seconds, but run this under `timeout` all the same.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +13,7 @@ from flashsvd_jax import SamplingParams, batch_generate
 from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.model import Model
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import Norm, PackedProjection, Projection, pack, segment
+from pallas_kernels import Between, Norm, PackedProjection, Projection, pack, segment
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +26,7 @@ def hopper() -> None:
         pytest.skip("the kernel is written for compute capability 9.0")
 
 
-def call(ranks: Ranks, batch: int, width: int, ff: int, kv: int) -> tuple[tuple[jax.Array, ...], dict[str, Any]]:
+def call(ranks: Ranks, batch: int, width: int, ff: int, kv: int) -> tuple[tuple[jax.Array, jax.Array], Between]:
     """Arguments of `segment`, random."""
     rng = np.random.default_rng(0)
 
@@ -42,16 +40,16 @@ def call(ranks: Ranks, batch: int, width: int, ff: int, kv: int) -> tuple[tuple[
         return pack([dense(d) if rank is None else low_rank(d) for d in d_outs])
 
     attention, mlp = ranks
-    parts = {
-        "o": packed(width, attention, width),
-        "mlp_norm": Norm(1 + draw(width, scale=0.2), 1e-5),
-        "gate_up": packed(width, mlp, ff, ff),
-        "gate": "silu",
-        "down": packed(ff, mlp, width),
-        "next_norm": Norm(1 + draw(width, scale=0.2), 1e-5),
-        "following": packed(width, attention, width, kv, kv),
-    }
-    return (draw(batch, 1, width), draw(batch, 1, width)), parts
+    between = Between(
+        o=packed(width, attention, width),
+        mlp_norm=Norm(1 + draw(width, scale=0.2), 1e-5),
+        gate_up=packed(width, mlp, ff, ff),
+        gate="silu",
+        down=packed(ff, mlp, width),
+        next_norm=Norm(1 + draw(width, scale=0.2), 1e-5),
+        following=packed(width, attention, width, kv, kv),
+    )
+    return (draw(batch, 1, width), draw(batch, 1, width)), between
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
@@ -66,19 +64,18 @@ def call(ranks: Ranks, batch: int, width: int, ff: int, kv: int) -> tuple[tuple[
     ],
 )
 def test_segment_against_float32(ranks: Ranks, width: int, ff: int, kv: int, batch: int) -> None:
-    (x, attended), parts = call(ranks, batch, width, ff, kv)
-    static = {"gate": parts.pop("gate")}
-    run = jax.jit(lambda x, a, parts: segment(x, a, implementation="persistent", **parts, **static))
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, attended, parts))
+    (x, attended), between = call(ranks, batch, width, ff, kv)
+    run = jax.jit(lambda x, attended, between: segment(x, attended, between, implementation="persistent"))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, attended, between))
     with jax.default_matmul_precision("highest"):
-        want, outputs = segment.reference(*wide[:2], **wide[2], **static)
-    stream, projected = run(x, attended, parts)
+        want, outputs = segment.reference(*wide)
+    stream, projected = run(x, attended, between)
     assert relative_error(stream, np.asarray(want, np.float64)) < 1e-2
     for got, expected in zip(projected, outputs, strict=True):
         assert relative_error(got, np.asarray(expected, np.float64)) < 1.5e-2
     for _ in range(20):
         for first, again in zip(
-            jax.tree.leaves((stream, projected)), jax.tree.leaves(run(x, attended, parts)), strict=True
+            jax.tree.leaves((stream, projected)), jax.tree.leaves(run(x, attended, between)), strict=True
         ):
             np.testing.assert_array_equal(first, again)
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import Norm, PackedProjection, Projection, assume_target, pack, prefer, segment
+from pallas_kernels import Between, Norm, PackedProjection, Projection, assume_target, pack, prefer, segment
 from pallas_kernels.persistent import segments
 from pallas_kernels.persistent.plan import SHARED_MEMORY, TILE_BYTES, TILE_K, TILE_ROWS, Segment, splits_for
 from pallas_kernels.target import H200, Target
@@ -39,27 +39,22 @@ def packed(rng: np.random.Generator, d_in: int, members: list[tuple[int, int | N
 
 def call(
     ranks: Ranks, batch: int = 2, width: int = 256, ff: int = 456, dtype: Any = jnp.bfloat16
-) -> tuple[tuple, dict[str, Any]]:
+) -> tuple[tuple[jax.Array, jax.Array], Between]:
     """Arguments of `segment`."""
     rng = np.random.default_rng(0)
     attention, mlp = ranks
     scale = lambda: jnp.asarray(1 + 0.3 * rng.standard_normal(width), dtype)  # noqa: E731
-    parts = {
-        "o": packed(rng, width, [(width, attention)], dtype),
-        "mlp_norm": Norm(scale(), EPS),
-        "gate_up": packed(rng, width, [(ff, mlp), (ff, mlp)], dtype),
-        "gate": "silu",
-        "down": packed(rng, ff, [(width, mlp)], dtype),
-        "next_norm": Norm(scale(), EPS),
-        "following": packed(rng, width, [(width, attention), (128, attention), (128, attention)], dtype),
-    }
+    between = Between(
+        o=packed(rng, width, [(width, attention)], dtype),
+        mlp_norm=Norm(scale(), EPS),
+        gate_up=packed(rng, width, [(ff, mlp), (ff, mlp)], dtype),
+        gate="silu",
+        down=packed(rng, ff, [(width, mlp)], dtype),
+        next_norm=Norm(scale(), EPS),
+        following=packed(rng, width, [(width, attention), (128, attention), (128, attention)], dtype),
+    )
     x, attended = (jnp.asarray(rng.standard_normal((batch, 1, width)), dtype) for _ in "xa")
-    return (x, attended), parts
-
-
-def plan(parts: dict[str, Any], batch: int, width: int, programs: int) -> tuple[Segment, list[jax.Array]]:
-    names = ("o", "gate_up", "down", "following")
-    return segments._plan(batch, width, programs, *(parts[name] for name in names))
+    return (x, attended), between
 
 
 @dataclasses.dataclass
@@ -188,12 +183,12 @@ RANKS: list[Ranks] = [(136, 200), (None, None), (None, 200), (136, None)]
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("programs", [8, 24, 128])
 def test_the_plan_computes_the_op_whatever_the_order(ranks: Ranks, programs: int) -> None:
-    (x, attended), parts = call(ranks, width=1024, ff=1160, dtype=jnp.float32)
-    built, weights = plan(parts, 2, 1024, programs)
+    (x, attended), between = call(ranks, width=1024, ff=1160, dtype=jnp.float32)
+    built, weights = segments._plan(2, 1024, programs, between)
     assert built.problems() is None
     assert programs < 24 or max(phase.splits for phase in built.phases) == 2
-    operands = [x[:, 0], attended[:, 0], parts["mlp_norm"].scale, parts["next_norm"].scale, *weights]
-    want, outputs = segment.reference(x, attended, **parts)
+    operands = [x[:, 0], attended[:, 0], between.mlp_norm.scale, between.next_norm.scale, *weights]
+    want, outputs = segment.reference(x, attended, between)
     for seed in range(2):
         machine = Machine(built, [np.asarray(a, np.float64) for a in operands])
         machine.run(np.random.default_rng(seed))
@@ -214,8 +209,8 @@ def test_items_words_and_memory(ranks: Ranks, sizes: tuple[int, int], programs: 
     eighths = lambda n: None if n is None else 8 * n  # noqa: E731
     width, ff = (8 * n for n in sizes)
     attention, mlp = (eighths(rank) for rank in ranks)
-    shapes = jax.eval_shape(lambda: call((attention, mlp), batch, width, ff)[1] | {"gate": None})
-    built, _ = plan(shapes, batch, width, 8 * programs)
+    shapes = jax.eval_shape(lambda: call((attention, mlp), batch, width, ff)[1])
+    built, _ = segments._plan(batch, width, 8 * programs, shapes)
     used = np.zeros(built.words, int)
     for j, phase in enumerate(built.phases):
         taken = [
@@ -247,8 +242,8 @@ def test_splits_fill_the_programs_and_leave_items_long() -> None:
 
 
 def test_problems_are_told() -> None:
-    (_, _), parts = call((136, 200), width=1024)
-    built, _ = plan(parts, 2, 1024, 128)
+    (_, _), between = call((136, 200), width=1024)
+    built, _ = segments._plan(2, 1024, 128, between)
     assert built.problems() is None
     assert "do not divide" in str(dataclasses.replace(built, programs=3).problems())
     huge = dataclasses.replace(built.phases[0].groups[0], k=2**20)
@@ -257,24 +252,26 @@ def test_problems_are_told() -> None:
 
 
 def test_it_serves_those_that_ask_and_refuses_with_reasons() -> None:
-    (x, attended), parts = call((136, 200))
+    (x, attended), between = call((136, 200))
     with assume_target(H200):
-        assert segment.choose(x, attended, **parts)[0].name == "products"
+        assert segment.choose(x, attended, between)[0].name == "products"
         with prefer("persistent"):
-            assert segment.choose(x, attended, **parts)[0].name == "persistent"
-            biased = dataclasses.replace(parts["o"], biases=(jnp.zeros(256, jnp.bfloat16),))
-            wide = call((136, 200), dtype=jnp.float32)
+            assert segment.choose(x, attended, between)[0].name == "persistent"
+            changed = lambda **fields: dataclasses.replace(between, **fields)  # noqa: E731
+            biased = dataclasses.replace(between.o, biases=(jnp.zeros(256, jnp.bfloat16),))
             mixed = packed(np.random.default_rng(0), 256, [(456, None), (456, 200)], jnp.bfloat16)
-            for arguments, options, reason in (
-                ((x, attended), parts | {"following": None, "next_norm": None}, "last layer"),
-                ((jnp.zeros((5, 1, 256), jnp.bfloat16), attended), parts, "5 rows"),
-                (*wide, "bfloat16"),
-                ((x, attended), parts | {"o": biased}, "biases"),
-                ((x, attended), parts | {"gate": "gelu"}, "silu"),
-                ((x, attended), parts | {"gate_up": mixed}, "dense and low-rank"),
-                ((x, attended), parts | {"next_norm": Norm(parts["next_norm"].scale, 1e-6)}, "eps"),
+            wide, wide_between = call((136, 200), dtype=jnp.float32)
+            other = Norm(between.mlp_norm.scale, 1e-6)
+            for arguments, reason in (
+                ((x, attended, changed(following=None, next_norm=None)), "last layer"),
+                ((jnp.zeros((5, 1, 256), jnp.bfloat16), attended, between), "5 rows"),
+                ((*wide, wide_between), "bfloat16"),
+                ((x, attended, changed(o=biased)), "biases"),
+                ((x, attended, changed(gate="gelu")), "silu"),
+                ((x, attended, changed(gate_up=mixed)), "dense and low-rank"),
+                ((x, attended, changed(next_norm=other)), "eps"),
             ):
-                chosen, refusals = segment.choose(*arguments, **options)
+                chosen, refusals = segment.choose(*arguments)
                 assert chosen.name == "products" and reason in refusals["persistent"]
     for device in (
         Target("cpu"),
@@ -282,15 +279,15 @@ def test_it_serves_those_that_ask_and_refuses_with_reasons() -> None:
         dataclasses.replace(H200, interpret=True),
     ):
         with assume_target(device), prefer("persistent"):
-            assert segment.choose(x, attended, **parts)[0].name == "products"
+            assert segment.choose(x, attended, between)[0].name == "products"
 
 
 def test_products_and_reference_agree() -> None:
-    (x, attended), parts = call((136, 200), dtype=jnp.float32)
+    (x, attended), between = call((136, 200), dtype=jnp.float32)
     for last in (False, True):
-        options = parts | ({"following": None, "next_norm": None} if last else {})
-        want, outputs = segment.reference(x, attended, **options)
-        got, projected = segment(x, attended, implementation="products", **options)
+        chosen = dataclasses.replace(between, following=None, next_norm=None) if last else between
+        want, outputs = segment.reference(x, attended, chosen)
+        got, projected = segment(x, attended, chosen, implementation="products")
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
         assert len(projected) == len(outputs) == (0 if last else 3)
         for a, b in zip(projected, outputs, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Norm, PackedProjection, Projection, hardware_rank, ops, pack
+from pallas_kernels import Between, Norm, PackedProjection, Projection, hardware_rank, ops, pack
 from pallas_kernels.triton.blocks import MATVEC_BATCH
 
 Member = tuple[int, int | None]
@@ -90,18 +90,17 @@ def _segment(
 ) -> KernelCall:  # fmt: skip
     """A call of `segment`; ranks of the attention's projections and of the MLP's, None for dense ones."""
     attention, mlp = ranks
-    arrays = {
-        "o": packed(width, (width, attention)),
-        "mlp_norm": Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
-        "gate_up": packed(width, (ff, mlp), (ff, mlp)),
-        "down": packed(ff, (width, mlp)),
-        "next_norm": Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
-        "following": packed(width, (width, attention), (kv, attention), (kv, attention)),
-    }
-    args = (array(rows, 1, width), array(rows, 1, width))
-    call = KernelCall(
-        f"segment-{implementation}-{label}-{rows}", "segment", implementation, args, arrays, {"gate": "silu"}
+    between = Between(
+        o=packed(width, (width, attention)),
+        mlp_norm=Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
+        gate_up=packed(width, (ff, mlp), (ff, mlp)),
+        down=packed(ff, (width, mlp)),
+        next_norm=Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
+        following=packed(width, (width, attention), (kv, attention), (kv, attention)),
+        gate="silu",
     )
+    args = (array(rows, 1, width), array(rows, 1, width), between)
+    call = KernelCall(f"segment-{implementation}-{label}-{rows}", "segment", implementation, args)
     return dataclasses.replace(call, max_registers=255)  # one block a multiprocessor has them all
 
 
