@@ -1,5 +1,6 @@
 """The op `attend_cached` in Pallas-Triton, for one new token a sequence."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ from pallas_kernels.norm import Norm
 from pallas_kernels.target import target
 from pallas_kernels.triton.attention_programs import AttentionPlan, attend_program, merge_program
 from pallas_kernels.triton.call import SUPPORTED_DTYPES, Launch, power_of_two
+
+_SCORES = 8 * 1024  # bytes of shared memory for queries and scores, at most
 
 
 def refuses(
@@ -41,8 +44,8 @@ def attend_cached(
     k_norm: Norm | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `pallas_kernels.attend_cached`, for one new token a sequence."""
-    batch, kv_heads, slots, head_dim = keys.shape
-    plan = _plan(batch, q.shape[2] // head_dim, kv_heads, slots, head_dim, window, q_norm, k_norm)
+    batch, kv_heads, _, head_dim = keys.shape
+    plan = _plan(keys, q.shape[2] // head_dim, window, q_norm, k_norm)
     start = jnp.broadcast_to(start, (batch,))
     operands = [keys, values, q[:, 0], k[:, 0], v[:, 0], cos[:, 0], sin[:, 0], start, lengths]
     operands += [norm.scale for norm in (q_norm, k_norm) if norm is not None]
@@ -66,13 +69,14 @@ def attend_cached(
     return results[0][:, None], keys, values
 
 
-def _plan(
-    batch: int, heads: int, kv_heads: int, slots: int, head_dim: int, window: int | None, q_norm: Norm | None, k_norm: Norm | None
-) -> AttentionPlan:  # fmt: skip
+def _plan(keys: jax.Array, heads: int, window: int | None, q_norm: Norm | None, k_norm: Norm | None) -> AttentionPlan:
+    batch, kv_heads, slots, head_dim = keys.shape
     step = 64 if head_dim <= 128 else 32
     reach = slots if window is None else min(slots, window)
     wanted = 2 * target().cores // (batch * kv_heads)
     splits = max(1, min(wanted, reach // step, 64))
     splits = power_of_two(splits + 1) // 2
     q_eps, k_eps = (None if norm is None else norm.eps for norm in (q_norm, k_norm))
-    return AttentionPlan(heads, kv_heads, head_dim, splits, step, window, q_eps, k_eps)
+    plan = AttentionPlan(heads, kv_heads, head_dim, splits, step, window, q_eps, k_eps)
+    tiles = 4 * plan.columns * step * keys.dtype.itemsize  # keys and values, both halves
+    return dataclasses.replace(plan, stages=max(1, min(plan.stages, target().shared_memory // (tiles + _SCORES))))

@@ -4,6 +4,7 @@ Measured choices are data, `tuned/<device>.json`: rules in order, the first that
 [lowest, highest], null for no bound.
 """
 
+import dataclasses
 import functools
 import json
 import re
@@ -11,15 +12,15 @@ from importlib import resources
 from typing import Any
 
 from pallas_kernels.target import Target
-from pallas_kernels.triton.call import power_of_two
+from pallas_kernels.triton.call import padded_batch, power_of_two
 from pallas_kernels.triton.plan import Blocks, ProductPlan
 
 MATVEC_BATCH = 4
 """Up to this many rows multiply-and-add keeps up with memory; beyond, tensor cores do."""
 
 
-def product_blocks(plan: ProductPlan, device: Target) -> Blocks:
-    """Block sizes for a product on a device."""
+def product_blocks(plan: ProductPlan, device: Target, itemsize: int = 2) -> Blocks:
+    """Block sizes for a product on a device, of elements of so many bytes."""
     facts = {
         "batch": plan.batch,
         "rows": sum(m.rows for m in plan.members),
@@ -29,9 +30,17 @@ def product_blocks(plan: ProductPlan, device: Target) -> Blocks:
     }
     for rule in _tuned(device.kind):
         if all(_within(facts[name], bounds) for name, bounds in rule["for"].items()):
-            return Blocks(**rule["blocks"])
+            return _fitting(Blocks(**rule["blocks"]), plan, device, itemsize)
     rule = _matvec_rule if plan.batch <= MATVEC_BATCH else _matmul_rule
-    return rule(facts["rows"], facts["k"], plan, device.cores)
+    return _fitting(rule(facts["rows"], facts["k"], plan, device.cores), plan, device, itemsize)
+
+
+def _fitting(blocks: Blocks, plan: ProductPlan, device: Target, itemsize: int) -> Blocks:
+    """The same with fewer tiles in flight where shared memory is too small for them."""
+    if plan.batch <= MATVEC_BATCH:
+        return blocks
+    stage = blocks.k * (blocks.rows + padded_batch(plan.batch)) * itemsize
+    return dataclasses.replace(blocks, stages=max(1, min(blocks.stages, device.shared_memory // stage)))
 
 
 def _matvec_rule(rows: int, k: int, plan: ProductPlan, cores: int) -> Blocks:

@@ -99,3 +99,8 @@ def unavailable(device: Target) -> str | None:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not below n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+def padded_batch(batch: int) -> int:
+    """The batch side of a tile: a power of two that tensor cores take."""
+    return max(16, power_of_two(batch))

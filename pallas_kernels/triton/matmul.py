@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.products import ACTIVATIONS
-from pallas_kernels.triton.call import load, power_of_two, store
+from pallas_kernels.triton.call import load, padded_batch, store
 from pallas_kernels.triton.matvec import Operands
 from pallas_kernels.triton.plan import Blocks, Member, ProductPlan
 
@@ -46,11 +46,6 @@ def matmul_program(*refs: Any, plan: ProductPlan, blocks: Blocks) -> None:
             store(at.outputs[number], y, *leading, batch[None], rows[:, None], mask=real)
 
         first += tiles
-
-
-def padded_batch(batch: int) -> int:
-    """The batch side of a tile: a power of two that tensor cores take."""
-    return max(16, power_of_two(batch))
 
 
 def _member_rows(

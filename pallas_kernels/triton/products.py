@@ -93,12 +93,12 @@ def _run(
 ) -> tuple[jax.Array, ...]:
     """One kernel, by multiply-and-add or on tensor cores."""
     if plan.batch <= MATVEC_BATCH:
-        blocks = product_blocks(plan, target())
+        blocks = product_blocks(plan, target(), x.dtype.itemsize)
         return _launch(matvec_program, name, plan, blocks, x, norm, weights, biases, finish)
     if norm is not None:
         # Apart from the product: inside, every program would norm all rows again, between loading and multiplying them.
         plan, x = dataclasses.replace(plan, eps=None), rms_norm(x, norm)
-    blocks = product_blocks(plan, target())
+    blocks = product_blocks(plan, target(), x.dtype.itemsize)
     return _launch(matmul_program, f"{name}_batch", plan, blocks, x, None, weights, biases, finish)
 
 

@@ -9,7 +9,7 @@ from pallas_kernels.triton.blocks import MATVEC_BATCH, product_blocks
 from pallas_kernels.triton.plan import Member, ProductPlan
 
 A100 = Target("cuda", "NVIDIA A100-SXM4-80GB", (8, 0), 108)
-SHARED_MEMORY = {H200: 227 * 1024, A100: 163 * 1024}
+RTX4090 = Target("cuda", "NVIDIA GeForce RTX 4090", (8, 9), 128)
 
 
 def plan(batch: int, rows: int, k: int, gate: bool = False, eps: float | None = None) -> ProductPlan:
@@ -17,20 +17,21 @@ def plan(batch: int, rows: int, k: int, gate: bool = False, eps: float | None = 
     return ProductPlan(members, batch, 1, 0, eps, "silu" if gate else None)
 
 
-@pytest.mark.parametrize("device", [H200, A100], ids=lambda d: d.kind)
+@pytest.mark.parametrize("device", [H200, A100, RTX4090], ids=lambda d: d.kind)
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 8, 32])
-def test_every_product_gets_sizes_that_its_kernel_takes(device: Target, batch: int) -> None:
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_product_gets_sizes_that_its_kernel_takes(device: Target, batch: int, itemsize: int) -> None:
     for rows, k, gate in itertools.product(
         (8, 96, 1024, 3072, 22016, 151936), (8, 264, 1024, 1536, 4096, 14336), (True, False)
     ):
-        blocks = product_blocks(plan(batch, rows, k, gate), device)
+        blocks = product_blocks(plan(batch, rows, k, gate), device, itemsize)
         assert all(size & (size - 1) == 0 for size in (blocks.rows, blocks.k, blocks.warps))
         if batch <= MATVEC_BATCH:
             # x and weight meet in registers only where a step is as wide as all threads' 16 bytes
             assert blocks.k >= 256 * blocks.warps and blocks.splits == 1
         else:
-            tiles = blocks.stages * blocks.k * 2 * (blocks.rows + max(16, batch))
-            assert tiles <= SHARED_MEMORY[device]
+            tiles = blocks.stages * blocks.k * itemsize * (blocks.rows + max(16, batch))
+            assert tiles <= device.shared_memory
             assert min(blocks.rows, blocks.k) >= 8
             assert blocks.splits == 1 or (not gate and blocks.splits * blocks.k <= k)
 
