@@ -84,7 +84,15 @@ def test_decode_is_one_command_buffer_without_a_copy_of_the_cache(tmp_path: Path
     assert cache_bytes(config, 2, 8192) >= 2**24
     assert compiled.memory_analysis().temp_size_in_bytes < 2**22
     thunks = next(tmp_path.glob("*_decode*thunk_sequence_after_thunk_passes.txt")).read_text()
-    body = thunks.split("body:")[1].splitlines()
-    indent = min(len(line) - len(line.lstrip()) for line in body if line.strip())
-    top = [line for line in body if line.strip() and len(line) - len(line.lstrip()) == indent]
-    assert len(top) == 1 and "kCommandBuffer" in top[0]
+    if top_level(thunks.splitlines()) == ["kCommandBuffer"]:
+        assert "kWhile" in thunks  # the loop over tokens is part of the graph
+    else:
+        assert top_level(thunks.split("body:")[1].splitlines()) == ["kCommandBuffer"]
+
+
+def top_level(lines: list[str]) -> list[str]:
+    """Kinds of the thunks that are part of no other."""
+    indent = lambda line: len(line) - len(line.lstrip())  # noqa: E731
+    lines = [line for line in lines if line.strip()]
+    outermost = min(map(indent, lines))
+    return [line.split()[1] for line in lines if indent(line) == outermost]
