@@ -16,7 +16,7 @@ columns that it reads, while its next weights are on their way.
 Why a word that is read is of this launch: memory of words is zero when a launch begins, each is written once in it, and
 launches on one stream do not overlap. Why waiting ends: a program waits only for items of earlier phases, those are taken by all
 programs in the order of phases, and all programs are resident, as there are no more of them than cores. If some are not, a wait
-gives up after a number of attempts: the result is then wrong, and the launch ends.
+gives up after a number of attempts: the launch ends, and what depends on the missing words is NaN.
 
     plan       what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
     words      what is emitted below Pallas; the only file that knows JAX's internals

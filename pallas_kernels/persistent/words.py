@@ -7,6 +7,7 @@ A word is a float32 whose lowest mantissa bit says that it has been written: mem
 is written once in it, so a word with that bit set is this launch's. Words need no barrier, no fence and no counter.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,7 +118,8 @@ def floats(words: Sequence[Value]) -> list[Value]:
 def until_written(load: Callable[[], tuple[list[Value], list[Value]]], results: int) -> list[Value]:
     """Calls ``load``, which gives ``results`` floats and the words they are made of, until all the words are written.
 
-    After `SPINS` attempts it gives what is there: a kernel that spins must end.
+    After `SPINS` attempts it gives NaN, and so does all that depends on it: a kernel that spins must end, and never with a wrong
+    number.
     """
     types = [float_type()] * results
     loop = scf.WhileOp([*types, int_type()], [integer(0)])
@@ -133,7 +135,9 @@ def until_written(load: Callable[[], tuple[list[Value], list[Value]]], results: 
     after = loop.after.blocks.append(*types, int_type())
     with ir.InsertionPoint(after):
         scf.yield_([after.arguments[results]])
-    return list(loop.results)[:results]
+    *found, attempts = loop.results
+    late = select(below(attempts, integer(SPINS)), number(0.0), number(math.nan))
+    return [add_f(value, late) for value in found]
 
 
 def load_bf16(base: Value, offset: Value) -> list[Value]:
