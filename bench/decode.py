@@ -122,8 +122,7 @@ def main() -> int:
     except FlashSVDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    folder = HERE / "results" / device["device"].lower().replace(" ", "_")
-    out: Path = parsed.out or folder / "decode.jsonl"
+    out: Path = parsed.out or jobs.results_folder(device["device"]) / "decode.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{device['device']}, reads {device['bandwidth'] / 1e12:.3f} TB/s; rows go to {out}", flush=True)
     rows, left_out = [], []

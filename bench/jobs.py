@@ -22,6 +22,11 @@ from flashsvd_jax.shapes import kept_share, mixed_config, rank_layout, shape_con
 HERE = Path(__file__).resolve().parent
 
 
+def results_folder(device: str) -> Path:
+    """Where rows of a device are kept, by the name that it gives itself."""
+    return HERE / "results" / device.lower().replace(" ", "_")
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Cases of one model for one implementation.

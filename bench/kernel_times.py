@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jobs import results_folder
 
 from flashsvd_jax.benchmark import provenance, random_weights, read_bandwidth
 from flashsvd_jax.engine import Engine
@@ -30,6 +31,7 @@ from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.shapes import shape_config
 
 Event = dict[str, Any]
+ATTENTION = re.compile(r"attend(_\d+|__\d+)?")  # XLA numbers kernels of one name
 GRAPHS_IN_PROFILES = "--xla_enable_command_buffers_during_profiling=true"
 
 
@@ -57,7 +59,7 @@ def kernel_events(trace: dict[str, Any]) -> list[Event]:
 
 def layers(events: Sequence[Event]) -> list[Sequence[Event]]:
     """The kernels of each layer that is followed by another, from its attention to the next one's, which is included."""
-    starts = [i for i, event in enumerate(events) if re.fullmatch(r"attend(_\d+|__\d+)?", event["name"])]
+    starts = [i for i, event in enumerate(events) if ATTENTION.fullmatch(event["name"])]
     found = [events[a : b + 1] for a, b in itertools.pairwise(starts)]
     usual = collections.Counter(map(len, found)).most_common(1)  # between two steps there is more
     return [layer for layer in found if len(layer) == usual[0][0]] if usual else []
@@ -87,7 +89,7 @@ def kernel_times(found: Sequence[Sequence[Event]], layer: LayerWeights, cache: i
                 raise ValueError(f"more products than a layer has, the first of them {name}")
             times.append(KernelTime(name, us, weights.pop(0)))
         else:
-            times.append(KernelTime(name, us, cache if re.fullmatch(r"attend(_\d+|__\d+)?", name) else None))
+            times.append(KernelTime(name, us, cache if ATTENTION.fullmatch(name) else None))
     if weights:
         raise ValueError(f"{len(weights)} products of a layer were not found among {[e['name'] for e in found[0]]}")
     return times
@@ -140,8 +142,7 @@ def main() -> int:
         print("error: kernels are timed on a GPU", file=sys.stderr)
         return 1
     rows = measure(parsed.model, parsed.ratio, parsed.batch, parsed.context, read_bandwidth())
-    folder = jax.devices()[0].device_kind.lower().replace(" ", "_")
-    out: Path = parsed.out or Path(__file__).resolve().parent / "results" / folder / "kernels.jsonl"
+    out: Path = parsed.out or results_folder(jax.devices()[0].device_kind) / "kernels.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
         for row in rows:

@@ -106,7 +106,8 @@ def measure(
     Returns:
       A ``pp`` row and a ``tg`` row.
     """
-    engine = _engine(config, weights, batch, context + new_tokens + 1, decode_chunk, kernels)
+    length = context + new_tokens + 1
+    engine = Engine(config, weights, batch=batch, max_length=length, decode_chunk=decode_chunk, kernels=kernels)
     times = _time(engine, f"{name}, batch {batch}, context {context}", context, new_tokens, repeats)
     read = bytes_per_token(config, weights, batch, context + new_tokens // 2)
     common = {
@@ -137,7 +138,8 @@ def measure_end_to_end(
 
     Arguments are those of `measure`. Returns one ``pp+tg`` row: ``total_ms`` is the wait, ``ms_per_token`` its share of a token.
     """
-    engine = _engine(config, weights, batch, context + new_tokens, decode_chunk, kernels)
+    length = context + new_tokens
+    engine = Engine(config, weights, batch=batch, max_length=length, decode_chunk=decode_chunk, kernels=kernels)
     times = _time(engine, f"{name}, {context} + {new_tokens} tokens", context, new_tokens - 1, repeats)
     total = times.total
     return [
@@ -171,11 +173,10 @@ def random_weights(config: ModelConfig, dtype: str = "bfloat16") -> DecoderWeigh
 
 
 def bytes_per_token(config: ModelConfig, weights: DecoderWeights, batch: int, length: int) -> int:
-    """Bytes a decode step must read: all weights but the embedding (unless it is the head too), keys and values so far."""
-    total = sum(a.nbytes for a in jax.tree.leaves(weights))
-    if weights.head is not None:
-        total -= weights.embedding.nbytes
-    return total + cache_bytes(config, batch, length, weights.embedding.dtype.itemsize)
+    """Bytes a decode step must read: weights, and keys and values so far."""
+    return sum(a.nbytes for a in weights.read_by_a_step()) + cache_bytes(
+        config, batch, length, weights.embedding.dtype.itemsize
+    )
 
 
 def read_bandwidth() -> float:
@@ -192,12 +193,6 @@ def read_bandwidth() -> float:
         y.block_until_ready()
         best = min(best, (time.perf_counter() - clock) / 10)
     return x.nbytes / best
-
-
-def _engine(
-    config: ModelConfig, weights: DecoderWeights, batch: int, max_length: int, decode_chunk: int, kernels: str
-) -> Engine:
-    return Engine(config, weights, batch=batch, max_length=max_length, decode_chunk=decode_chunk, kernels=kernels)
 
 
 def _time(engine: Engine, what: str, context: int, steps: int, repeats: int) -> _Timings:

@@ -9,9 +9,8 @@ lengths, positions and sampling options are arrays, so after one call of a bucke
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, SamplingArrays, TokenCounts, sample, sampling_arrays
 from flashsvd_jax.sampling.params import SamplingParams
-from pallas_kernels import implementation_names, prefer, record, target
+from pallas_kernels import implementation_names, power_of_two, prefer, record, target
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
@@ -102,7 +101,7 @@ class Engine:
         if batch < 1 or max_length < 2 or decode_chunk < 1 or prefill_chunk < 1:
             raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
         self.config, self.weights, self.batch, self.max_length = config, weights, batch, max_length
-        self.decode_chunk, self.prefill_chunk = decode_chunk, _power_of_two(prefill_chunk)
+        self.decode_chunk, self.prefill_chunk = decode_chunk, power_of_two(prefill_chunk)
         # A whole number of chunks, so that a padded chunk never runs past the last slot.
         unit = SMALLEST_BUCKET if max_length <= self.prefill_chunk else self.prefill_chunk
         self.cache_slots = -(-max_length // unit) * unit
@@ -143,7 +142,7 @@ class Engine:
     def buckets(self, length: int) -> list[int]:
         """The padded lengths in which a prompt of this length is processed, in order."""
         whole, rest = divmod(length, self.prefill_chunk)
-        tail = [min(max(_power_of_two(rest), SMALLEST_BUCKET), self.prefill_chunk, self.cache_slots)] if rest else []
+        tail = [min(max(power_of_two(rest), SMALLEST_BUCKET), self.prefill_chunk, self.cache_slots)] if rest else []
         return [self.prefill_chunk] * whole + tail
 
     def lower_decode(self) -> Any:
@@ -154,10 +153,10 @@ class Engine:
         state, _, _ = jax.eval_shape(partial(_prefill, self.config, self.cache_slots), self.weights, tokens, requests)
         return self._decode.lower(self.weights, state, requests)
 
-    def _choosing(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""
 
-        @functools.wraps(step.func if isinstance(step, partial) else step)
+        @wraps(step.func)
         def chosen(*args: Any) -> Any:
             with prefer(self._preferred), record(self.kernels_used):
                 return step(*args)
@@ -306,7 +305,3 @@ def _count_prompt(counts: TokenCounts, tokens: jax.Array, start: jax.Array, leng
     columns = jnp.where(positions < lengths[:, None], tokens, vocab)
     rows = jnp.arange(tokens.shape[0])[:, None]
     return dataclasses.replace(counts, in_prompt=counts.in_prompt.at[rows, columns].set(True, mode="drop"))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()

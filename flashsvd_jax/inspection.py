@@ -202,7 +202,4 @@ def _device_sizes(config: ModelConfig, expanded: Collection[str] = ()) -> tuple[
 
     specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in schema(config).items()}
     weights = jax.eval_shape(build, specs)
-    read = sum(array.size for array in jax.tree.leaves(weights))
-    if weights.head is not None:  # an embedding that is not the head too: only the current tokens' rows are read
-        read -= weights.embedding.size
-    return held, read
+    return held, sum(array.size for array in weights.read_by_a_step())

@@ -22,7 +22,7 @@ from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import count_params, flatten
 from flashsvd_jax.tokenizer import Tokenizer
-from pallas_kernels import hardware_rank
+from pallas_kernels import hardware_rank, power_of_two
 
 DEFAULT_MAX_LENGTH = 4096
 
@@ -76,7 +76,7 @@ class Model:
 
     def engine(self, prompts: int) -> Engine:
         """The engine for so many prompts at once: batch sizes are powers of two, so that few are ever compiled."""
-        batch = 1 << (prompts - 1).bit_length()
+        batch = power_of_two(prompts)
         if batch not in self._engines:
             self._engines[batch] = Engine(
                 self.config, self.weights, batch=batch, max_length=self.max_length, decode_chunk=self.decode_chunk,

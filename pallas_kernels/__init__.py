@@ -15,6 +15,7 @@ from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
+from pallas_kernels.rounding import power_of_two
 from pallas_kernels.segment import Between, segment
 from pallas_kernels.target import Target, assume_target, target
 
@@ -36,6 +37,7 @@ __all__ = [
     "implementation_names",
     "ops",
     "pack",
+    "power_of_two",
     "prefer",
     "project",
     "record",

@@ -1,7 +1,8 @@
 """The op `project`: projections of one input, with the norm before them and what is done with their outputs after."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,10 @@ from jax import lax
 from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
-from pallas_kernels.target import Target
+from pallas_kernels.target import not_nvidia
+
+SUPPORTED_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
+"""Of kernels; XLA takes any."""
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -27,6 +31,7 @@ def project_reference(
     norm: Norm | None = None,
     gate: str | None = None,
     residual: jax.Array | None = None,
+    product: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, ...]:
     """Each member's ``x @ weight.T + bias``, accumulated in float32; latents are rounded to x's dtype between the factors.
 
@@ -37,23 +42,12 @@ def project_reference(
       norm: applied to x first.
       gate: the name of an activation: two members give one output, ``activation(first) * second``.
       residual: [..., d_out], added to the output of the only member.
+      product: for implementations, another way to compute x [..., i] times weight [o, i], contracted over i: float32 [..., o].
 
     Returns:
       One [..., d_out_i] a member; one alone with a gate.
     """
-    return project_with(_matrix_product, x, packed, dtype, norm, gate, residual)
-
-
-def project_with(
-    product: Callable[[jax.Array, jax.Array], jax.Array],
-    x: jax.Array,
-    packed: PackedProjection,
-    dtype: jnp.dtype | None = None,
-    norm: Norm | None = None,
-    gate: str | None = None,
-    residual: jax.Array | None = None,
-) -> tuple[jax.Array, ...]:
-    """The op with another way to compute ``product(x [..., i], weight [o, i])``, float32 [..., o]."""
+    product = product or _matrix_product
     if norm is not None:
         x = rms_norm(x, norm)
     latent = product(x, packed.first)
@@ -90,20 +84,26 @@ def rows(x: jax.Array) -> int:
     return math.prod(x.shape[:-1])
 
 
+def unsuited(x_dtype: jnp.dtype, weights: Sequence[jax.Array]) -> str | None:
+    """Why kernels cannot multiply rows of a dtype by these weights [n, k], or None."""
+    for weight in weights:
+        if x_dtype not in SUPPORTED_DTYPES or weight.dtype != x_dtype:
+            return f"x is {x_dtype} and a weight {weight.dtype}; it serves one of bfloat16, float16, float32"
+        if weight.shape[1] % 8:
+            return f"a weight of shape {weight.shape}, whose rows are no whole multiple of 8 elements"
+    return None
+
+
 def _not_one_row(x: jax.Array, packed: PackedProjection, **options: object) -> str | None:
     return None if rows(x) == 1 else f"{rows(x)} rows; it serves one"
-
-
-def _not_cuda(device: Target) -> str | None:
-    return None if device.platform == "cuda" else f"written for CUDA, not {device.platform}"
 
 
 project = Op("project", project_reference)
 project.register(
     Implementation(
         "xla_rows",
-        lambda x, packed, **options: project_with(_row_reduction, x, packed, **options),
+        partial(project_reference, product=_row_reduction),
         refuses=_not_one_row,
-        unavailable=_not_cuda,
+        unavailable=not_nvidia,
     )
 )

@@ -5,13 +5,13 @@ call always ends somewhere; `Op.choose` says where and why, and `record` collect
 reference does: one product, a layer, or all of them.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
-from pallas_kernels.target import Target, target
+from pallas_kernels.target import Target, setting, target
 
 _OPS: dict[str, "Op"] = {}
 _PREFERRED: ContextVar[str | None] = ContextVar("preferred implementation", default=None)
@@ -108,21 +108,11 @@ def implementation_names() -> set[str]:
     return {name for op in _OPS.values() for name in op.names}
 
 
-@contextlib.contextmanager
-def prefer(name: str | None) -> Iterator[None]:
+def prefer(name: str | None) -> AbstractContextManager[None]:
     """Tries the implementations of this name first, in every op that has one and where it does not refuse."""
-    token = _PREFERRED.set(name)
-    try:
-        yield
-    finally:
-        _PREFERRED.reset(token)
+    return setting(_PREFERRED, name)
 
 
-@contextlib.contextmanager
-def record(into: Record) -> Iterator[None]:
+def record(into: Record) -> AbstractContextManager[None]:
     """Adds every choice made while a function is traced to ``into``."""
-    token = _RECORD.set(into)
-    try:
-        yield
-    finally:
-        _RECORD.reset(token)
+    return setting(_RECORD, into)

@@ -52,10 +52,20 @@ def target() -> Target:
 
 
 @contextlib.contextmanager
-def assume_target(assumed: Target) -> Iterator[None]:
-    """Chooses kernels for a device that need not be there, while a function is traced."""
-    token = _ASSUMED.set(assumed)
+def setting[T](variable: ContextVar[T], value: T) -> Iterator[None]:
+    """Gives a context variable a value for a while."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _ASSUMED.reset(token)
+        variable.reset(token)
+
+
+def assume_target(assumed: Target) -> contextlib.AbstractContextManager[None]:
+    """Chooses kernels for a device that need not be there, while a function is traced."""
+    return setting(_ASSUMED, assumed)
+
+
+def not_nvidia(device: Target) -> str | None:
+    """Why kernels for NVIDIA GPUs cannot run on a device, or None."""
+    return None if device.platform == "cuda" else f"written for NVIDIA GPUs, not {device.platform}"

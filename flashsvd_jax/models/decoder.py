@@ -16,11 +16,12 @@ from flashsvd_jax.rope import rotary_tables
 from pallas_kernels import (
     Between,
     Norm,
+    Projection,
     attend,
     attend_cached,
     causal_mask,
+    pack,
     project,
-    rms_norm,
     rotated_heads,
     segment,
     split_heads,
@@ -127,12 +128,9 @@ def extend(
 
 def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> jax.Array:
     """Final norm and output head: x [..., embed] -> float32 [..., vocab]."""
-    norm = Norm(weights.norm, config.rms_norm_eps)
+    head = pack([Projection(weight=weights.embedding)]) if weights.head is None else weights.head
     with jax.named_scope("head"):
-        if weights.head is None:
-            x = rms_norm(x, norm)
-            return jnp.einsum("...d,vd->...v", x, weights.embedding, preferred_element_type=jnp.float32)
-        return project(x, weights.head, dtype=jnp.float32, norm=norm)[0]
+        return project(x, head, dtype=jnp.float32, norm=Norm(weights.norm, config.rms_norm_eps))[0]
 
 
 def _masks(

@@ -45,6 +45,11 @@ class DecoderWeights:
     norm: jax.Array  # [embed]
     head: PackedProjection | None
 
+    def read_by_a_step(self) -> list[jax.Array]:
+        """The arrays that decoding a token reads: all, but of an embedding that is not the head too only single rows."""
+        rest = self if self.head is None else dataclasses.replace(self, embedding=None)
+        return jax.tree.leaves(rest)
+
 
 def packed_sites(config: ModelConfig) -> list[tuple[str, ...]]:
     """The sites of every packed group, in the order they are computed."""

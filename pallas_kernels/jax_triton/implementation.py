@@ -5,10 +5,10 @@ from typing import Any
 import jax
 
 from pallas_kernels.jax_triton.matrix_vector import matrix_vector, missing, refusal
-from pallas_kernels.products import project, project_with, rows
+from pallas_kernels.products import project, project_reference, rows
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation
-from pallas_kernels.target import Target
+from pallas_kernels.target import Target, not_nvidia
 
 NAME = "jax_triton"
 
@@ -24,8 +24,8 @@ def register() -> None:
 
 def unavailable(device: Target) -> str | None:
     """Why it cannot run on a device at all."""
-    if device.platform != "cuda":
-        return f"written for NVIDIA GPUs, not {device.platform}"
+    if (reason := not_nvidia(device)) is not None:
+        return reason
     if device.interpret:
         return "jax-triton has no interpreter"
     return missing()
@@ -40,7 +40,7 @@ def refuses(x: jax.Array, packed: PackedProjection, **options: Any) -> str | Non
 
 def run(x: jax.Array, packed: PackedProjection, **options: Any) -> tuple[jax.Array, ...]:
     """As `pallas_kernels.project`: one kernel a weight, norm and epilogues by XLA."""
-    return project_with(_product, x, packed, **options)
+    return project_reference(x, packed, product=_product, **options)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:

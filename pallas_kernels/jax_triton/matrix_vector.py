@@ -6,8 +6,9 @@ from importlib import metadata
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.products import unsuited
+
 LARGEST_BATCH = 4
-SUPPORTED_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 _OLDEST_TRITON = (3, 7)
 
 
@@ -27,11 +28,7 @@ def refusal(batch: int, x_dtype: jnp.dtype, weight: jax.Array) -> str | None:
     """Why the kernel cannot multiply ``batch`` rows by a weight [n, k], or None where it can."""
     if not 1 <= batch <= LARGEST_BATCH:
         return f"{batch} rows; it serves 1 to {LARGEST_BATCH}"
-    if x_dtype not in SUPPORTED_DTYPES or weight.dtype != x_dtype:
-        return f"x is {x_dtype} and the weight {weight.dtype}; it serves one of bfloat16, float16, float32"
-    if weight.shape[1] % 8:
-        return f"a weight of shape {weight.shape}, whose rows are no whole multiple of 8 elements"
-    return None
+    return unsuited(x_dtype, [weight])
 
 
 def matrix_vector(x: jax.Array, weight: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:

@@ -84,9 +84,7 @@ def _outputs(segment: Segment) -> tuple[list[tuple[int, int]], list[jax.ShapeDty
     plain = [(j, i) for j, phase in enumerate(segment.phases) if phase.plain for i in range(len(phase.groups))]
     shapes = [jax.ShapeDtypeStruct((segment.batch, segment.width), jnp.bfloat16)]
     for j, i in plain:
-        phase = segment.phases[j]
-        dtype = jnp.float32 if phase.wide else jnp.bfloat16
-        shapes.append(jax.ShapeDtypeStruct((segment.batch, phase.groups[i].rows), dtype))
+        shapes.append(jax.ShapeDtypeStruct((segment.batch, segment.phases[j].groups[i].rows), jnp.bfloat16))
     return plain, shapes
 
 

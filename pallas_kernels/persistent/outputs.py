@@ -35,7 +35,7 @@ def store_plain(
 ) -> None:
     """Emits the storing of products [64, 8] as rows of a group's output [batch, rows], divided by the norm if they are not yet."""
     phase = segment.phases[number]
-    rows, wide = phase.groups[group].rows, phase.wide
+    rows = phase.groups[group].rows
 
     @w.emitted(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WGMMA, w.SCALAR(()))
     def emit(context: Any, output: Any, small: Any, products: Any, row: Any) -> None:
@@ -47,8 +47,8 @@ def store_plain(
             if phase.source.kind == "stream":
                 at = w.mul(w.smaller(sequence, segment.batch - 1), w.integer(4))
                 value = w.mul_f(value, w.load_shared(divisors, w.add(at, w.integer(ROOTS))))
-            at = w.mul(w.add(r, w.mul(sequence, w.integer(rows))), w.integer(4 if wide else 2))
-            w.store_one(base, at, value, real, wide)
+            at = w.mul(w.add(r, w.mul(sequence, w.integer(rows))), w.integer(2))
+            w.store_one(base, at, value, real)
 
         products.foreach(one)
 

@@ -62,7 +62,7 @@ class Source:
 class Phase:
     """One product. ``splits`` programs share a row tile, each over its part of the contraction axis.
 
-    ``plain`` outputs leave the launch as they are, one array a group, float32 if ``wide``; others are words for later phases.
+    ``plain`` outputs leave the launch as they are, one array a group; others are words for later phases.
     """
 
     name: str
@@ -70,7 +70,6 @@ class Phase:
     source: Source
     splits: int = 1
     plain: bool = False
-    wide: bool = False
 
     @property
     def row_tiles(self) -> int:
@@ -131,10 +130,6 @@ class Segment:
         """A program's first item of a phase; the others follow at a distance of `programs`. Each phase begins with the program
         after the one that took the last item of the phase before."""
         return (program - sum(p.items for p in self.phases[:phase])) % self.programs
-
-    def item(self, phase: int, number: int) -> tuple[int, int]:
-        """(row tile, split)."""
-        return divmod(number, self.phases[phase].splits)
 
     def word_offset(self, phase: int) -> int:
         """First word of a phase's partial sums [splits, batch, padded rows]."""

@@ -34,18 +34,22 @@ def emitted(*types: Any) -> Callable[[Callable[..., None]], Callable[..., Any]]:
 
 
 def int_type() -> Any:
+    """MLIR's 32-bit integer."""
     return ir.IntegerType.get_signless(32)
 
 
 def float_type() -> Any:
+    """MLIR's float32."""
     return ir.F32Type.get()
 
 
 def integer(value: int) -> Value:
+    """A constant."""
     return utils.c(value, int_type())
 
 
 def number(value: float) -> Value:
+    """A constant."""
     return utils.c(value, float_type())
 
 
@@ -55,6 +59,7 @@ def scalar(array: Any) -> Value:
 
 
 def equal(a: Value, b: Value) -> Value:
+    """a == b."""
     return arith.cmpi(arith.CmpIPredicate.eq, a, b)
 
 
@@ -69,14 +74,17 @@ def as_index(value: Value) -> Value:
 
 
 def quotient(a: Value, b: int) -> Value:
+    """a // b, unsigned."""
     return arith.divui(a, integer(b))
 
 
 def remainder(a: Value, b: int) -> Value:
+    """a % b, unsigned."""
     return arith.remui(a, integer(b))
 
 
 def smaller(a: Value, b: int) -> Value:
+    """The smaller of both, unsigned."""
     return arith.minui(a, integer(b))
 
 
@@ -91,6 +99,7 @@ def meet() -> None:
 
 
 def address(ref: Any) -> Value:
+    """Of the first byte that a reference stands for."""
     return utils.memref_ptr(ref)
 
 
@@ -101,6 +110,7 @@ def load_words(base: Value, offset: Value) -> list[Value]:
 
 
 def load_word(base: Value, offset: Value) -> Value:
+    """One word, likewise."""
     return _ptx(_at("$1", "$2") + "ld.relaxed.gpu.global.u32 $0, [a]; }", base, offset, results=[int_type()])[0]
 
 
@@ -112,6 +122,7 @@ def store_word(base: Value, offset: Value, value: Value, condition: Value) -> No
 
 
 def floats(words: Sequence[Value]) -> list[Value]:
+    """The same bits as floats."""
     return [arith.bitcast(float_type(), word) for word in words]
 
 
@@ -158,11 +169,10 @@ def store_bf16(base: Value, offset: Value, values: Sequence[Value], condition: V
     _ptx(code, base, offset, *values, _flag(condition))
 
 
-def store_one(base: Value, offset: Value, value: Value, condition: Value, wide: bool) -> None:
-    """One float as it is, or as bfloat16."""
-    head = _at("$0", "$1") + ".reg .pred q; setp.ne.u32 q, $3, 0; "
-    narrow = ".reg .b16 h; cvt.rn.bf16.f32 h, $2; @q st.global.b16 [a], h; }"
-    _ptx(head + ("@q st.global.f32 [a], $2; }" if wide else narrow), base, offset, value, _flag(condition))
+def store_one(base: Value, offset: Value, value: Value, condition: Value) -> None:
+    """One float as bfloat16."""
+    code = ".reg .pred q; setp.ne.u32 q, $3, 0; .reg .b16 h; cvt.rn.bf16.f32 h, $2; @q st.global.b16 [a], h; }"
+    _ptx(_at("$0", "$1") + code, base, offset, value, _flag(condition))
 
 
 def store_activations(base: Value, offset: Value, values: Sequence[Value]) -> None:
@@ -191,21 +201,25 @@ def activation_offset(k: Value, row: Value, slice_start: Value) -> Value:
 
 
 def load_shared(base: Value, offset: Value) -> Value:
+    """One float from shared memory."""
     return _ptx("{ .reg .u32 o; add.u32 o, $1, $2; ld.shared.f32 $0, [o]; }", base, offset, results=[float_type()])[0]
 
 
 def store_shared(base: Value, offset: Value, value: Value, condition: Value) -> None:
+    """One float into shared memory, where the condition holds."""
     code = "{ .reg .u32 o; .reg .pred q; add.u32 o, $0, $1; setp.ne.u32 q, $3, 0; @q st.shared.f32 [o], $2; }"
     _ptx(code, base, offset, value, _flag(condition))
 
 
 def warp_sum(value: Value) -> Value:
+    """Over the threads of a warp, in each of them."""
     for distance in (16, 8, 4, 2, 1):
         value = add_f(value, utils.shfl_bfly(value, distance))
     return value
 
 
 def inverse_root(value: Value) -> Value:
+    """1 / square root, to about 22 bits."""
     return _ptx("rsqrt.approx.f32 $0, $1;", value, results=[float_type()])[0]
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.norm import Norm
+from pallas_kernels.products import SUPPORTED_DTYPES
+from pallas_kernels.rounding import power_of_two, power_of_two_within
 from pallas_kernels.target import target
 from pallas_kernels.triton.attention_programs import AttentionPlan, attend_program, merge_program
-from pallas_kernels.triton.call import SUPPORTED_DTYPES, Launch, power_of_two
+from pallas_kernels.triton.call import Launch
 
 _SCORES = 8 * 1024  # bytes of shared memory for queries and scores, at most
 
@@ -74,8 +76,7 @@ def _plan(keys: jax.Array, heads: int, window: int | None, q_norm: Norm | None, 
     step = 64 if head_dim <= 128 else 32
     reach = slots if window is None else min(slots, window)
     wanted = 2 * target().cores // (batch * kv_heads)
-    splits = max(1, min(wanted, reach // step, 64))
-    splits = power_of_two(splits + 1) // 2
+    splits = power_of_two_within(max(1, min(wanted, reach // step, 64)))
     q_eps, k_eps = (None if norm is None else norm.eps for norm in (q_norm, k_norm))
     plan = AttentionPlan(heads, kv_heads, head_dim, splits, step, window, q_eps, k_eps)
     tiles = 4 * plan.columns * step * keys.dtype.itemsize  # keys and values, both halves

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.triton.call import load, power_of_two, store
+from pallas_kernels.rounding import power_of_two
+from pallas_kernels.triton.call import load, store
 
 _NOTHING = -1e30  # a score that no key has; finite, so that differences of it are zero and not NaN
 _LOG2_E = math.log2(math.e)

@@ -11,8 +11,9 @@ import re
 from importlib import resources
 from typing import Any
 
+from pallas_kernels.rounding import power_of_two_within
 from pallas_kernels.target import Target
-from pallas_kernels.triton.call import padded_batch, power_of_two
+from pallas_kernels.triton.call import padded_batch
 from pallas_kernels.triton.plan import Blocks, ProductPlan
 
 MATVEC_BATCH = 4
@@ -55,10 +56,10 @@ def _matvec_rule(rows: int, k: int, plan: ProductPlan, cores: int) -> Blocks:
 
 def _matmul_rule(rows: int, k: int, plan: ProductPlan, cores: int) -> Blocks:
     """64 rows by 128 where that gives every core work, by splitting the contraction axis if need be; else fewer rows."""
-    step = max(16, power_of_two(k + 1) // 2)
+    step = max(16, power_of_two_within(k))
     if plan.splittable and k >= 2048 and rows <= 16 * cores:
-        splits = power_of_two(cores // -(-rows // 64) + 1) // 2
-        return Blocks(rows=64, k=128, warps=4, stages=5, splits=max(1, min(splits, k // 512)))
+        splits = power_of_two_within(max(1, cores // -(-rows // 64)))
+        return Blocks(rows=64, k=128, warps=4, stages=5, splits=min(splits, k // 512))
     if rows >= 64 * cores:
         return Blocks(rows=64, k=min(128, step), warps=4, stages=4)
     return Blocks(rows=32 if rows >= 32 * cores else 16, k=min(256, step), warps=2, stages=4)

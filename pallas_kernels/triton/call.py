@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.target import Target, target
-
-SUPPORTED_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
+from pallas_kernels.rounding import power_of_two
+from pallas_kernels.target import Target, not_nvidia, target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Launch:
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _run(operands: tuple[jax.Array, ...], launch: Launch, interpret: bool) -> tuple[jax.Array, ...]:
-    """Compiled by itself so that the layers of a model, all alike, are traced and lowered once: 0.4 s in place of 9."""
+    """Compiled by itself so that the layers of a model, all alike, are traced and lowered once: 0.6 s in place of 8.7."""
     call = pl.pallas_call(
         partial(launch.program, **dict(launch.constants)),
         out_shape=launch.outputs,
@@ -87,18 +86,13 @@ def _broadcast(indices: tuple[Any, ...]) -> tuple[jax.Array, ...]:
 
 def unavailable(device: Target) -> str | None:
     """Why Pallas-Triton kernels cannot run on a device at all."""
-    if device.platform != "cuda":
-        return f"written for NVIDIA GPUs, not {device.platform}"
+    if (reason := not_nvidia(device)) is not None:
+        return reason
     if device.capability < (8, 0):
         return f"needs compute capability 8.0 (Ampere) or newer, not {device.capability[0]}.{device.capability[1]}"
     if device.capability >= (10, 0):
         return f"not tried beyond Hopper; this is {device.capability[0]}.{device.capability[1]}"
     return None
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def padded_batch(batch: int) -> int:

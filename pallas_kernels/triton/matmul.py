@@ -16,36 +16,26 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.products import ACTIVATIONS
 from pallas_kernels.triton.call import load, padded_batch, store
-from pallas_kernels.triton.matvec import Operands
 from pallas_kernels.triton.plan import Blocks, Member, ProductPlan
+from pallas_kernels.triton.tiles import Operands, each_tile, output_rows
 
 
 def matmul_program(*refs: Any, plan: ProductPlan, blocks: Blocks) -> None:
     """See the module's text; for `Launch` with a grid (all programs of all members, splits)."""
     at = Operands.sort(plan, refs)
-    program, split = pl.program_id(0), pl.program_id(1)
-    first = 0
-    for number, tiles in enumerate(plan.tiles(blocks.rows)):
+    split = pl.program_id(1)
 
-        @pl.when((program >= first) & (program < first + tiles))
-        def _(number: int = number, first: int = first) -> None:
-            rows = (program - first) * blocks.rows + jnp.arange(blocks.rows)
-            member = plan.members[number]
-            if plan.gate is None:
-                y = _member_rows(plan, blocks, at, member, rows, split)
-            else:
-                gating = _member_rows(plan, blocks, at, plan.members[0], rows, split)
-                y = ACTIVATIONS[plan.gate](gating) * _member_rows(plan, blocks, at, plan.members[1], rows, split)
-            batch = jnp.arange(padded_batch(plan.batch))
-            real = (batch < plan.batch)[None] & (rows < member.rows)[:, None]
-            if plan.residual:
-                y = y + load(at.residual, batch[None], rows[:, None], mask=real).astype(jnp.float32)
-            leading = (split,) if blocks.splits > 1 else ()
-            store(at.outputs[number], y, *leading, batch[None], rows[:, None], mask=real)
+    def act(number: int, rows: jax.Array) -> None:
+        y = output_rows(plan, number, lambda member: _member_rows(plan, blocks, at, member, rows, split))
+        batch = jnp.arange(padded_batch(plan.batch))
+        real = (batch < plan.batch)[None] & (rows < plan.members[number].rows)[:, None]
+        if plan.residual:
+            y = y + load(at.residual, batch[None], rows[:, None], mask=real).astype(jnp.float32)
+        leading = (split,) if blocks.splits > 1 else ()
+        store(at.outputs[number], y, *leading, batch[None], rows[:, None], mask=real)
 
-        first += tiles
+    each_tile(plan, blocks, act)
 
 
 def _member_rows(

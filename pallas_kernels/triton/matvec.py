@@ -11,71 +11,36 @@ A step as wide as all threads' 16 bytes together (256 elements a warp) gives x t
 they meet in registers. A narrower step sends x through shared memory with two barriers each time round.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
-from pallas_kernels.products import ACTIVATIONS
 from pallas_kernels.triton.call import load, store
 from pallas_kernels.triton.plan import Blocks, Member, ProductPlan
+from pallas_kernels.triton.tiles import Operands, each_tile, output_rows
 
 _Sums = tuple[tuple[jax.Array, jax.Array], ...]  # for every row of x: products [rows, k / 8] and squares [k / 8]
 TOGETHER = 8  # elements of 16 bits that a thread loads at once
 
 
-@dataclasses.dataclass(frozen=True)
-class Operands:
-    """The references of a product kernel by their role."""
-
-    x: Any
-    scale: Any
-    weights: tuple[Any, ...]
-    biases: tuple[Any, ...]
-    residual: Any
-    outputs: tuple[Any, ...]
-
-    @classmethod
-    def sort(cls, plan: ProductPlan, refs: tuple[Any, ...]) -> "Operands":
-        """From the order in which they are passed: x, [scale], weights, biases, [residual], outputs."""
-        rest = list(refs)
-        take = lambda n: tuple(rest.pop(0) for _ in range(n))  # noqa: E731
-        x = rest.pop(0)
-        (scale,) = take(1) if plan.eps is not None else (None,)
-        weights, biases = take(plan.weights), take(plan.biases)
-        (residual,) = take(1) if plan.residual else (None,)
-        return cls(x, scale, weights, biases, residual, tuple(rest))
-
-
 def matvec_program(*refs: Any, plan: ProductPlan, blocks: Blocks) -> None:
     """See the module's text; for `Launch` with a grid of all programs of all members."""
     at = Operands.sort(plan, refs)
-    program = pl.program_id(0)
-    first = 0
-    for number, tiles in enumerate(plan.tiles(blocks.rows)):
 
-        @pl.when((program >= first) & (program < first + tiles))
-        def _(number: int = number, first: int = first) -> None:
-            rows = (program - first) * blocks.rows + jnp.arange(blocks.rows)
-            if plan.gate is None:
-                sums = member_rows(plan, blocks, at, plan.members[number], rows)
-            else:
-                gating = member_rows(plan, blocks, at, plan.members[0], rows)
-                gated = member_rows(plan, blocks, at, plan.members[1], rows)
-                sums = tuple(ACTIVATIONS[plan.gate](g) * u for g, u in zip(gating, gated, strict=True))
-            real = rows < plan.members[number].rows
-            for b, y in enumerate(sums):
-                if plan.residual:
-                    y = y + load(at.residual, b, rows, mask=real).astype(jnp.float32)
-                store(at.outputs[number], y, b, rows, mask=real)
+    def act(number: int, rows: jax.Array) -> None:
+        real = rows < plan.members[number].rows
+        sums = output_rows(plan, number, lambda member: _member_rows(plan, blocks, at, member, rows))
+        for b, y in enumerate(sums):
+            if plan.residual:
+                y = y + load(at.residual, b, rows, mask=real).astype(jnp.float32)
+            store(at.outputs[number], y, b, rows, mask=real)
 
-        first += tiles
+    each_tile(plan, blocks, act)
 
 
-def member_rows(
+def _member_rows(
     plan: ProductPlan, blocks: Blocks, at: Operands, member: Member, rows: jax.Array
 ) -> tuple[jax.Array, ...]:
     """float32 [rows] for every row of x: a member's output at ``rows``, bias included. Rows past its end repeat the last."""

@@ -79,10 +79,14 @@ class ProductPlan:
         """Whether partial sums can be added up outside: nothing but one product is done."""
         return len(self.members) == 1 and not (self.biases or self.gate or self.residual or self.eps is not None)
 
+    @property
+    def outputs(self) -> tuple[Member, ...]:
+        """The members whose rows the outputs have; a gate and what it gates make one."""
+        return self.members[:1] if self.gate else self.members
+
     def tiles(self, rows: int) -> tuple[int, ...]:
         """Programs of each output."""
-        members = self.members[:1] if self.gate else self.members
-        return tuple(-(-m.rows // rows) for m in members)
+        return tuple(-(-m.rows // rows) for m in self.outputs)
 
 
 def latent_members(packed: PackedProjection) -> tuple[Member, ...]:

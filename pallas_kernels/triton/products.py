@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.products import rows as rows_of
+from pallas_kernels.products import unsuited
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import target
 from pallas_kernels.triton.blocks import MATVEC_BATCH, product_blocks
-from pallas_kernels.triton.call import SUPPORTED_DTYPES, Launch
+from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.matmul import matmul_program
 from pallas_kernels.triton.matvec import matvec_program
-from pallas_kernels.triton.plan import Blocks, Member, ProductPlan, dense_members, latent_members, second_members
+from pallas_kernels.triton.plan import Member, ProductPlan, dense_members, latent_members, second_members
 
 LARGEST_BATCH = 32
 
@@ -24,12 +25,7 @@ def refuses(x: jax.Array, packed: PackedProjection, **options: Any) -> str | Non
     """Why these kernels cannot serve a call."""
     if rows_of(x) > LARGEST_BATCH:
         return f"{rows_of(x)} rows; it serves up to {LARGEST_BATCH}"
-    if x.dtype not in SUPPORTED_DTYPES or packed.first.dtype != x.dtype:
-        return f"x is {x.dtype} and the weights {packed.first.dtype}; it serves one of bfloat16, float16, float32"
-    ragged = [w.shape for w in (packed.first, *packed.ups) if w is not None and w.shape[1] % 8]
-    if ragged:
-        return f"a weight of shape {ragged[0]}, whose rows are no whole multiple of 8 elements"
-    return None
+    return unsuited(x.dtype, [weight for weight in (packed.first, *packed.ups) if weight is not None])
 
 
 def project(
@@ -48,14 +44,12 @@ def project(
     flat_residual = None if residual is None else residual.reshape(x.shape[0], -1)
     finish = Epilogue(dtype or x.dtype, gate, flat_residual)
     if all(up is None for up in packed.ups):
-        plan = _plan(x, dense_members(packed), 1, len(biases), norm, finish)
-        outputs = _run("project_dense", plan, x, norm, (packed.first,), biases, finish)
+        outputs = _Product(x, dense_members(packed), (packed.first,), biases, norm, finish).run("project_dense")
     else:
-        plan = _plan(x, latent_members(packed), 1, 0, norm, Epilogue(x.dtype))
-        (latent,) = _run("project_down", plan, x, norm, (packed.first,), (), Epilogue(x.dtype))
+        first = _Product(x, latent_members(packed), (packed.first,), (), norm, Epilogue(x.dtype))
+        (latent,) = first.run("project_down")
         ups = tuple(up for up in packed.ups if up is not None)
-        plan = _plan(x, second_members(packed), len(ups), len(biases), None, finish)
-        outputs = _run("project_up", plan, latent, None, ups, biases, finish)
+        outputs = _Product(latent, second_members(packed), ups, biases, None, finish).run("project_up")
     return tuple(y.reshape(*leading, -1) for y in outputs)
 
 
@@ -68,67 +62,51 @@ class Epilogue:
     residual: jax.Array | None = None
 
 
-def _plan(
-    x: jax.Array, members: tuple[Member, ...], weights: int, biases: int, norm: Norm | None, finish: Epilogue
-) -> ProductPlan:
-    return ProductPlan(
-        members,
-        x.shape[0],
-        weights,
-        biases,
-        None if norm is None else norm.eps,
-        finish.gate,
-        finish.residual is not None,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """One kernel's work: x [batch, d_in], normed or not, times the members' weights."""
 
+    x: jax.Array
+    members: tuple[Member, ...]
+    weights: tuple[jax.Array, ...]
+    biases: tuple[jax.Array, ...]
+    norm: Norm | None
+    finish: Epilogue
 
-def _run(
-    name: str,
-    plan: ProductPlan,
-    x: jax.Array,
-    norm: Norm | None,
-    weights: tuple[jax.Array, ...],
-    biases: tuple[jax.Array, ...],
-    finish: Epilogue,
-) -> tuple[jax.Array, ...]:
-    """One kernel, by multiply-and-add or on tensor cores."""
-    if plan.batch <= MATVEC_BATCH:
-        blocks = product_blocks(plan, target(), x.dtype.itemsize)
-        return _launch(matvec_program, name, plan, blocks, x, norm, weights, biases, finish)
-    if norm is not None:
+    @property
+    def plan(self) -> ProductPlan:
+        eps = None if self.norm is None else self.norm.eps
+        is_added = self.finish.residual is not None
+        return ProductPlan(
+            self.members, self.x.shape[0], len(self.weights), len(self.biases), eps, self.finish.gate, is_added
+        )
+
+    def run(self, name: str) -> tuple[jax.Array, ...]:
+        """By multiply-and-add, or for more rows on tensor cores."""
+        if self.x.shape[0] <= MATVEC_BATCH:
+            return self._launch(matvec_program, name)
+        if self.norm is None:
+            return self._launch(matmul_program, f"{name}_batch")
         # Apart from the product: inside, every program would norm all rows again, between loading and multiplying them.
-        plan, x = dataclasses.replace(plan, eps=None), rms_norm(x, norm)
-    blocks = product_blocks(plan, target(), x.dtype.itemsize)
-    return _launch(matmul_program, f"{name}_batch", plan, blocks, x, None, weights, biases, finish)
+        normed = dataclasses.replace(self, x=rms_norm(self.x, self.norm), norm=None)
+        return normed._launch(matmul_program, f"{name}_batch")
 
-
-def _launch(
-    program: Callable[..., None],
-    name: str,
-    plan: ProductPlan,
-    blocks: Blocks,
-    x: jax.Array,
-    norm: Norm | None,
-    weights: tuple[jax.Array, ...],
-    biases: tuple[jax.Array, ...],
-    finish: Epilogue,
-) -> tuple[jax.Array, ...]:
-    split = blocks.splits > 1
-    members = plan.members[:1] if plan.gate else plan.members
-    shapes = [(plan.batch, m.rows) for m in members]
-    operands = [x, *([] if norm is None else [norm.scale]), *weights, *biases]
-    operands += [] if finish.residual is None else [finish.residual]
-    programs = sum(plan.tiles(blocks.rows))
-    results = Launch(
-        program,
-        (("plan", plan), ("blocks", blocks)),
-        name=name,
-        grid=(programs,) if program is matvec_program else (programs, blocks.splits),
-        outputs=tuple(
-            jax.ShapeDtypeStruct((blocks.splits, *s), jnp.float32) if split else jax.ShapeDtypeStruct(s, finish.dtype)
-            for s in shapes
-        ),
-        warps=blocks.warps,
-        stages=blocks.stages,
-    )(*operands)
-    return tuple(y.sum(0).astype(finish.dtype) for y in results) if split else results
+    def _launch(self, program: Callable[..., None], name: str) -> tuple[jax.Array, ...]:
+        plan, dtype = self.plan, self.finish.dtype
+        blocks = product_blocks(plan, target(), self.x.dtype.itemsize)
+        is_split, programs = blocks.splits > 1, sum(plan.tiles(blocks.rows))
+        shapes = [(plan.batch, m.rows) for m in plan.outputs]
+        given = [None if self.norm is None else self.norm.scale, *self.weights, *self.biases, self.finish.residual]
+        results = Launch(
+            program,
+            (("plan", plan), ("blocks", blocks)),
+            name=name,
+            grid=(programs,) if program is matvec_program else (programs, blocks.splits),
+            outputs=tuple(
+                jax.ShapeDtypeStruct((blocks.splits, *s), jnp.float32) if is_split else jax.ShapeDtypeStruct(s, dtype)
+                for s in shapes
+            ),
+            warps=blocks.warps,
+            stages=blocks.stages,
+        )(self.x, *(operand for operand in given if operand is not None))
+        return tuple(y.sum(0).astype(dtype) for y in results) if is_split else results

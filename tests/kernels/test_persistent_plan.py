@@ -88,7 +88,7 @@ class Machine:
             numbers = range(self.segment.first_item(j, g), phase.items, self.segment.programs)
             held = None
             for number in numbers:
-                row_tile, split = self.segment.item(j, number)
+                row_tile, split = divmod(number, phase.splits)
                 if held is None:
                     while (held := self.input(j, split)) is None:
                         yield "waits"
