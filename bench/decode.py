@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jobs
-from cases import CASES, GROUPS, Case, processes, tiny
+from cases import ALL_PEERS, CASES, GROUPS, Case, processes, tiny
 from jobs import HERE, Job
 
 from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.errors import FlashSVDError, RequestError
 
-OURS = {"flashsvd_jax": "auto", "flashsvd_jax-xla": "xla"}
+OURS = {"flashsvd_jax": "auto", "flashsvd_jax-products": "products", "flashsvd_jax-xla": "xla"}
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(GROUPS), metavar="NAME,..", help=f"of: {', '.join(GROUPS)}")
     parser.add_argument("--model", choices=("published", "tiny"), default="published", help="tiny is for a CPU")
     parser.add_argument("--ours", default=",".join(OURS), metavar="IMPL,..", help="of our implementations, or none")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="measure PyTorch too")
+    parser.add_argument("--peers", default=",".join(ALL_PEERS), metavar="NAME,..", help="PyTorch's variants, or none")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no case after so long")
     parser.add_argument("--case-limit", type=float, default=150.0, metavar="S", help="a case that takes longer fails")
     parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/<device>/decode.jsonl if not given")
@@ -52,13 +52,15 @@ def chosen(names: str, model: str) -> list[Case]:
     return tiny(cases) if model == "tiny" else cases
 
 
-def plan(cases: Sequence[Case], ours: Sequence[str], peers: bool, device: dict[str, Any], deadline: float) -> list[Job]:
+def plan(
+    cases: Sequence[Case], ours: Sequence[str], peers: Sequence[str], device: dict[str, Any], deadline: float
+) -> list[Job]:
     """The jobs in order of importance: for each model all implementations, ours first."""
     found = []
     for group in processes(cases):
         for impl in ours:
             found.append(Job("ours.py", OURS[impl], impl, tuple(group), device["bandwidth"], deadline))
-        for variant in dict.fromkeys(variant for case in group for variant in case.peers) if peers else ():
+        for variant in dict.fromkeys(variant for case in group for variant in case.peers if variant in peers):
             if device["backend"] == "cpu" and variant != "eager":
                 continue
             theirs = tuple(case for case in group if variant in case.peers)
@@ -118,6 +120,7 @@ def main() -> int:
     deadline = time.time() + parsed.budget
     try:
         ours = [impl for impl in OURS if impl in parsed.ours.split(",")]
+        peers = [name for name in ALL_PEERS if name in parsed.peers.split(",")]
         cases, device = chosen(parsed.cases, parsed.model), probe()
     except FlashSVDError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -126,7 +129,7 @@ def main() -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{device['device']}, reads {device['bandwidth'] / 1e12:.3f} TB/s; rows go to {out}", flush=True)
     rows, left_out = [], []
-    todo = plan(cases, ours, parsed.peers, device, deadline)
+    todo = plan(cases, ours, peers, device, deadline)
     for row in measured(todo, parsed.case_limit, device["backend"], left_out):
         row = {"device": device["device"], **row}
         rows.append(row)

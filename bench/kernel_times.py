@@ -51,8 +51,8 @@ def kernel_events(trace: dict[str, Any]) -> list[Event]:
     processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
 
     def on_gpu(event: Event) -> bool:
-        stream = threads.get((event["pid"], event.get("tid")), "")
-        return event.get("ph") == "X" and "GPU" in processes.get(event["pid"], "") and "Stream" in stream
+        stream = threads.get((event.get("pid"), event.get("tid")), "")
+        return event.get("ph") == "X" and "GPU" in processes.get(event.get("pid"), "") and "Stream" in stream
 
     return sorted(filter(on_gpu, events), key=lambda event: event["ts"])
 

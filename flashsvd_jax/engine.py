@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax.config import ModelConfig
-from flashsvd_jax.errors import RequestError
+from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import KVCache, empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
@@ -28,6 +28,9 @@ from pallas_kernels import implementation_names, power_of_two, prefer, record, t
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
+CACHE_UNIT = 64
+"""Slots of a cache come in this many: kernels read tiles of keys and values, and a tile should be of one sequence."""
+
 PREFILL_CHUNK = 1024
 DECODE_CHUNK = 8
 
@@ -70,6 +73,21 @@ def check_kernels(name: str) -> None:
         raise RequestError(f"no kernels named {name!r}; known: {', '.join(['auto', *sorted(known)])}")
 
 
+def check_stall(stall: np.ndarray) -> None:
+    """Raises KernelError if a kernel gave up waiting; ``stall`` is as `pallas_kernels.Decoded` has it."""
+    kind, phase, block, epoch = stall.tolist()
+    if kind == 2:
+        raise KernelError(
+            f"the persistent decode kernel was given the address of operand {phase}, but found it elsewhere: please report this, with"
+            " the versions that `flashsvd env` prints; kernels='products' does without that kernel"
+        )
+    if kind:
+        raise KernelError(
+            f"the persistent decode kernel gave up waiting: block {block}, phase {phase}, epoch {epoch} (layer {epoch - 2}). Its blocks"
+            " must all run at once, which another process or a partition of the GPU can prevent; kernels='products' does without it"
+        )
+
+
 class Engine:
     """Generates token ids for up to ``batch`` prompts at once.
 
@@ -102,8 +120,8 @@ class Engine:
             raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
         self.config, self.weights, self.batch, self.max_length = config, weights, batch, max_length
         self.decode_chunk, self.prefill_chunk = decode_chunk, power_of_two(prefill_chunk)
-        # A whole number of chunks, so that a padded chunk never runs past the last slot.
-        unit = SMALLEST_BUCKET if max_length <= self.prefill_chunk else self.prefill_chunk
+        # A whole number of chunks, so that a padded chunk never runs past the last slot. Both are powers of two.
+        unit = CACHE_UNIT if max_length <= self.prefill_chunk else max(CACHE_UNIT, self.prefill_chunk)
         self.cache_slots = -(-max_length // unit) * unit
         self.kernels_used: Record = {}
         self._preferred = None if kernels == "auto" else kernels
@@ -122,19 +140,22 @@ class Engine:
 
         Raises:
           RequestError: no prompt, an empty one, one that leaves no room in the cache, or a token outside the vocabulary.
+          KernelError: a kernel gave up waiting for other parts of itself.
         """
         requests = self._requests(prompts, params)
         state, block = self._process_prompts(prompts, requests)
-        pending: list[tuple[jax.Array, Sampled]] = [block]
+        pending: list[tuple[jax.Array, Sampled, jax.Array | None]] = [(*block, None)]
         steps_left = int(np.max(requests.max_tokens)) - 1
         while pending:
             # The next dispatch goes out before the last is read, so that the device never waits for the host.
             if steps_left > 0:
                 state, *ahead = self._decode(self.weights, state, requests)
                 steps_left -= self.decode_chunk
-                pending.append((ahead[0], ahead[1]))
-            tokens, sampled = pending.pop(0)
+                pending.append((ahead[0], ahead[1], ahead[2]))
+            tokens, sampled, stall = pending.pop(0)
             host = np.asarray(tokens)
+            if stall is not None:
+                check_stall(np.asarray(stall))
             yield TokenBlock(host, sampled)
             if (host[-1] < 0).all():
                 return
@@ -243,18 +264,17 @@ def _extend(
 
 def _decode(
     config: ModelConfig, steps: int, weights: DecoderWeights, state: DecodeState, requests: Requests
-) -> tuple[DecodeState, jax.Array, Sampled]:
-    """``steps`` tokens for every sequence: int32 [steps, batch], -1 where a sequence has ended."""
+) -> tuple[DecodeState, jax.Array, Sampled, jax.Array]:
+    """``steps`` tokens for every sequence: int32 [steps, batch], -1 where a sequence has ended. The last array is a stall, if any."""
 
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, Sampled]]:
-        cache, x = decoder.extend(config, weights, state.cache, state.token[:, None], state.length, state.length + 1)
-        logits = decoder.head_logits(config, weights, x[:, -1])
+    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, Sampled, jax.Array]]:
+        cache, logits, stall = decoder.decode(config, weights, state.cache, state.token, state.length)
         state = dataclasses.replace(state, cache=cache, length=jnp.where(state.done, state.length, state.length + 1))
         state, token, sampled = _choose(state, logits, ~state.done, requests)
-        return state, (token, sampled)
+        return state, (token, sampled, stall)
 
-    state, (tokens, sampled) = jax.lax.scan(step, state, length=steps)
-    return state, tokens, sampled
+    state, (tokens, sampled, stalls) = jax.lax.scan(step, state, length=steps)
+    return state, tokens, sampled, stalls[jnp.argmax(stalls[:, 0])]
 
 
 def _loop_options() -> dict[str, Any] | None:

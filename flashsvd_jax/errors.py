@@ -35,3 +35,7 @@ class MissingExtraError(FlashSVDError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, cut to one line; its type where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+class KernelError(FlashSVDError):
+    """A kernel found that it cannot go on, and ended without a result."""

@@ -11,6 +11,7 @@ from pallas_kernels.attention import (
     split_heads,
     write_slots,
 )
+from pallas_kernels.decode import Decoded, DecoderLayer, decode_layers
 from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
@@ -23,6 +24,8 @@ __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._sibl
 
 __all__ = [
     "Between",
+    "Decoded",
+    "DecoderLayer",
     "Implementation",
     "Norm",
     "Op",
@@ -33,6 +36,7 @@ __all__ = [
     "attend",
     "attend_cached",
     "causal_mask",
+    "decode_layers",
     "hardware_rank",
     "implementation_names",
     "ops",

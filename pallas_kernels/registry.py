@@ -30,12 +30,14 @@ class Implementation:
       run: computes the op.
       refuses: ``refuses(*args, **kwargs)`` gives the reason why it cannot serve a call, or None.
       unavailable: gives the reason why it can serve no call at all on a device, or None.
+      whole: computes what other ops would; passed over where an implementation of those is preferred that this op has none of.
     """
 
     name: str
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None
     unavailable: Callable[[Target], str | None] = lambda device: None
+    whole: bool = False
 
 
 class Op:
@@ -83,11 +85,18 @@ class Op:
         for candidate in sorted(self._implementations, key=lambda i: i.name != _PREFERRED.get()):
             if implementation not in (None, candidate.name):
                 continue
-            reason = candidate.unavailable(target()) or candidate.refuses(*args, **kwargs)
+            reason = self._passed_over(candidate, implementation)
+            reason = reason or candidate.unavailable(target()) or candidate.refuses(*args, **kwargs)
             if reason is None:
                 return candidate, refusals
             refusals[candidate.name] = reason
         raise ValueError(f"{self.name}: {implementation} refuses: {refusals[implementation or '']}")
+
+    def _passed_over(self, candidate: Implementation, implementation: str | None) -> str | None:
+        preferred = _PREFERRED.get()
+        if not candidate.whole or preferred is None or preferred in self.names or implementation is not None:
+            return None
+        return f"{preferred} is preferred, which is an implementation of other ops"
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         chosen, refusals = self.choose(*args, implementation=implementation, **kwargs)

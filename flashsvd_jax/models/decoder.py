@@ -14,12 +14,14 @@ from flashsvd_jax.kv_cache import KVCache, write
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from flashsvd_jax.rope import rotary_tables
 from pallas_kernels import (
-    Between,
+    DecoderLayer,
     Norm,
+    PackedProjection,
     Projection,
     attend,
     attend_cached,
     causal_mask,
+    decode_layers,
     pack,
     project,
     rotated_heads,
@@ -93,7 +95,7 @@ def extend(
     start: jax.Array,
     lengths: jax.Array,
 ) -> tuple[KVCache, jax.Array]:
-    """Appends tokens to sequences already in the cache: one token each to decode, more to go on with a long prompt.
+    """Appends tokens to sequences already in the cache, to go on with a long prompt.
 
     Args:
       config: the model.
@@ -101,7 +103,7 @@ def extend(
       cache: holds positions below ``start``.
       tokens: int32 [batch, tokens].
       start: int32 [] or [batch], the position of the first token.
-      lengths: int32 [batch], length each sequence has reached (a prompt's whole length, or start + 1).
+      lengths: int32 [batch], each prompt's whole length.
 
     Returns:
       The cache and the hidden states [batch, tokens, embed] before the final norm.
@@ -111,13 +113,15 @@ def extend(
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x = weights.embedding[tokens]
 
+    layers = _layers(config, weights)
+
     def attention(index: int, *projected: jax.Array) -> jax.Array:
         nonlocal cache
-        layer = weights.layers[index]
+        layer = layers[index]
         with jax.named_scope("attention"):
             attended, keys, values = attend_cached(
-                *projected, cache.keys[index], cache.values[index], *tables, start, lengths, window=config.windows[index],
-                q_norm=_norm(config, layer.q_norm), k_norm=_norm(config, layer.k_norm),
+                *projected, cache.keys[index], cache.values[index], *tables, start, lengths, window=layer.window,
+                q_norm=layer.q_norm, k_norm=layer.k_norm,
             )  # fmt: skip
         cache = cache.replace(index, keys, values)
         return attended
@@ -126,11 +130,38 @@ def extend(
     return cache, x
 
 
+def decode(
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array
+) -> tuple[KVCache, jax.Array, jax.Array]:
+    """One more token of each sequence.
+
+    Args:
+      config: the model.
+      weights: its weights.
+      cache: holds the positions before.
+      tokens: int32 [batch].
+      positions: int32 [batch], of these tokens.
+
+    Returns:
+      The cache, float32 logits [batch, vocab], and what `pallas_kernels.Decoded` calls the stall.
+    """
+    tables = rotary_tables(config.rope, config.head_dim, positions[:, None], positions + 1)
+    norm = Norm(weights.norm, config.rms_norm_eps)
+    done = decode_layers(
+        weights.embedding[tokens[:, None]], _layers(config, weights), norm, _head(weights), cache.keys, cache.values, *tables,
+        positions,
+    )  # fmt: skip
+    return KVCache(done.keys, done.values), done.logits, done.stall
+
+
 def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> jax.Array:
     """Final norm and output head: x [..., embed] -> float32 [..., vocab]."""
-    head = pack([Projection(weight=weights.embedding)]) if weights.head is None else weights.head
     with jax.named_scope("head"):
-        return project(x, head, dtype=jnp.float32, norm=Norm(weights.norm, config.rms_norm_eps))[0]
+        return project(x, _head(weights), dtype=jnp.float32, norm=Norm(weights.norm, config.rms_norm_eps))[0]
+
+
+def _head(weights: DecoderWeights) -> PackedProjection:
+    return pack([Projection(weight=weights.embedding)]) if weights.head is None else weights.head
 
 
 def _masks(
@@ -151,21 +182,35 @@ def _through_layers(
 
     ``attention(index, q, k, v)`` takes what is projected, each [batch, tokens, heads * head_dim], and gives q's shape.
     """
-    layers = weights.layers
+    layers = _layers(config, weights)
     with jax.named_scope("qkv"):
-        projected = project(x, layers[0].qkv, norm=_norm(config, layers[0].input_norm))
+        projected = project(x, layers[0].qkv, norm=layers[0].input_norm)
     for index, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
-        between = Between(
+        x, projected = segment(x, attention(index, *projected), layer.until(following))
+    return x
+
+
+def _layers(config: ModelConfig, weights: DecoderWeights) -> list[DecoderLayer]:
+    """The layers as `pallas_kernels` takes them."""
+
+    def norm(scale: jax.Array) -> Norm:
+        return Norm(scale, config.rms_norm_eps)
+
+    return [
+        DecoderLayer(
+            input_norm=norm(layer.input_norm),
+            qkv=layer.qkv,
+            q_norm=_norm(config, layer.q_norm),
+            k_norm=_norm(config, layer.k_norm),
             o=layer.o,
-            mlp_norm=Norm(layer.post_attention_norm, config.rms_norm_eps),
+            mlp_norm=norm(layer.post_attention_norm),
             gate_up=layer.gate_up,
             down=layer.down,
-            next_norm=None if following is None else _norm(config, following.input_norm),
-            following=None if following is None else following.qkv,
             gate="silu",
+            window=window,
         )
-        x, projected = segment(x, attention(index, *projected), between)
-    return x
+        for layer, window in zip(weights.layers, config.windows, strict=True)
+    ]
 
 
 def _heads(

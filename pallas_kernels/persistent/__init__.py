@@ -27,8 +27,8 @@ Tried so far: compiled for sm_90a (no spills, shared memory within bounds). It h
 ask for it by name: inside ``prefer("persistent")``, or in an engine made with ``kernels="persistent"``.
 """
 
-from pallas_kernels.persistent import segments
+from pallas_kernels.decode import decode_layers
+from pallas_kernels.persistent import layers
 from pallas_kernels.registry import Implementation
-from pallas_kernels.segment import segment
 
-segment.register(Implementation("persistent", segments.run, segments.refuses, segments.unavailable), on_request=True)
+decode_layers.register(Implementation("persistent", layers.run, layers.refuses, layers.unavailable, whole=True))

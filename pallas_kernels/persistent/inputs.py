@@ -10,73 +10,64 @@ import functools
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import words as w
-from pallas_kernels.persistent.plan import TILE_K, Phase, Segment
+from pallas_kernels.persistent.launch import ROOTS, SQUARES, Emitter, Launch, emit
+from pallas_kernels.persistent.plan import HEAD_DIM, TILE_K, Attention, Phase
 from pallas_kernels.persistent.words import Value
 
 CHUNK = 4  # columns
 WORDS_IN_REGISTERS = 64
-ROOTS = 128  # byte of the small shared buffer where divisors lie, one a sequence; partial sums of squares lie before it
 
 
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """References of a launch: words, residual stream, plain input, norm scales by phase, and where the new stream goes."""
+def embed(launch: Launch, x: Any) -> None:
+    """Publishes the embedding [batch, width] as the stream that the layer before the first would have left."""
+    first = launch.plan.steps[0]
+    assert isinstance(first, Phase)
+    plan, source, added = launch.plan, first.source, launch.plan.steps[first.source.of]
+    assert isinstance(added, Phase)
 
-    words: Any
-    stream: Any
-    plain: Any
-    scales: dict[int, Any]
-    new_stream: Any
+    def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
+        base, total = e.base(0), plan.batch * plan.width // CHUNK
+        mine = w.add(w.mul(w.program(), w.integer(128)), w.thread())
+        for begin in range(0, total, plan.programs * 128):
+            chunk = w.add(mine, w.integer(begin))
+            real, chunk = w.below(chunk, w.integer(total)), w.smaller(chunk, w.integer(total - 1))
+            at = w.mul(chunk, w.integer(CHUNK))
+            row, column = w.quotient(at, plan.width), w.remainder(at, plan.width)
+            values = w.load_bf16(refs[0], w.mul(at, w.integer(2)))
+            for i, value in enumerate(values):
+                stream = w.add(at, w.integer(plan.offset("stream", source.stream) + i))
+                w.store_word(base, w.mul(stream, w.integer(4)), value, e.epoch, real)
+                for split in range(added.splits):
+                    begin_ = plan.offset("sums", source.of) + split * plan.batch * added.padded_rows + i
+                    here = w.add(w.add(column, w.integer(begin_)), w.mul(row, w.integer(added.padded_rows)))
+                    w.store_word(base, w.mul(here, w.integer(4)), w.number(0.0), e.epoch, real)
 
-    def of(self, phase: int) -> dict[str, Any]:
-        """Those that a phase may read or write, by name."""
-        named = {
-            "words": self.words,
-            "stream": self.stream,
-            "plain": self.plain,
-            "scale": self.scales.get(phase),
-            "new_stream": self.new_stream,
-        }
-        return {name: ref for name, ref in named.items() if ref is not None}
+    emit(launch, 0, jax.numpy.int32(-1), body, refs=[x])
 
 
 def fill(
-    segment: Segment,
-    number: int,
-    eps: float,
-    inputs: Inputs,
-    activations: Any,
-    small: Any,
-    split: jax.Array,
-    first: jax.Array,
+    launch: Launch, step: int, layer: jax.Array, numbers: dict[str, jax.Array], split: jax.Array, first: jax.Array
 ) -> None:
     """Emits the loading of a phase's input for one split.
 
     Args:
-      segment, number: the phase.
-      eps: of the norms.
-      inputs: references.
-      activations: shared memory [tiles, 8, 128].
-      small: shared memory for reductions, float32 [64].
+      launch, step, layer: the phase.
+      numbers: of the phase in this layer, see `launch.numbers_of`.
       split: which part of the contraction axis.
       first: nonzero in the program that has the first row tile of this split; it publishes what all of them compute.
     """
-    refs = inputs.of(number)
-    types = [plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED), plgpu.RefType(), w.SCALAR(()), w.SCALAR(())]
+    phase = launch.plan.steps[step]
+    assert isinstance(phase, Phase)
+    slices = [(numbers[f"x_start {i}"], numbers[f"k {i}"]) for i in phase.distinct]
+    scalars = [split, first, numbers["k_tiles"], *(n for pair in slices for n in pair)]
 
-    @w.emitted(*types)
-    def emit(context: Any, *arguments: Any) -> None:
-        *bases, act, reduction, part, publishes = arguments
-        named = {name: w.address(base) for name, base in zip(refs, bases, strict=True)}
-        loader = _Loader(
-            segment, number, eps, named, w.address(act), w.address(reduction), w.scalar(part), w.scalar(publishes)
-        )
-        loader.run()
+    def body(e: Emitter, given: list[Value], refs: Any, arrays: Any) -> None:
+        part, publishes, k_tiles, *rest = given
+        _Loader(e, phase, part, publishes, k_tiles, list(zip(rest[::2], rest[1::2], strict=True))).run()
 
-    emit(*refs.values(), activations, small, split, first)
+    emit(launch, step, layer, body, scalars)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,172 +83,184 @@ class _Chunk:
 
 @dataclasses.dataclass
 class _Loader:
-    segment: Segment
-    number: int
-    eps: float
-    base: dict[str, Value]
-    activations: Value
-    small: Value
+    e: Emitter
+    phase: Phase
     split: Value
     publishes: Value
+    k_tiles: Value
+    slices: list[tuple[Value, Value]]  # first column and width
 
     def __post_init__(self) -> None:
-        self.phase: Phase = self.segment.phases[self.number]
-        self.source = self.phase.source
-        self.columns = self.phase.k_tiles * TILE_K  # of a slice
+        self.plan, self.source = self.e.plan, self.phase.source
+        self.columns = w.mul(self.k_tiles, w.integer(TILE_K))  # of a slice
         self.thread = w.thread()
         self.publishing = w.below(w.integer(0), self.publishes)
-        self.squares: list[Value] = []
+        self.is_stream = self.source.kind == "stream"
+        self.base = self.e.base(self.source.behind)
+        self.told = w.sub(self.e.epoch, w.integer(self.source.behind))
+        self.scale = self.e.operand(self.source.scale) if self.is_stream else None
+        self.stream_base = self.e.base(0)  # where this phase's own stream goes
 
     def run(self) -> None:
         w.meet()  # nobody multiplies the last input any more
-        self.roots = None if self.source.scaled is None else self._divisors(self.source.scaled)
-        self.squares = [w.number(0.0)] * self.segment.batch
-        total = self.segment.batch * len(self.phase.slices) * self.columns // CHUNK
-        rounds = -(-total // 128)
-        together = max(1, WORDS_IN_REGISTERS // (CHUNK * max(1, self._sums)))
-        for begin in range(0, rounds, together):
-            chunks = [self._chunk(i, total) for i in range(begin, min(rounds, begin + together))]
-            fixed = [self._fixed(chunk) for chunk in chunks]
-            for chunk, known, parts in zip(chunks, fixed, self._wait(chunks), strict=True):
-                values = self._combine(chunk, known, parts)
-                w.store_activations(
-                    self.activations, chunk.offset, [w.select(chunk.real, v, w.number(0.0)) for v in values]
-                )
-        if self.source.kind == "stream":
-            self._publish_squares()
+        total = w.mul(w.integer(self.plan.batch * len(self.slices) * TILE_K // CHUNK), self.k_tiles)
+        most = -(-self.plan.batch * self.phase.activation_tiles * TILE_K // CHUNK // 128)
+        together = min(most, max(1, WORDS_IN_REGISTERS // (CHUNK * max(1, self._parts))))
+        rounds = w.quotient(w.add(total, w.integer(128 * together - 1)), 128 * together)
+        none = [w.number(0.0)] * (self.plan.batch if self.is_stream else 0)
+
+        def body(turn: Value, squares: list[Value]) -> list[Value]:
+            begin = w.mul(turn, w.integer(128 * together))
+            return self._round([self._chunk(w.add(begin, w.integer(128 * i)), total) for i in range(together)], squares)
+
+        squares = w.repeat(rounds, none, body)
+        if self.is_stream:
+            self._publish_squares(squares)
+
+    def _round(self, chunks: list[_Chunk], squares: list[Value]) -> list[Value]:
+        scales = [
+            w.load_bf16(self.scale, w.mul(chunk.column, w.integer(2))) if self.is_stream else [] for chunk in chunks
+        ]
+        found, roots = self._wait(chunks)
+        for chunk, scale, parts in zip(chunks, scales, found, strict=True):
+            values = self._combine(chunk, parts, roots)
+            if self.is_stream:
+                squares = self._keep(chunk, values, squares)
+                values = [w.mul_f(v, s) for v, s in zip(values, scale, strict=True)]
+            values = [w.select(chunk.real, v, w.number(0.0)) for v in values]
+            w.store_activations(self.e.activations, chunk.offset, values)
+        return squares
 
     @property
-    def _sums(self) -> int:
+    def _parts(self) -> int:
         """Words that make up a column."""
-        splits = sum(self.segment.phases[j].splits for j in self.source.of)
-        return 2 * splits if self.source.kind == "gated" else splits
+        of = self.plan.steps[self.source.of]
+        if isinstance(of, Attention):
+            return of.parts * 5 // 4 + 1
+        return of.splits + 1 if self.is_stream else 2 * of.splits if self.source.kind == "gated" else of.splits
 
-    def _chunk(self, index: int, total: int) -> _Chunk:
-        """The thread's chunk in a round; threads beyond the end repeat the last one."""
-        chunk = w.add(self.thread, w.integer(128 * index))
-        mine, chunk = w.below(chunk, w.integer(total)), w.smaller(chunk, total - 1)
-        per_slice = self.columns // CHUNK
+    def _chunk(self, begin: Value, total: Value) -> _Chunk:
+        """The thread's chunk; threads beyond the end repeat the last one."""
+        chunk = w.add(self.thread, begin)
+        mine, chunk = w.below(chunk, total), w.smaller(chunk, w.sub(total, w.integer(1)))
+        per_slice = w.quotient(self.columns, CHUNK)
         k = w.mul(w.remainder(chunk, per_slice), w.integer(CHUNK))
         row_and_slice = w.quotient(chunk, per_slice)
-        row, slice_ = (f(row_and_slice, len(self.phase.slices)) for f in (w.quotient, w.remainder))
-        start, width = (w.integer(n) for n in self.phase.slices[0])
-        for number, (other_start, other_width) in enumerate(self.phase.slices[1:], 1):
+        row, slice_ = (f(row_and_slice, len(self.slices)) for f in (w.quotient, w.remainder))
+        start, width = self.slices[0]
+        for number, (other_start, other_width) in enumerate(self.slices[1:], 1):
             here = w.equal(slice_, w.integer(number))
-            start = w.select(here, w.integer(other_start), start)
-            width = w.select(here, w.integer(other_width), width)
-        within = w.add(k, w.mul(self.split, w.integer(self.columns)))
+            start, width = w.select(here, other_start, start), w.select(here, other_width, width)
+        within = w.add(k, w.mul(self.split, self.columns))
         real = w.below(within, width)
         column = w.add(w.select(real, within, w.integer(0)), start)
-        slice_start = w.mul(slice_, w.integer(self.columns * 16))
+        slice_start = w.mul(slice_, w.mul(self.columns, w.integer(16)))
         return _Chunk(mine, real, row, column, w.activation_offset(k, row, slice_start))
 
-    def _fixed(self, chunk: _Chunk) -> list[list[Value]]:
-        """What was there before the launch: the plain input, or the residual stream and the norm's scale."""
-        if self.source.kind == "plain":
-            width = self.phase.groups[0].k
-            return [w.load_bf16(self.base["plain"], self._element(chunk, width))]
-        if self.source.kind == "stream":
-            scale = w.load_bf16(self.base["scale"], w.mul(chunk.column, w.integer(2)))
-            return [w.load_bf16(self.base["stream"], self._element(chunk, self.segment.width)), scale]
-        return []
+    def _wait(self, chunks: list[_Chunk]) -> tuple[list[list[list[Value]]], list[Value]]:
+        """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what each
+        sequence is still to be divided by, which is waited for at the same time."""
+        scaled = self.source.scaled
+        gated = self.source.kind == "gated"
 
-    def _element(self, chunk: _Chunk, width: int) -> Value:
-        """Byte of a chunk in a bfloat16 array [batch, width]."""
-        return w.mul(w.add(chunk.column, w.mul(chunk.row, w.integer(width))), w.integer(2))
-
-    def _wait(self, chunks: list[_Chunk]) -> list[list[list[Value]]]:
-        """For each chunk its sums of partial sums, once all are written: one list of four, two where there is a gate."""
-        if not self.source.of:
-            return [[] for _ in chunks]
-        halves = (0, self.source.half) if self.source.kind == "gated" else (0,)
-
-        def load() -> tuple[list[Value], list[Value]]:
-            sums, words = [], []
+        def load() -> tuple[list[Value], Value]:
+            found: list[Value] = []
+            missing = w.integer(0)
             for chunk in chunks:
-                for half in halves:
-                    parts = [w.load_words(self.base["words"], at) for at in self._addresses(chunk, half)]
-                    words += [word for part in parts for word in part]
-                    sums += [functools.reduce(w.add_f, column) for column in zip(*map(w.floats, parts), strict=True)]
-            return sums, words
+                for half in (0, self.source.half) if gated else (0,):
+                    values, late = self._read(chunk, half)
+                    found += values
+                    missing = w.either(missing, late)
+            if scaled is not None:
+                squares, late = self.e.squares(scaled)
+                found += squares
+                missing = w.either(missing, late)
+            return found, missing
 
-        found = w.until_written(load, CHUNK * len(halves) * len(chunks))
-        fours = [found[i : i + CHUNK] for i in range(0, len(found), CHUNK)]
-        return [fours[i : i + len(halves)] for i in range(0, len(fours), len(halves))]
+        lists = 2 if gated else 1
+        columns = CHUNK * lists * len(chunks)
+        found = self.e.wait(load, columns + (0 if scaled is None else self.plan.batch))
+        fours = [found[i : i + CHUNK] for i in range(0, columns, CHUNK)]
+        roots = [self.e.root(total) for total in found[columns:]]
+        return [fours[i : i + lists] for i in range(0, len(fours), lists)], roots
 
-    def _addresses(self, chunk: _Chunk, half: int) -> list[Value]:
-        """Bytes of a chunk's partial sums, of every phase and split that it is the sum of."""
-        found = []
-        for j in self.source.of:
-            phase = self.segment.phases[j]
-            column = w.add(chunk.column, w.mul(chunk.row, w.integer(phase.padded_rows)))
-            for split in range(phase.splits):
-                begin = self.segment.word_offset(j) + split * self.segment.batch * phase.padded_rows + half
-                found.append(w.mul(w.add(column, w.integer(begin)), w.integer(4)))
-        return found
+    def _read(self, chunk: _Chunk, half: int) -> tuple[list[Value], Value]:
+        of = self.plan.steps[self.source.of]
+        if isinstance(of, Attention):
+            return self._read_attention(of, chunk)
+        column = w.add(chunk.column, w.integer(half)) if half else chunk.column
+        values, words = self.e.sums(self.base, self.source.of, chunk.row, column)
+        if self.is_stream:
+            at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
+            at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
+            stream = w.load_words(self.base, w.mul(at, w.integer(4)))
+            values = [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)]
+            words = words + stream
+        return values, w.differ(words, self.told)
 
-    def _combine(self, chunk: _Chunk, known: list[list[Value]], parts: list[list[Value]]) -> list[Value]:
-        if self.source.kind == "plain":
-            return known[0]
-        if self.source.kind == "stream":
-            return self._stream(chunk, known, parts)
-        if self.roots is not None:
-            root = self._by_row(chunk.row, self.roots)
+    def _read_attention(self, of: Attention, chunk: _Chunk) -> tuple[list[Value], Value]:
+        """Parts of the positions, weighed by what each has of the softmax."""
+        head = w.quotient(chunk.column, HEAD_DIM)
+        rows = [w.add(w.integer(part * self.plan.batch), chunk.row) for part in range(of.parts)]
+        sums, weights = (self.plan.offset(kind, self.source.of) for kind in ("sums", "weights"))
+        columns = w.integer(of.heads * HEAD_DIM)
+        fours = [
+            w.load_words(
+                self.base, w.mul(w.add(w.add(w.mul(row, columns), chunk.column), w.integer(sums)), w.integer(4))
+            )
+            for row in rows
+        ]
+        heads = w.integer(of.heads)
+        logs = [
+            w.load_word(self.base, w.mul(w.add(w.add(w.mul(row, heads), head), w.integer(weights)), w.integer(4)))
+            for row in rows
+        ]
+        words = [word for four in fours for word in four] + logs
+        if of.parts == 1:
+            return w.floats(fours[0]), w.differ(words, self.told)
+        largest = functools.reduce(w.max_f, w.floats(logs))
+        shares = [w.power_of_two(w.sub_f(log, largest)) for log in w.floats(logs)]
+        whole = w.total(shares)
+        values = [
+            w.div_f(w.total([w.mul_f(s, v) for s, v in zip(shares, column, strict=True)]), whole)
+            for column in zip(*map(w.floats, fours), strict=True)
+        ]
+        return values, w.differ(words, self.told)
+
+    def _combine(self, chunk: _Chunk, parts: list[list[Value]], roots: list[Value]) -> list[Value]:
+        if roots:
+            root = self.e.by_row(chunk.row, roots)
             parts = [[w.mul_f(v, root) for v in part] for part in parts]
         if self.source.kind == "gated":
             return [w.mul_f(w.silu(g), u) for g, u in zip(*parts, strict=True)]
         return parts[0]
 
-    def _stream(self, chunk: _Chunk, known: list[list[Value]], parts: list[list[Value]]) -> list[Value]:
-        """The residual stream times the norm's scale; its squares are added up, and it is kept if this is its last reader."""
-        stream, scale = known
-        values = [w.add_f(v, part) for v, part in zip(stream, parts[0], strict=True)] if parts else stream
+    def _keep(self, chunk: _Chunk, values: list[Value], squares: list[Value]) -> list[Value]:
+        """Publishes the stream, and adds up its squares."""
         used = w.both(chunk.mine, chunk.real)
-        if self.number == self.segment.streams[-1]:
-            offset = self._element(chunk, self.segment.width)
-            w.store_bf16(self.base["new_stream"], offset, values, w.both(used, self.publishing))
-        square = functools.reduce(w.add_f, (w.mul_f(v, v) for v in values))
-        for row, total in enumerate(self.squares):
+        at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
+        at = w.add(at, w.integer(self.plan.offset("stream", self.e.step)))
+        for i, value in enumerate(values):
+            offset = w.mul(w.add(at, w.integer(i)), w.integer(4))
+            w.store_word(self.stream_base, offset, value, self.e.epoch, w.both(used, self.publishing))
+        square = w.total([w.mul_f(v, v) for v in values])
+        found = []
+        for row, so_far in enumerate(squares):
             counts = w.both(used, w.equal(chunk.row, w.integer(row)))
-            self.squares[row] = w.add_f(total, w.select(counts, square, w.number(0.0)))
-        return [w.mul_f(v, s) for v, s in zip(values, scale, strict=True)]
+            found.append(w.add_f(so_far, w.select(counts, square, w.number(0.0))))
+        return found
 
-    def _publish_squares(self) -> None:
+    def _publish_squares(self, squares: list[Value]) -> None:
         """Adds up the squares of all threads: a word for the phases that follow, and the divisor if all columns are here."""
         warp, lane = w.quotient(self.thread, 32), w.remainder(self.thread, 32)
-        for row, square in enumerate(self.squares):
-            at = w.add(w.integer(16 * row), w.mul(warp, w.integer(4)))
-            w.store_shared(self.small, at, w.warp_sum(square), w.equal(lane, w.integer(0)))
+        for row, square in enumerate(squares):
+            at = w.add(w.integer(SQUARES + 16 * row), w.mul(warp, w.integer(4)))
+            w.store_shared(self.e.small, at, w.warp_sum(square), w.equal(lane, w.integer(0)))
         w.meet()
         alone = w.equal(self.thread, w.integer(0))
-        for row in range(self.segment.batch):
-            parts = [w.load_shared(self.small, w.integer(16 * row + 4 * i)) for i in range(4)]
-            total = functools.reduce(w.add_f, parts)
-            begin = self.segment.square_offset(self.number) + row * self.phase.splits
+        for row in range(self.plan.batch):
+            total = w.total([w.load_shared(self.e.small, w.integer(SQUARES + 16 * row + 4 * i)) for i in range(4)])
+            begin = self.plan.offset("squares", self.e.step) + row * self.phase.splits
             at = w.mul(w.add(self.split, w.integer(begin)), w.integer(4))
-            w.store_word(self.base["words"], at, total, w.both(alone, self.publishing))
-            w.store_shared(self.small, w.integer(ROOTS + 4 * row), self._root(total), alone)
-
-    def _divisors(self, scaled: int) -> list[Value]:
-        """1 / root mean square of each sequence's stream in an earlier phase, from the sums of squares of its splits."""
-        splits = self.segment.phases[scaled].splits
-        begin = self.segment.square_offset(scaled)
-
-        def load() -> tuple[list[Value], list[Value]]:
-            numbers = range(begin, begin + self.segment.batch * splits)
-            words = [w.load_word(self.base["words"], w.integer(4 * n)) for n in numbers]
-            parts = w.floats(words)
-            rows = [parts[i : i + splits] for i in range(0, len(parts), splits)]
-            return [functools.reduce(w.add_f, row) for row in rows], words
-
-        return [self._root(total) for total in w.until_written(load, self.segment.batch)]
-
-    def _root(self, squares: Value) -> Value:
-        mean = w.mul_f(squares, w.number(1.0 / self.segment.width))
-        return w.inverse_root(w.add_f(mean, w.number(self.eps)))
-
-    def _by_row(self, row: Value, values: list[Value]) -> Value:
-        found = values[0]
-        for number, value in enumerate(values[1:], 1):
-            found = w.select(w.equal(row, w.integer(number)), value, found)
-        return found
+            w.store_word(self.stream_base, at, total, self.e.epoch, w.both(alone, self.publishing))
+            w.store_shared(self.e.small, w.integer(ROOTS + 4 * row), self.e.root(total), alone)

@@ -1,55 +1,53 @@
-"""How a program of the persistent kernel hands on the products of an item: as words for later phases, or as plain outputs."""
+"""How a program of the persistent kernel hands on the products of an item: as words for later phases, or as the launch's output."""
 
 from typing import Any
 
 import jax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import words as w
-from pallas_kernels.persistent.inputs import ROOTS
-from pallas_kernels.persistent.plan import Segment
+from pallas_kernels.persistent.launch import ROOTS, Emitter, Launch, emit
+from pallas_kernels.persistent.plan import Phase
+from pallas_kernels.persistent.words import Value
 
 
-def store_words(segment: Segment, number: int, words: Any, products: Any, split: jax.Array, row: jax.Array) -> None:
+def store_words(launch: Launch, step: int, layer: jax.Array, products: Any, split: jax.Array, row: jax.Array) -> None:
     """Emits the storing of products [64, 8] as partial sums of a phase, from output row ``row`` on."""
-    phase = segment.phases[number]
+    phase, plan = launch.plan.steps[step], launch.plan
+    assert isinstance(phase, Phase)
 
-    @w.emitted(plgpu.RefType(), plgpu.Layout.WGMMA, w.SCALAR(()), w.SCALAR(()))
-    def emit(context: Any, words: Any, products: Any, split: Any, row: Any) -> None:
-        base = w.address(words)
-        begin = w.mul(w.scalar(split), w.integer(segment.batch * phase.padded_rows))
-        begin = w.add(w.add(begin, w.scalar(row)), w.integer(segment.word_offset(number)))
+    def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> None:
+        (split, row), base = scalars, e.base(0)
+        begin = w.add(w.mul(split, w.integer(plan.batch * phase.padded_rows)), row)
+        begin = w.add(begin, w.integer(plan.offset("sums", step)))
 
         def one(value: Any, index: Any) -> None:
             r, sequence = (w.as_index(i) for i in index)
             at = w.add(w.add(begin, r), w.mul(sequence, w.integer(phase.padded_rows)))
-            w.store_word(base, w.mul(at, w.integer(4)), value, w.below(sequence, w.integer(segment.batch)))
+            w.store_word(base, w.mul(at, w.integer(4)), value, e.epoch, w.below(sequence, w.integer(plan.batch)))
 
-        products.foreach(one)
+        arrays[0].foreach(one)
 
-    emit(words, products, split, row)
+    emit(launch, step, layer, body, [split, row], arrays=[products])
 
 
-def store_plain(
-    segment: Segment, number: int, group: int, output: Any, small: Any, products: Any, row: jax.Array
-) -> None:
-    """Emits the storing of products [64, 8] as rows of a group's output [batch, rows], divided by the norm if they are not yet."""
-    phase = segment.phases[number]
-    rows = phase.groups[group].rows
+def store_plain(launch: Launch, step: int, layer: jax.Array, output: Any, products: Any, row: jax.Array) -> None:
+    """Emits the storing of products [64, 8] as rows of the output, float32 [batch, rows], divided by the norm if not yet done."""
+    phase, plan = launch.plan.steps[step], launch.plan
+    assert isinstance(phase, Phase)
+    (group,) = phase.layers[0]
 
-    @w.emitted(plgpu.RefType(), plgpu.RefType(), plgpu.Layout.WGMMA, w.SCALAR(()))
-    def emit(context: Any, output: Any, small: Any, products: Any, row: Any) -> None:
-        base, divisors, begin = w.address(output), w.address(small), w.scalar(row)
+    def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
+        (begin,), (base,) = scalars, refs
 
         def one(value: Any, index: Any) -> None:
             r, sequence = w.add(begin, w.as_index(index[0])), w.as_index(index[1])
-            real = w.both(w.below(sequence, w.integer(segment.batch)), w.below(r, w.integer(rows)))
+            real = w.both(w.below(sequence, w.integer(plan.batch)), w.below(r, w.integer(group.rows)))
             if phase.source.kind == "stream":
-                at = w.mul(w.smaller(sequence, segment.batch - 1), w.integer(4))
-                value = w.mul_f(value, w.load_shared(divisors, w.add(at, w.integer(ROOTS))))
-            at = w.mul(w.add(r, w.mul(sequence, w.integer(rows))), w.integer(2))
-            w.store_one(base, at, value, real)
+                at = w.mul(w.smaller(sequence, w.integer(plan.batch - 1)), w.integer(4))
+                value = w.mul_f(value, w.load_shared(e.small, w.add(at, w.integer(ROOTS))))
+            at = w.mul(w.add(r, w.mul(sequence, w.integer(group.rows))), w.integer(4))
+            w.store_float(base, at, value, real)
 
-        products.foreach(one)
+        arrays[0].foreach(one)
 
-    emit(output, small, products, row)
+    emit(launch, step, layer, body, [row], [output], [products])

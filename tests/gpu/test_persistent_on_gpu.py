@@ -1,23 +1,40 @@
-"""The persistent kernel on a Hopper GPU: the op against float64, repeats bit for bit, whole models against the other kernels.
+"""The persistent kernel on a Hopper GPU: the op against float32, repeats bit for bit, a wait in vain, whole models.
 
 A kernel that spins ends by itself after seconds, but run this under `timeout` all the same.
 """
+
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_cases import DecoderCase
 from kernel_cases import relative_error
 
 from flashsvd_jax import SamplingParams, batch_generate
 from flashsvd_jax.benchmark import random_weights
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import KernelError
+from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.model import Model
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import Between, Norm, PackedProjection, Projection, pack, segment
+from pallas_kernels import decode_layers
+from pallas_kernels.persistent import kernel, words
 
 pytestmark = pytest.mark.gpu
 
-Ranks = tuple[int | None, int | None]
+CASES = {
+    "low rank": DecoderCase(3, 512, 1160, 4, 4, (136, 200), (200,)),
+    "7b": DecoderCase(4, 4096, 11008, 32, 32, (1024, 1488), (511,), slots=576, vocab=32000),
+    "first token": DecoderCase(2, 512, 1024, 4, 2, (128, 256), (0, 255), qk_norm=True),
+    "ranks that differ": DecoderCase(3, 1024, 2048, 8, 2, (256, 400), (63, 64), qk_norm=True, biases=True, varied=True),
+    "dense with a window": DecoderCase(2, 1024, 2048, 8, 1, (None, None), (0, 99, 640, 1023), slots=1024, window=100),
+    "dense attention": DecoderCase(
+        3, 2048, 5632, 16, 8, (None, 800), (4000, 17, 4095), slots=4096, varied=True, biases=True
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,69 +43,63 @@ def hopper() -> None:
         pytest.skip("the kernel is written for compute capability 9.0")
 
 
-def call(ranks: Ranks, batch: int, width: int, ff: int, kv: int) -> tuple[tuple[jax.Array, jax.Array], Between]:
-    """Arguments of `segment`, random."""
-    rng = np.random.default_rng(0)
-
-    def draw(*shape: int, scale: float = 1.0) -> jax.Array:
-        return jnp.asarray(scale * rng.standard_normal(shape, np.float32), jnp.bfloat16)
-
-    def packed(d_in: int, rank: int | None, *d_outs: int) -> PackedProjection:
-        thin = lambda d_out, k: draw(d_out, k, scale=k**-0.5)  # noqa: E731
-        dense = lambda d_out: Projection(weight=thin(d_out, d_in))  # noqa: E731
-        low_rank = lambda d_out: Projection(down=thin(rank or 0, d_in), up=thin(d_out, rank or 0))  # noqa: E731
-        return pack([dense(d) if rank is None else low_rank(d) for d in d_outs])
-
-    attention, mlp = ranks
-    between = Between(
-        o=packed(width, attention, width),
-        mlp_norm=Norm(1 + draw(width, scale=0.2), 1e-5),
-        gate_up=packed(width, mlp, ff, ff),
-        gate="silu",
-        down=packed(ff, mlp, width),
-        next_norm=Norm(1 + draw(width, scale=0.2), 1e-5),
-        following=packed(width, attention, width, kv, kv),
-    )
-    return (draw(batch, 1, width), draw(batch, 1, width)), between
-
-
-@pytest.mark.parametrize("batch", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("ranks", "width", "ff", "kv"),
-    [
-        ((136, 200), 256, 456, 128),
-        ((1024, 1536), 4096, 11008, 4096),
-        ((None, 1592), 4096, 14336, 1024),
-        ((816, None), 2048, 5632, 512),
-        ((None, None), 4096, 11008, 4096),
-    ],
-)
-def test_segment_against_float32(ranks: Ranks, width: int, ff: int, kv: int, batch: int) -> None:
-    (x, attended), between = call(ranks, batch, width, ff, kv)
-    run = jax.jit(lambda x, attended, between: segment(x, attended, between, implementation="persistent"))
-    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (x, attended, between))
+@pytest.mark.parametrize("name", CASES)
+def test_layers_against_float32(name: str) -> None:
+    arguments = CASES[name].arguments()
+    run = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, arguments)
     with jax.default_matmul_precision("highest"):
-        want, outputs = segment.reference(*wide)
-    stream, projected = run(x, attended, between)
-    assert relative_error(stream, np.asarray(want, np.float64)) < 1e-2
-    for got, expected in zip(projected, outputs, strict=True):
-        assert relative_error(got, np.asarray(expected, np.float64)) < 1.5e-2
+        want = decode_layers.reference(*wide)
+    got = run(*arguments)
+    assert not np.asarray(got.stall).any()
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(ours, np.asarray(theirs, np.float64)) < 1e-2 if theirs.ndim > 1 else True
     for _ in range(20):
-        for first, again in zip(
-            jax.tree.leaves((stream, projected)), jax.tree.leaves(run(x, attended, between)), strict=True
-        ):
+        for first, again in zip(jax.tree.leaves(got), jax.tree.leaves(run(*arguments)), strict=True):
             np.testing.assert_array_equal(first, again)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 1.0])
-def test_a_model_says_the_same_as_with_the_other_kernels(ratio: float) -> None:
-    config = shape_config("tiny", ratio)
+def test_a_wait_in_vain_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = kernel.store_words
+
+    def forget(launch: Any, step: int, *rest: Any) -> None:
+        if step != 3:
+            store(launch, step, *rest)
+
+    monkeypatch.setattr(kernel, "store_words", forget)
+    monkeypatch.setattr(words, "SPINS", 20_000)
+    arguments = CASES["low rank"].arguments()
+    got = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))(*arguments)
+    kind, step, block, epoch = np.asarray(got.stall).tolist()
+    assert (kind, step) != (0, 0) and kind == 1 and 0 <= block < 128 and 2 <= epoch <= 5
+    assert np.isnan(np.asarray(got.logits)).any()
+
+
+def two_layers() -> ModelConfig:
+    """Llama-2-7B at ratio 0.5, cut off after two layers."""
+    config = shape_config("llama-2-7b", 0.5)
+    ranks = {
+        site: r for site, r in config.factorization.rank_by_site.items() if site.startswith(("layers_0.", "layers_1."))
+    }
+    return dataclasses.replace(
+        config, num_layers=2, windows=(None, None), vocab_size=2048, factorization=Factorization.of(ranks)
+    )
+
+
+def test_a_model_says_the_same_as_with_the_other_kernels_and_a_stall_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = two_layers()
     weights = random_weights(config)
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
-    tokens = {}
-    for kernels in ("auto", "persistent"):
-        model = Model(config, weights, max_length=128, kernels=kernels)
-        tokens[kernels] = batch_generate(model, [[1, 2, 3]], params)[0].token_ids
-        assert (kernels == "persistent") == ("persistent" in model.engine(1).kernels_used["segment"])
-    agree = np.mean(np.array(tokens["auto"]) == np.array(tokens["persistent"]))
+    prompts, tokens = [[1, 2, 3], list(range(70))], {}
+    for kernels in ("products", "persistent"):
+        model = Model(config, weights, max_length=192, kernels=kernels)
+        tokens[kernels] = [c.token_ids for c in batch_generate(model, prompts, params)]
+        assert set(model.engine(2).kernels_used["decode_layers"]) == {kernels}
+    agree = np.mean(np.array(tokens["products"]) == np.array(tokens["persistent"]))
     assert agree > 0.9  # rounding differs: a near tie of random weights may fall the other way, and the rest with it
+    monkeypatch.setattr(kernel, "store_words", lambda *arguments: None)
+    monkeypatch.setattr(words, "SPINS", 20_000)
+    with pytest.raises(KernelError, match="gave up waiting"):
+        batch_generate(Model(config, weights, max_length=192, kernels="persistent"), prompts, params)

@@ -36,7 +36,7 @@ def two_layers(name: str, kind: str) -> ModelConfig:
     return dataclasses.replace(config, **cut)
 
 
-def lower_decode(name: str, kind: str, batch: int, max_length: int) -> Any:
+def lower_decode(name: str, kind: str, batch: int, max_length: int, kernels: str = "auto") -> Any:
     """The step lowered as on an H200. Only in a process that describes one: the engine lowers for where its weights are."""
     config = two_layers(name, kind)
 
@@ -45,4 +45,4 @@ def lower_decode(name: str, kind: str, batch: int, max_length: int) -> Any:
 
     weights = on_h200(jax.eval_shape(build, abstract_params(config)))
     with as_on_h200():
-        return Engine(config, weights, batch=batch, max_length=max_length).lower_decode()
+        return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode()

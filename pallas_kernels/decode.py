@@ -1,0 +1,138 @@
+"""The op `decode_layers`: all that a decoder does with one new token a sequence, so that one kernel may do it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention import attend_cached, attend_cached_reference
+from pallas_kernels.norm import Norm
+from pallas_kernels.products import project, project_reference
+from pallas_kernels.projection import PackedProjection
+from pallas_kernels.registry import Implementation, Op
+from pallas_kernels.segment import Between, segment, segment_reference
+
+KEPT = 4  # integers that say where a kernel gave up
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderLayer:
+    """One transformer block of the Llama form.
+
+    Attributes:
+      input_norm, qkv: before attention; three members.
+      q_norm, k_norm: over head_dim, before rotation; None if the model has none.
+      o: output projection.
+      mlp_norm, gate_up, down: the gated MLP; gate and up are two members.
+      gate: name of the activation, as for `project`.
+      window: a query sees this many positions, itself included; all before it if None.
+    """
+
+    input_norm: Norm
+    qkv: PackedProjection
+    q_norm: Norm | None
+    k_norm: Norm | None
+    o: PackedProjection
+    mlp_norm: Norm
+    gate_up: PackedProjection
+    down: PackedProjection
+    gate: str = dataclasses.field(metadata={"static": True})
+    window: int | None = dataclasses.field(metadata={"static": True})
+
+    def until(self, following: "DecoderLayer | None") -> Between:
+        """What stands between this layer's attention and that of the following one, None after the last."""
+        return Between(
+            o=self.o,
+            mlp_norm=self.mlp_norm,
+            gate_up=self.gate_up,
+            down=self.down,
+            next_norm=None if following is None else following.input_norm,
+            following=None if following is None else following.qkv,
+            gate=self.gate,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """What `decode_layers` gives.
+
+    Attributes:
+      logits: float32 [batch, vocab].
+      keys, values: the cache of each layer, with the new tokens in it.
+      stall: int32 [4]; nonzero if a kernel that waits for words of other blocks gave up: 1, then which phase of which block and
+        layer waited. The other results then mean nothing.
+    """
+
+    logits: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    stall: jax.Array
+
+
+def decode_layers_reference(
+    x: jax.Array,
+    layers: Sequence[DecoderLayer],
+    norm: Norm,
+    head: PackedProjection,
+    keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...],
+    cos: jax.Array,
+    sin: jax.Array,
+    start: jax.Array,
+) -> Decoded:
+    """One step of decoding, from the embedding of the new tokens to their logits.
+
+    Args:
+      x: [batch, 1, width], embedded.
+      layers: the decoder.
+      norm, head: final norm and output head, one member.
+      keys, values: the cache of each layer, [batch, kv_heads, slots, head_dim].
+      cos, sin: float32 [batch, 1, head_dim // 2], of the new tokens' positions.
+      start: int32 [batch], those positions.
+    """
+    return _decode(
+        project_reference,
+        attend_cached_reference,
+        segment_reference,
+        x,
+        layers,
+        norm,
+        head,
+        keys,
+        values,
+        cos,
+        sin,
+        start,
+    )
+
+
+def _decode(
+    product: Any, attention: Any, between: Any, x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm,
+    head: PackedProjection, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array,
+    start: jax.Array,
+) -> Decoded:  # fmt: skip
+    new_keys, new_values = list(keys), list(values)
+    with jax.named_scope("qkv"):
+        projected = product(x, layers[0].qkv, norm=layers[0].input_norm)
+    for index, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+        with jax.named_scope("attention"):
+            attended, new_keys[index], new_values[index] = attention(
+                *projected, keys[index], values[index], cos, sin, start, start + 1,
+                window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm,
+            )  # fmt: skip
+        x, projected = between(x, attended, layer.until(following))
+    with jax.named_scope("head"):
+        (logits,) = product(x[:, -1], head, dtype=jnp.float32, norm=norm)
+    return Decoded(logits, tuple(new_keys), tuple(new_values), jnp.zeros((KEPT,), jnp.int32))
+
+
+def _with_ops(*args: Any) -> Decoded:
+    return _decode(project, attend_cached, segment, *args)
+
+
+decode_layers = Op("decode_layers", decode_layers_reference)
+decode_layers.register(Implementation("products", _with_ops))

@@ -1,0 +1,181 @@
+"""What every part of the persistent kernel is given: the references of the launch, and where things lie in its small shared buffer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.persistent import words as w
+from pallas_kernels.persistent.plan import Plan, Step
+from pallas_kernels.persistent.words import Value
+
+# Bytes of the small shared buffer.
+PATIENCE = 0  # int32: attempts that a wait may take
+SQUARES = 64  # float32 [4 sequences, 4 warps]
+ROOTS = 128  # float32 [4 sequences]: 1 / root mean square of the stream that was read last
+BY_WARP = 256  # float32 [2, 4 warps, 8 heads]
+FRESH = 512  # bfloat16 [2, 128]: the new token's key and value
+SMALL_FLOATS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """References of a launch.
+
+    Attributes:
+      plan: what is computed.
+      words: float words, two layers' worth.
+      stall: int32 [4], written by a wait that ends in vain.
+      addresses: of all operands, layer by layer.
+      numbers: int32 [layers, columns], what differs from layer to layer; see `number`.
+      columns: what each of its columns holds.
+      small: shared memory for reductions.
+      activations: shared memory [tiles, 8, 128].
+      eps: of all norms.
+    """
+
+    plan: Plan
+    words: Any
+    stall: Any
+    addresses: Any
+    numbers: Any
+    columns: dict[tuple[int, ...], int]
+    small: Any
+    activations: Any
+    eps: float
+
+    def number(self, values: Sequence[int], layer: jax.Array) -> jax.Array:
+        """One of ``values``, a number for each layer, as a scalar."""
+        if len(set(values)) == 1:
+            return jnp.int32(values[0])
+        column, width = self.columns[tuple(values)], max(self.columns.values()) + 1
+
+        @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=_INTEGER)
+        def load(context: Any, numbers: Any, layer: Any) -> Any:
+            at = w.add(w.mul(w.scalar(layer), w.integer(width)), w.integer(column))
+            return w.splat(w.load_integer(w.address(numbers), w.mul(at, w.integer(4))))
+
+        return load(self.numbers, layer)
+
+
+_INTEGER = plgpu.ShapeDtypeStruct((), jnp.int32, layout=w.SCALAR(()))  # pyright: ignore
+
+
+def varying(plan: Plan) -> dict[tuple[int, ...], int]:
+    """The numbers that differ from layer to layer, and their columns in the array that holds them."""
+    found: dict[tuple[int, ...], int] = {}
+    for values in _all_numbers(plan):
+        if len(set(values)) > 1:
+            found.setdefault(values, len(found))
+    return found
+
+
+def _all_numbers(plan: Plan) -> list[tuple[int, ...]]:
+    found = list(plan.first_items)
+    for step in plan.steps:
+        found += [values for values in numbers_of(step).values()]
+    return found
+
+
+def numbers_of(step: Step) -> dict[str, tuple[int, ...]]:
+    """What a step needs to know of each layer, by name."""
+    from pallas_kernels.persistent.plan import Attention
+
+    if isinstance(step, Attention):
+        return {"window": step.windows}
+    layers = range(len(step.layers))
+    found = {"k_tiles": tuple(map(step.k_tiles, layers)), "row_tiles": tuple(map(step.row_tiles, layers))}
+    for i in range(len(step.layers[0])):
+        for field in ("row_tiles", "rows", "k", "row_start", "x_start"):
+            found[f"{field} {i}"] = tuple(getattr(groups[i], field) for groups in step.layers)
+    return found
+
+
+@dataclasses.dataclass
+class Emitter:
+    """Within emitted code: addresses of what a launch consists of, for one step of one layer."""
+
+    launch: Launch
+    step: int
+    words: Value
+    stall: Value
+    addresses: Value
+    small: Value
+    activations: Value
+    layer: Value
+
+    def __post_init__(self) -> None:
+        self.plan = self.launch.plan
+        self.epoch = w.add(self.layer, w.integer(self.plan.epoch(0)))
+
+    def base(self, behind: int) -> Value:
+        """Of the words of this layer, or of the one before."""
+        epoch = w.sub(self.epoch, w.integer(behind))
+        return w.offset_pointer(self.words, w.mul(w.both(epoch, w.integer(1)), w.integer(4 * self.plan.layer_words)))
+
+    def operand(self, number: int) -> Value:
+        """Address of an operand of this layer; those of the head are counted on from the last layer's."""
+        index = w.add(w.mul(self.layer, w.integer(self.plan.operands)), w.integer(number))
+        return w.load_pointer(self.addresses, index)
+
+    def wait(self, load: Any, results: int) -> list[Value]:
+        """`words.until_written`."""
+        attempts = w.add(self.small, w.integer(PATIENCE))
+        return w.until_written(load, results, w.Patience(attempts, self.stall, w.integer(self.step), self.epoch))
+
+    def squares(self, stream: int) -> tuple[list[Value], Value]:
+        """Each sequence's sum of squares of the stream in an earlier phase so far, and whether a word of them is missing."""
+        splits, base = self.plan.steps[stream].splits, self.base(0)  # pyright: ignore[reportAttributeAccessIssue]
+        begin, count = self.plan.offset("squares", stream), self.plan.batch * splits
+        words = [w.load_word(base, w.integer(4 * (begin + n))) for n in range(count)]
+        parts = w.floats(words)
+        return [w.total(parts[i : i + splits]) for i in range(0, count, splits)], w.differ(words, self.epoch)
+
+    def root(self, squares: Value) -> Value:
+        """1 / root mean square of a stream from its sum of squares."""
+        mean = w.mul_f(squares, w.number(1.0 / self.plan.width))
+        return w.inverse_root(w.add_f(mean, w.number(self.launch.eps)))
+
+    def sums(self, base: Value, step: int, row: Value, column: Value) -> tuple[list[Value], list[Value]]:
+        """Four columns of a phase's output so far, and the words that they are the sum of."""
+        phase = self.plan.steps[step]
+        parts = []
+        for split in range(phase.splits):  # pyright: ignore[reportAttributeAccessIssue]
+            begin = self.plan.offset("sums", step) + split * self.plan.batch * phase.padded_rows  # pyright: ignore
+            at = w.add(w.add(column, w.integer(begin)), w.mul(row, w.integer(phase.padded_rows)))  # pyright: ignore
+            parts.append(w.load_words(base, w.mul(at, w.integer(4))))
+        found = [w.total(list(four)) for four in zip(*map(w.floats, parts), strict=True)]
+        return found, [word for part in parts for word in part]
+
+    def by_row(self, row: Value, values: list[Value]) -> Value:
+        """The row-th of values."""
+        found = values[0]
+        for number, value in enumerate(values[1:], 1):
+            found = w.select(w.equal(row, w.integer(number)), value, found)
+        return found
+
+
+def emit(launch: Launch, step: int, layer: jax.Array, body: Any, scalars: Sequence[jax.Array] = (), refs: Sequence[Any] = (), arrays: Sequence[Any] = (), returns: Any = None, ref_type: Any = None) -> Any:  # fmt: skip
+    """Emits ``body(emitter, scalars, addresses of refs, arrays)``; arrays are [64, 8] as products leave them."""
+    types = [plgpu.RefType()] * 4 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
+    types += [w.SCALAR(())] * (1 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
+
+    @w.emitted(*types, returns=returns)
+    def code(context: Any, *values: Any) -> Any:
+        words, stall, addresses, small, *rest = values
+        given, rest = rest[: len(refs)], rest[len(refs) :]
+        activations, layer, *rest = rest
+        emitter = Emitter(
+            launch, step, w.address(words), w.address(stall), w.address(addresses), w.shared_address(small),
+            w.shared_address(activations), w.scalar(layer),
+        )  # fmt: skip
+        return body(
+            emitter, [w.scalar(v) for v in rest[: len(scalars)]], [w.address(r) for r in given], rest[len(scalars) :]
+        )
+
+    return code(
+        launch.words, launch.stall, launch.addresses, launch.small, *refs, launch.activations, layer, *scalars, *arrays
+    )

@@ -1,0 +1,61 @@
+"""Tensor maps of all operands of a launch, made on the device: what bulk copies need to know of a matrix.
+
+A launch can be given as many maps as fit its parameters, which the matrices of a whole model do not. So a small kernel before it
+writes them into an array, with the addresses of the operands beside them. It takes a map that JAX has encoded for one matrix and
+puts in the address and the sizes of each.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.persistent import words as w
+from pallas_kernels.persistent.plan import TILE_ROWS
+
+MAP_BYTES = 128
+_HALF_TILE = 64  # columns: what 128 bytes, the widest swizzle, hold
+_THREADS = 128
+
+
+def describe(operands: Sequence[jax.Array], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
+    """Maps and addresses of operands.
+
+    Args:
+      operands: arrays in GPU memory; the first is a bfloat16 matrix.
+      shapes: (rows, columns) of each as a bfloat16 matrix.
+
+    Returns:
+      int32 [operands, 32], a tensor map each, with boxes of 64 rows by 64 columns; int32 [operands, 2], the addresses.
+    """
+    count = len(operands)
+
+    def tensor_maps(template: Any, *refs: Any) -> None:
+        given, (sizes, maps, addresses, scratch) = refs[:count], refs[count:]
+
+        @w.emitted(*[plgpu.RefType()] * (count + 5))
+        def emit(context: Any, template: Any, *refs: Any) -> None:
+            given, (sizes, maps, addresses, scratch) = refs[:count], refs[count:]
+            w.write_tensor_maps(context, template, given, sizes, maps, addresses, scratch)
+
+        emit(template, *given, sizes, maps, addresses, scratch)
+
+    programs = -(-count // _THREADS)
+    call = plgpu.kernel(
+        tensor_maps,
+        out_type=(
+            jax.ShapeDtypeStruct((programs * _THREADS, MAP_BYTES // 4), jnp.int32),
+            jax.ShapeDtypeStruct((programs * _THREADS, 2), jnp.int32),
+        ),
+        grid=(programs,),
+        grid_names=("program",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        scratch_types=[plgpu.SMEM((_THREADS * MAP_BYTES // 4,), jnp.int32)],
+    )
+    sizes = np.zeros((programs * _THREADS, 2), np.int32)
+    sizes[:count] = shapes
+    template = jnp.zeros((TILE_ROWS, _HALF_TILE), jnp.bfloat16)
+    return call(template, *operands, sizes)

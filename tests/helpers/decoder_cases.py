@@ -1,0 +1,96 @@
+"""Arguments of the op `decode_layers`, random: small decoders of every structure that kernels have to serve."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import DecoderLayer, Norm, PackedProjection, Projection, hardware_rank, pack
+
+HEAD_DIM = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderCase:
+    """A decoder and where its sequences stand.
+
+    ``ranks`` are those of the attention's projections and of the MLP's, None for dense ones; ``varied`` draws each between half and
+    1.3 times that. ``starts`` are positions of the new tokens, one a sequence.
+    """
+
+    layers: int
+    width: int
+    ff: int
+    heads: int
+    kv_heads: int
+    ranks: tuple[int | None, int | None]
+    starts: tuple[int, ...]
+    slots: int = 256
+    vocab: int = 1000
+    qk_norm: bool = False
+    biases: bool = False
+    varied: bool = False
+    window: int | None = None
+    dtype: Any = jnp.bfloat16
+
+    def arguments(self, seed: int = 0) -> tuple[Any, ...]:
+        """Of the op."""
+        rng, keys = np.random.default_rng(seed), iter(jax.random.split(jax.random.key(seed), 4000))
+        draw = lambda *shape, scale=1.0: _draw(next(keys), shape, scale, self.dtype)  # noqa: E731
+        norm = lambda d: Norm(1 + draw(d, scale=0.2), 1e-5)  # noqa: E731
+        project = partial(_projections, self, rng, draw)
+        attention, mlp = self.ranks
+        q, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        layers = [
+            DecoderLayer(
+                input_norm=norm(self.width),
+                qkv=project(self.width, attention, q, kv, kv, biases=self.biases),
+                q_norm=norm(HEAD_DIM) if self.qk_norm else None,
+                k_norm=norm(HEAD_DIM) if self.qk_norm else None,
+                o=project(q, attention, self.width),
+                mlp_norm=norm(self.width),
+                gate_up=project(self.width, mlp, self.ff, self.ff),
+                down=project(self.ff, mlp, self.width),
+                gate="silu",
+                window=self.window,
+            )
+            for _ in range(self.layers)
+        ]
+        batch = len(self.starts)
+        cache = [tuple(draw(batch, self.kv_heads, self.slots, HEAD_DIM) for _ in layers) for _ in range(2)]
+        angles = jax.random.uniform(next(keys), (batch, 1, HEAD_DIM // 2), maxval=6.0)
+        head = project(self.width, None, self.vocab)
+        starts = jnp.array(self.starts, jnp.int32)
+        return (
+            draw(batch, 1, self.width),
+            layers,
+            norm(self.width),
+            head,
+            *cache,
+            jnp.cos(angles),
+            jnp.sin(angles),
+            starts,
+        )
+
+
+def _projections(
+    case: DecoderCase, rng: np.random.Generator, draw: Callable[..., jax.Array], d_in: int, rank: int | None, *d_outs: int,
+    biases: bool = False,
+) -> PackedProjection:  # fmt: skip
+    def one(d_out: int) -> Projection:
+        bias = draw(d_out, scale=0.1) if biases else None
+        if rank is None:
+            return Projection(weight=draw(d_out, d_in, scale=d_in**-0.5), bias=bias)
+        own = int(rank * rng.uniform(0.5, 1.3)) // 8 * 8 if case.varied else rank
+        return Projection(down=draw(own, d_in, scale=d_in**-0.5), up=draw(d_out, own, scale=own**-0.5), bias=bias)
+
+    return pack([one(d_out) for d_out in d_outs], pad_rank=hardware_rank)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: jax.Array, shape: tuple[int, ...], scale: float, dtype: Any) -> jax.Array:
+    return (scale * jax.random.normal(key, shape)).astype(dtype)
