@@ -52,6 +52,8 @@ CASES: tuple[Case, ...] = (
     Case("ratios", LLAMA, 0.4),
     Case("gqa", "llama-3.1-8b", 0.6),
     Case("batch", LLAMA, 0.5, batch=8),
+    Case("batch", LLAMA, 0.5, batch=2, peers=QUICK_PEERS),
+    Case("batch", LLAMA, 0.5, batch=4, peers=QUICK_PEERS),
     Case("batch", LLAMA, 0.5, batch=32, peers=QUICK_PEERS),
     Case("context", LLAMA, 0.5, context=4096),
     Case("context", LLAMA, 0.5, context=16384, repeats=2, peers=QUICK_PEERS),

@@ -113,7 +113,7 @@ def measure(model: str, ratio: float, batch: int, context: int, bandwidth: float
     """Rows of one model."""
     config = shape_config(model, ratio)
     weights: DecoderWeights = random_weights(config)
-    engine = Engine(config, weights, batch=batch, max_length=context + 65)
+    engine = Engine(config, weights, batch=batch, max_length=context + 65, kernels="products")
     cache = cache_bytes(config, batch, context) // config.num_layers
     common = {"suite": "kernel", "model": model, "ratio": ratio, "batch": batch, "context": context} | provenance()
     rows = []

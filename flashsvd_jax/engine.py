@@ -78,13 +78,13 @@ def check_stall(stall: np.ndarray) -> None:
     kind, phase, block, epoch = stall.tolist()
     if kind == 2:
         raise KernelError(
-            f"the persistent decode kernel was given the address of operand {phase}, but found it elsewhere: please report this, with"
-            " the versions that `flashsvd env` prints; kernels='products' does without that kernel"
+            f"the persistent decode kernel was told where operand {phase} is, but found it elsewhere: please report this, with the"
+            " versions that `flashsvd env` prints; kernels='products' does without that kernel"
         )
     if kind:
         raise KernelError(
-            f"the persistent decode kernel gave up waiting: block {block}, phase {phase}, epoch {epoch} (layer {epoch - 2}). Its blocks"
-            " must all run at once, which another process or a partition of the GPU can prevent; kernels='products' does without it"
+            f"the persistent decode kernel gave up waiting: block {block}, phase {phase} of layer {epoch - 2}. Its blocks must all"
+            " run at once, which another process or a partition of the GPU can prevent; kernels='products' does without it"
         )
 
 
@@ -265,7 +265,7 @@ def _extend(
 def _decode(
     config: ModelConfig, steps: int, weights: DecoderWeights, state: DecodeState, requests: Requests
 ) -> tuple[DecodeState, jax.Array, Sampled, jax.Array]:
-    """``steps`` tokens for every sequence: int32 [steps, batch], -1 where a sequence has ended. The last array is a stall, if any."""
+    """``steps`` tokens for every sequence: int32 [steps, batch], -1 where a sequence has ended. Last comes a stall, if any."""
 
     def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, Sampled, jax.Array]]:
         cache, logits, stall = decoder.decode(config, weights, state.cache, state.token, state.length)

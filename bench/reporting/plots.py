@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from reporting.rows import IMPLEMENTATIONS, OURS, Results, Setting
+from reporting.rows import IMPLEMENTATIONS, Results, Setting
 
 FLOOR = "floor: bytes over bandwidth"
-DENSE = "dense, flashsvd_jax"
+DENSE = "dense, fastest of ours"
 Data = dict[str, Any]  # {"x", "y", "panels": [{"title", "series": [{"label", "x", "y"}]}]}; names and numbers only
 _CREATOR = re.compile(r"<dc:creator>.*?<dc:title>(.*?)</dc:title>", re.DOTALL)
 _DESCRIPTION = re.compile(r"<dc:description>(.*?)</dc:description>", re.DOTALL)
@@ -121,8 +121,7 @@ def _add_dense_level(results: Results, settings: list[Setting], panel: Data) -> 
     own = next((row for s in settings if s.ranks == "dense" and (row := results.own(s))), None)
     if own is not None:
         kept = [s.kept for s in settings]
-        label = DENSE if own["impl"] == OURS[0] else f"dense, {IMPLEMENTATIONS[own['impl']]}"
-        panel["series"].append(_series(label, [(min(kept), own["ms_per_token"]), (max(kept), own["ms_per_token"])]))
+        panel["series"].append(_series(DENSE, [(min(kept), own["ms_per_token"]), (max(kept), own["ms_per_token"])]))
 
 
 def _series(label: str, points: list[tuple[float, float]]) -> Data:
@@ -138,7 +137,7 @@ def _style(label: str) -> dict[str, Any]:
     """One colour an implementation in every plot; lines that are no measurement have no markers."""
     if label == FLOOR:
         return {"color": "black", "linestyle": "--"}
-    if label.startswith("dense"):
+    if label == DENSE:
         return {"color": "grey", "linestyle": ":"}
     number = list(IMPLEMENTATIONS.values()).index(label)
-    return {"color": f"C{number}", "marker": "o", "linewidth": 2.0 if number == 0 else 1.2}
+    return {"color": f"C{number}", "marker": "o", "linewidth": 2.0 if number < 2 else 1.2}

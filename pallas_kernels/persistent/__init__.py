@@ -1,34 +1,44 @@
-"""A persistent kernel for Hopper: a chain of dependent products in one launch, whose weight stream does not stop between them.
+"""A persistent kernel for Hopper: a step of decoding, all layers and the head, in one launch whose weight stream does not stop.
 
 One program lives on each core for the whole launch. Its first warpgroup loads, its second multiplies:
 
-    loading       w w w w w w w w w w w w w w w w w w ...       weight tiles of 16 KiB, in the order in which they will be used;
-                      |                                          no input is waited for, so the next phase's tiles come early
-    ring          [ 3 on their way | landed ............ ]      all shared memory that inputs leave; 48 KiB on their way suffice
+    loading       w w w w w w k v w w w w w w ...     tiles of 16 KiB, weights and the cache's keys and values alike, in the order
+                      |                                 in which they will be used; no input is waited for, so they come early
+    ring          [ 3 on their way | landed ..... ]   all shared memory that inputs leave; 48 KiB on their way suffice
                                         |
-    multiplying   input | w w w | words | input | w w | words   the input is put together from words of other programs
+    multiplying   input | w w w | words | input | w w | words ...   an input is put together from words of other programs
 
-A phase is a product. It is cut into items, a tile of 64 output rows times a part of the contraction axis, which go round the
-programs. An item's sums are written as words: a float32 whose lowest mantissa bit says that it is there. Who needs a column reads
-the words of all parts until each has that bit, and adds them up. So there is no barrier between phases: a program waits for the
-columns that it reads, while its next weights are on their way.
+The steps of a layer are phases, each one product, and an attention. A phase is cut into items, a tile of 64 output rows times a
+part of the contraction axis; an item of attention is a kv head and a part of its positions. Items go round the programs. What one
+gives is written as words: a float32 whose low eight bits are its epoch, the number of the layer. Who needs a column reads the
+words of all parts until each is of the epoch it waits for, and adds them up; the residual stream and what its norm divides by are
+words too. So there is no barrier anywhere: a program waits for what it reads, while its next weights are on their way.
 
-Why a word that is read is of this launch: memory of words is zero when a launch begins, each is written once in it, and
-launches on one stream do not overlap. Why waiting ends: a program waits only for items of earlier phases, those are taken by all
-programs in the order of phases, and all programs are resident, as there are no more of them than cores. If some are not, a wait
-gives up after a number of attempts: the launch ends, and what depends on the missing words is NaN.
+Why a word that is read is the one that is meant: words are cleared before a launch, and launches on one stream do not overlap, so
+all are of this step. Layers take turns in two arrays. Within a layer every word is written once; it is written again two layers
+later, by an item whose input depends on every item of the layer between, and these on every read of the earlier word. A reader
+that came too late would wait for an epoch that is gone, and give up; it would not take one for the other. Why waiting ends: a
+program waits only for items of earlier steps, those are taken by all programs in the order of steps, and all programs are
+resident, as there are no more of them than cores. If some are not, a wait gives up after a number of attempts, makes what depends
+on it NaN and says where it was; the engine raises an error that says so.
 
-    plan       what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
-    words      what is emitted below Pallas; the only file that knows JAX's internals
-    inputs     from words to activations        outputs     from sums to words
-    kernel     both warpgroups                  segments    the op `segment`: its phases, and what is refused
+Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before writes them, with the
+addresses, as they do not fit among a launch's parameters. What differs between layers is a number in a table.
 
-Tried so far: compiled for sm_90a (no spills, shared memory within bounds). It has not run on a GPU, and serves only calls that
-ask for it by name: inside ``prefer("persistent")``, or in an engine made with ``kernels="persistent"``.
+    plan         what is computed, as data: steps, items, where words lie. Pure Python, and tested as such
+    layers       the op `decode_layers`: its plan, and what is refused
+    kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
+    items        which a program has                      launch   what all parts are given
+    inputs       from words to activations                outputs  from sums to words       attend   attention
+    words, copies, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
+
+Words that say themselves that they are there are NCCL's LL protocol.
 """
 
 from pallas_kernels.decode import decode_layers
 from pallas_kernels.persistent import layers
 from pallas_kernels.registry import Implementation
 
-decode_layers.register(Implementation("persistent", layers.run, layers.refuses, layers.unavailable, whole=True))
+decode_layers.register(
+    Implementation("persistent", layers.run, layers.refuses, layers.unavailable, True, layers.unproven)
+)

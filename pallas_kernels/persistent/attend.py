@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.persistent import words as w
-from pallas_kernels.persistent.launch import BY_WARP, FRESH, Emitter, Launch, emit
-from pallas_kernels.persistent.plan import HEAD_DIM, TILE_BYTES, TILE_ROWS, Attention
-from pallas_kernels.persistent.words import Value
+from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.items import Part
+from pallas_kernels.persistent.launch import BY_WARP, FRESH_KEY, FRESH_VALUE, Emitter, Place
+from pallas_kernels.persistent.plan import HALF_TILE, TILE_BYTES, TILE_K, TILE_ROWS, Attention
+from pallas_kernels.persistent.words import differ, store_word
 
-WEIGHTS_TILE = 8 * HEAD_DIM * 2  # byte of the activations where the softmax's weights lie, behind the queries
-_HALF = HEAD_DIM // 2
+WEIGHTS_TILE = 8 * TILE_K * 2  # byte of the activations where the softmax's weights lie, behind the queries
 _SHAPE = plgpu.ShapeDtypeStruct((TILE_ROWS, 8), jnp.float32, layout=plgpu.Layout.WGMMA)  # pyright: ignore
 
 
@@ -35,18 +36,14 @@ def span(
     return first, begin, jnp.minimum(begin + tiles, end)
 
 
-def prepare(
-    launch: Launch, step: int, layer: jax.Array, row: jax.Array, head: jax.Array, length: jax.Array, newest: jax.Array,
-    tables: Sequence[Any],
-) -> None:  # fmt: skip
+def prepare(place: Place, item: Part, length: jax.Array, newest: jax.Array, tables: Sequence[Any]) -> None:
     """Emits the loading of a kv head's queries, normed and rotated; and if ``newest``, of the new token's key and value."""
-    attention = launch.plan.steps[step]
-    assert isinstance(attention, Attention)
+    attention = _attention(place)
 
     def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
         _Heads(e, attention, *scalars, *refs).run()
 
-    emit(launch, step, layer, body, [row, head, length, newest], tables)
+    place.emit(body, [item.row, item.head, length, newest], tables)
 
 
 class _Heads:
@@ -65,8 +62,12 @@ class _Heads:
     ):
         self.e, self.of, self.row, self.head, self.length, self.newest = e, attention, row, head, length, newest
         self.warp, self.lane = w.quotient(w.thread(), 32), w.remainder(w.thread(), 32)
-        self.column = w.mul(self.lane, w.integer(4))
-        at = w.add(w.mul(row, w.integer(_HALF)), w.both(self.column, w.integer(_HALF - 1)))
+        self.half = attention.head_dim // 2
+        # Threads beyond the last column take the last four again, but hand on zeros.
+        column = w.mul(self.lane, w.integer(4))
+        self.inside = w.below(column, w.integer(attention.head_dim))
+        self.place, self.column = column, w.smaller(column, w.integer(attention.head_dim - 4))
+        at = w.add(w.mul(row, w.integer(self.half)), w.both(self.column, w.integer(self.half - 1)))
         self.cos, self.sin = (w.load_floats(table, w.mul(at, w.integer(4))) for table in (cos, sin))
 
     def run(self) -> None:
@@ -78,25 +79,25 @@ class _Heads:
                     continue
                 with w.when(w.below(w.integer(0), self.newest)):
                     if number == self.of.group:
-                        self._keep(self._rotated(self._normed(self._columns(1, self.head), 1)), self.of.keys, FRESH)
+                        self._keep(self._rotated(self._normed(self._columns(1, self.head), 1)), self.of.keys, FRESH_KEY)
                     else:
-                        self._keep(self._columns(2, self.head), self.of.values, FRESH + 2 * HEAD_DIM)
+                        self._keep(self._columns(2, self.head), self.of.values, FRESH_VALUE)
 
     def _query(self, number: int) -> None:
         head = w.add(w.mul(self.head, w.integer(self.of.group)), w.integer(number))
         values = self._rotated(self._normed(self._columns(0, head), 0))
         w.store_activations(
-            self.e.activations, w.activation_offset(self.column, w.integer(number), w.integer(0)), values
+            self.e.activations, w.activation_offset(self.place, w.integer(number), w.integer(0)), values
         )
 
     def _columns(self, which: int, head: Value) -> list[Value]:
         """Of a head of the queries (0), keys (1) or values (2), as projected."""
-        within = w.add(w.mul(head, w.integer(HEAD_DIM)), self.column)
+        within = w.add(w.mul(head, w.integer(self.of.head_dim)), self.column)
         column, base = w.add(within, w.integer(self.of.columns[which])), self.e.base(0)
 
         def load() -> tuple[list[Value], Value]:
             values, words = self.e.sums(base, self.of.of, self.row, column)
-            missing = w.differ(words, self.e.epoch)
+            missing = differ(words, self.e.epoch)
             if self.of.scaled is None:
                 return values, missing
             squares, late = self.e.squares(self.of.scaled)
@@ -116,64 +117,63 @@ class _Heads:
     def _normed(self, values: list[Value], which: int) -> list[Value]:
         if self.of.norms is None:
             return values
-        squares = w.warp_sum(w.total([w.mul_f(v, v) for v in values]))
-        mean = w.mul_f(squares, w.number(1.0 / HEAD_DIM))
+        squares = w.select(self.inside, w.total([w.mul_f(v, v) for v in values]), w.number(0.0))
+        mean = w.mul_f(w.warp_sum(squares), w.number(1.0 / self.of.head_dim))
         root = w.inverse_root(w.add_f(mean, w.number(self.e.launch.eps)))
         scale = w.load_bf16(self.e.operand(self.of.norms[which]), w.mul(self.column, w.integer(2)))
         return [w.mul_f(w.mul_f(v, root), s) for v, s in zip(values, scale, strict=True)]
 
     def _rotated(self, values: list[Value]) -> list[Value]:
-        sign = w.select(w.below(self.lane, w.integer(16)), w.number(-1.0), w.number(1.0))
-        others = [w.mul_f(w.partner(v, 16), sign) for v in values]
+        """Pairs columns that are half a head apart; what is beyond the last column becomes zero."""
+        sign = w.select(w.below(self.column, w.integer(self.half)), w.number(-1.0), w.number(1.0))
+        others = [w.mul_f(w.partner(v, self.half // 4), sign) for v in values]
         columns = zip(values, others, self.cos, self.sin, strict=True)
-        return [w.add_f(w.mul_f(v, c), w.mul_f(o, s)) for v, o, c, s in columns]
+        rotated = [w.add_f(w.mul_f(v, c), w.mul_f(o, s)) for v, o, c, s in columns]
+        return [w.select(self.inside, v, w.number(0.0)) for v in rotated]
 
     def _keep(self, values: list[Value], cache: int, fresh: int) -> None:
         """Puts the new token's key or value into the cache, and aside for this step."""
-        always = w.equal(self.lane, self.lane)
         w.store_activations(self.e.small, w.add(w.integer(fresh), w.mul(self.lane, w.integer(8))), values)
         slot = w.add(w.mul(self.row, w.integer(self.of.kv_heads)), self.head)
         slot = w.add(w.mul(slot, w.integer(self.e.plan.slots)), self.length)
-        at = w.add(w.mul(slot, w.integer(HEAD_DIM)), self.column)
-        w.store_bf16(self.e.operand(cache), w.mul(at, w.integer(2)), values, always)
+        at = w.add(w.mul(slot, w.integer(self.of.head_dim)), self.column)
+        w.store_bf16(self.e.operand(cache), w.mul(at, w.integer(2)), values, self.inside)
 
 
-def insert(
-    launch: Launch,
-    step: int,
-    layer: jax.Array,
-    tiles: Any,
-    slot: jax.Array,
-    row: jax.Array,
-    which: int,
-    here: jax.Array,
-) -> None:
+def insert(place: Place, tiles: Any, slot: jax.Array, row: jax.Array, which: int, here: jax.Array) -> None:
     """Emits the copying of the new token's key (0) or value (1) into its row of a tile, if it is ``here``."""
+
+    columns = _attention(place).head_dim
 
     def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
         slot, row, here = scalars
         lane = w.thread()
-        chosen = w.both(w.below(lane, w.integer(32)), w.below(w.integer(0), here))
+        chosen = w.both(w.below(lane, w.integer(columns // 4)), w.below(w.integer(0), here))
         within = w.tile_offset(w.mul(lane, w.integer(4)), row)
         to = w.add(w.add(w.as_integer(refs[0]), w.mul(slot, w.integer(TILE_BYTES))), within)
-        source = w.add(w.add(e.small, w.integer(FRESH + 2 * HEAD_DIM * which)), w.mul(lane, w.integer(8)))
+        source = w.add(w.add(e.small, w.integer(FRESH_VALUE if which else FRESH_KEY)), w.mul(lane, w.integer(8)))
         w.copy_shared(to, source, chosen)
 
-    emit(launch, step, layer, body, [slot, row, here], [tiles], ref_type=plgpu.RefType(w.TILED))
+    place.emit(body, [slot, row, here], [tiles], ref_type=plgpu.RefType(w.TILED))
 
 
-def softmax(launch: Launch, step: int, layer: jax.Array, scores: Any, largest: Any, sums: Any, begin: jax.Array, first: jax.Array, length: jax.Array) -> Any:  # fmt: skip
+def softmax(
+    place: Place, scores: Any, state: Sequence[Any], begin: jax.Array, first: jax.Array, length: jax.Array
+) -> Any:
     """Emits the softmax's weights of one tile's scores [slots, heads], laid out for the tensor cores.
 
-    ``largest`` and ``sums`` are arrays of the same shape: in every row a head's largest score so far, as a power of two, and this
-    thread's part of the sum of weights. Gives both anew, and what earlier sums are to be multiplied with.
+    ``state`` is two arrays of the same shape: in every row a head's largest score so far, as a power of two, and this thread's part
+    of the sum of weights. Gives both anew, and what earlier sums are to be multiplied with. ``begin`` is the position of the tile's
+    first slot; a query sees positions from ``first`` to ``length``.
     """
+
+    attention = _attention(place)
 
     def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> Any:
         begin, first, length = scalars
         scores, largest, sums = arrays
         seen = _entries(scores)
-        in_bits = w.number(math.log2(math.e) / math.sqrt(HEAD_DIM))
+        in_bits = w.number(math.log2(math.e) / math.sqrt(attention.head_dim))
         masked = []
         for value, row, _ in seen:
             position = w.add(begin, row)
@@ -196,15 +196,12 @@ def softmax(launch: Launch, step: int, layer: jax.Array, scores: Any, largest: A
         ]
         return _alike(scores, tops), _alike(scores, added), _alike(scores, scale)
 
-    return emit(
-        launch, step, layer, body, [begin, first, length], arrays=[scores, largest, sums], returns=(_SHAPE,) * 3
-    )
+    return place.emit(body, [begin, first, length], arrays=[scores, *state], returns=(_SHAPE,) * 3)
 
 
-def finish(launch: Launch, step: int, layer: jax.Array, row: jax.Array, head: jax.Array, part: jax.Array, attended: Sequence[Any], largest: Any, sums: Any) -> None:  # fmt: skip
+def finish(place: Place, item: Part, attended: Sequence[Any], state: Sequence[Any]) -> None:
     """Emits the storing of what was attended, two arrays [64 columns, heads], and of the logarithm of its weight, as words."""
-    attention, plan = launch.plan.steps[step], launch.plan
-    assert isinstance(attention, Attention)
+    attention, plan = _attention(place), place.launch.plan
 
     def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> None:
         row, head, part = scalars
@@ -222,21 +219,30 @@ def finish(launch: Launch, step: int, layer: jax.Array, row: jax.Array, head: ja
         first_head = w.add(w.mul(rows, w.integer(attention.heads)), w.mul(head, w.integer(attention.group)))
         for half, values in enumerate(halves):
             for i, (value, column, query) in enumerate(_entries(values)):
-                at = w.add(w.mul(w.add(first_head, query), w.integer(HEAD_DIM)), column)
-                at = w.add(at, w.integer(plan.offset("sums", step) + half * _HALF))
-                real = w.below(query, w.integer(attention.group))
-                w.store_word(base, w.mul(at, w.integer(4)), w.mul_f(value, inverse[i % 2]), e.epoch, real)
+                column = w.add(column, w.integer(half * HALF_TILE))
+                at = w.add(w.mul(w.add(first_head, query), w.integer(attention.head_dim)), column)
+                at = w.add(at, w.integer(plan.offset("sums", place.step)))
+                real = w.both(
+                    w.below(query, w.integer(attention.group)), w.below(column, w.integer(attention.head_dim))
+                )
+                store_word(base, w.mul(at, w.integer(4)), w.mul_f(value, inverse[i % 2]), e.epoch, real)
         alone = w.below(w.thread(), w.integer(4))
         for log, (_, _, query) in zip(logs, _entries(largest)[:2], strict=True):
-            at = w.add(w.add(first_head, query), w.integer(plan.offset("weights", step)))
+            at = w.add(w.add(first_head, query), w.integer(plan.offset("weights", place.step)))
             real = w.both(alone, w.below(query, w.integer(attention.group)))
-            w.store_word(base, w.mul(at, w.integer(4)), log, e.epoch, real)
+            store_word(base, w.mul(at, w.integer(4)), log, e.epoch, real)
 
-    emit(launch, step, layer, body, [row, head, part], arrays=[*attended, largest, sums])
+    place.emit(body, [item.row, item.head, item.part], arrays=[*attended, *state])
+
+
+def _attention(place: Place) -> Attention:
+    found = place.launch.plan.steps[place.step]
+    assert isinstance(found, Attention)
+    return found
 
 
 def _entries(array: Any) -> list[tuple[Value, Value, Value]]:
-    """(value, row, column) of a thread's elements of an array [64, 8]: two neighbouring columns of a row, and of the row 8 below."""
+    """(value, row, column) of a thread's elements of an array [64, 8]: two columns of a row, and the same of the row 8 below."""
     found: list[tuple[Value, Value, Value]] = []
     array.foreach(lambda value, at: found.append((value, w.as_index(at[0]), w.as_index(at[1]))))
     assert len(found) == 4

@@ -10,11 +10,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.persistent import words as w
-from pallas_kernels.persistent.launch import ROOTS, SQUARES, Emitter, Launch, emit
-from pallas_kernels.persistent.plan import HEAD_DIM, TILE_K, Attention, Phase
-from pallas_kernels.persistent.words import Value
+from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.launch import ROOTS, SQUARES, Emitter, Launch, Place
+from pallas_kernels.persistent.plan import TILE_K, Attention, Phase
+from pallas_kernels.persistent.words import differ, load_word, load_words, store_word
 
 CHUNK = 4  # columns
 WORDS_IN_REGISTERS = 64
@@ -38,27 +40,25 @@ def embed(launch: Launch, x: Any) -> None:
             values = w.load_bf16(refs[0], w.mul(at, w.integer(2)))
             for i, value in enumerate(values):
                 stream = w.add(at, w.integer(plan.offset("stream", source.stream) + i))
-                w.store_word(base, w.mul(stream, w.integer(4)), value, e.epoch, real)
+                store_word(base, w.mul(stream, w.integer(4)), value, e.epoch, real)
                 for split in range(added.splits):
                     begin_ = plan.offset("sums", source.of) + split * plan.batch * added.padded_rows + i
                     here = w.add(w.add(column, w.integer(begin_)), w.mul(row, w.integer(added.padded_rows)))
-                    w.store_word(base, w.mul(here, w.integer(4)), w.number(0.0), e.epoch, real)
+                    store_word(base, w.mul(here, w.integer(4)), w.number(0.0), e.epoch, real)
 
-    emit(launch, 0, jax.numpy.int32(-1), body, refs=[x])
+    Place(launch, 0, jnp.int32(-1)).emit(body, refs=[x])
 
 
-def fill(
-    launch: Launch, step: int, layer: jax.Array, numbers: dict[str, jax.Array], split: jax.Array, first: jax.Array
-) -> None:
+def fill(place: Place, numbers: dict[str, jax.Array], split: jax.Array, first: jax.Array) -> None:
     """Emits the loading of a phase's input for one split.
 
     Args:
-      launch, step, layer: the phase.
+      place: the phase.
       numbers: of the phase in this layer, see `launch.numbers_of`.
       split: which part of the contraction axis.
       first: nonzero in the program that has the first row tile of this split; it publishes what all of them compute.
     """
-    phase = launch.plan.steps[step]
+    phase = place.launch.plan.steps[place.step]
     assert isinstance(phase, Phase)
     slices = [(numbers[f"x_start {i}"], numbers[f"k {i}"]) for i in phase.distinct]
     scalars = [split, first, numbers["k_tiles"], *(n for pair in slices for n in pair)]
@@ -67,7 +67,7 @@ def fill(
         part, publishes, k_tiles, *rest = given
         _Loader(e, phase, part, publishes, k_tiles, list(zip(rest[::2], rest[1::2], strict=True))).run()
 
-    emit(launch, step, layer, body, scalars)
+    place.emit(body, scalars)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,31 +193,29 @@ class _Loader:
         if self.is_stream:
             at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
             at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
-            stream = w.load_words(self.base, w.mul(at, w.integer(4)))
+            stream = load_words(self.base, w.mul(at, w.integer(4)))
             values = [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)]
             words = words + stream
-        return values, w.differ(words, self.told)
+        return values, differ(words, self.told)
 
     def _read_attention(self, of: Attention, chunk: _Chunk) -> tuple[list[Value], Value]:
         """Parts of the positions, weighed by what each has of the softmax."""
-        head = w.quotient(chunk.column, HEAD_DIM)
+        head = w.quotient(chunk.column, of.head_dim)
         rows = [w.add(w.integer(part * self.plan.batch), chunk.row) for part in range(of.parts)]
         sums, weights = (self.plan.offset(kind, self.source.of) for kind in ("sums", "weights"))
-        columns = w.integer(of.heads * HEAD_DIM)
+        columns = w.integer(of.heads * of.head_dim)
         fours = [
-            w.load_words(
-                self.base, w.mul(w.add(w.add(w.mul(row, columns), chunk.column), w.integer(sums)), w.integer(4))
-            )
+            load_words(self.base, w.mul(w.add(w.add(w.mul(row, columns), chunk.column), w.integer(sums)), w.integer(4)))
             for row in rows
         ]
         heads = w.integer(of.heads)
         logs = [
-            w.load_word(self.base, w.mul(w.add(w.add(w.mul(row, heads), head), w.integer(weights)), w.integer(4)))
+            load_word(self.base, w.mul(w.add(w.add(w.mul(row, heads), head), w.integer(weights)), w.integer(4)))
             for row in rows
         ]
         words = [word for four in fours for word in four] + logs
         if of.parts == 1:
-            return w.floats(fours[0]), w.differ(words, self.told)
+            return w.floats(fours[0]), differ(words, self.told)
         largest = functools.reduce(w.max_f, w.floats(logs))
         shares = [w.power_of_two(w.sub_f(log, largest)) for log in w.floats(logs)]
         whole = w.total(shares)
@@ -225,7 +223,7 @@ class _Loader:
             w.div_f(w.total([w.mul_f(s, v) for s, v in zip(shares, column, strict=True)]), whole)
             for column in zip(*map(w.floats, fours), strict=True)
         ]
-        return values, w.differ(words, self.told)
+        return values, differ(words, self.told)
 
     def _combine(self, chunk: _Chunk, parts: list[list[Value]], roots: list[Value]) -> list[Value]:
         if roots:
@@ -242,7 +240,7 @@ class _Loader:
         at = w.add(at, w.integer(self.plan.offset("stream", self.e.step)))
         for i, value in enumerate(values):
             offset = w.mul(w.add(at, w.integer(i)), w.integer(4))
-            w.store_word(self.stream_base, offset, value, self.e.epoch, w.both(used, self.publishing))
+            store_word(self.stream_base, offset, value, self.e.epoch, w.both(used, self.publishing))
         square = w.total([w.mul_f(v, v) for v in values])
         found = []
         for row, so_far in enumerate(squares):
@@ -262,5 +260,5 @@ class _Loader:
             total = w.total([w.load_shared(self.e.small, w.integer(SQUARES + 16 * row + 4 * i)) for i in range(4)])
             begin = self.plan.offset("squares", self.e.step) + row * self.phase.splits
             at = w.mul(w.add(self.split, w.integer(begin)), w.integer(4))
-            w.store_word(self.stream_base, at, total, self.e.epoch, w.both(alone, self.publishing))
+            store_word(self.stream_base, at, total, self.e.epoch, w.both(alone, self.publishing))
             w.store_shared(self.e.small, w.integer(ROOTS + 4 * row), self.e.root(total), alone)

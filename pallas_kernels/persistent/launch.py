@@ -1,24 +1,28 @@
-"""What every part of the persistent kernel is given: the references of the launch, and where things lie in its small shared buffer."""
+"""What every part of the persistent kernel is given: a launch's references, and where things lie in its small shared buffer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.persistent import words as w
-from pallas_kernels.persistent.plan import Plan, Step
-from pallas_kernels.persistent.words import Value
+from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.plan import Attention, Plan, Step
+from pallas_kernels.persistent.words import Patience, differ, load_word, load_words, until_written
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
 SQUARES = 64  # float32 [4 sequences, 4 warps]
 ROOTS = 128  # float32 [4 sequences]: 1 / root mean square of the stream that was read last
 BY_WARP = 256  # float32 [2, 4 warps, 8 heads]
-FRESH = 512  # bfloat16 [2, 128]: the new token's key and value
+FRESH_KEY, FRESH_VALUE = 512, 768  # bfloat16 [128] each, of the new token
 SMALL_FLOATS = 256
+
+Body = Callable[["Emitter", list[Value], list[Value], Any], Any]
+"""Code of a step: of an emitter, scalars, addresses of references, and arrays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,22 +78,17 @@ def varying(plan: Plan) -> dict[tuple[int, ...], int]:
 
 
 def _all_numbers(plan: Plan) -> list[tuple[int, ...]]:
-    found = list(plan.first_items)
-    for step in plan.steps:
-        found += [values for values in numbers_of(step).values()]
-    return found
+    return [*plan.first_items, *(values for step in plan.steps for values in numbers_of(step).values())]
 
 
 def numbers_of(step: Step) -> dict[str, tuple[int, ...]]:
     """What a step needs to know of each layer, by name."""
-    from pallas_kernels.persistent.plan import Attention
-
     if isinstance(step, Attention):
         return {"window": step.windows}
     layers = range(len(step.layers))
     found = {"k_tiles": tuple(map(step.k_tiles, layers)), "row_tiles": tuple(map(step.row_tiles, layers))}
     for i in range(len(step.layers[0])):
-        for field in ("row_tiles", "rows", "k", "row_start", "x_start"):
+        for field in ("row_tiles", "k", "row_start", "x_start"):
             found[f"{field} {i}"] = tuple(getattr(groups[i], field) for groups in step.layers)
     return found
 
@@ -122,17 +121,17 @@ class Emitter:
         return w.load_pointer(self.addresses, index)
 
     def wait(self, load: Any, results: int) -> list[Value]:
-        """`words.until_written`."""
+        """`until_written`."""
         attempts = w.add(self.small, w.integer(PATIENCE))
-        return w.until_written(load, results, w.Patience(attempts, self.stall, w.integer(self.step), self.epoch))
+        return until_written(load, results, Patience(attempts, self.stall, w.integer(self.step), self.epoch))
 
     def squares(self, stream: int) -> tuple[list[Value], Value]:
         """Each sequence's sum of squares of the stream in an earlier phase so far, and whether a word of them is missing."""
         splits, base = self.plan.steps[stream].splits, self.base(0)  # pyright: ignore[reportAttributeAccessIssue]
         begin, count = self.plan.offset("squares", stream), self.plan.batch * splits
-        words = [w.load_word(base, w.integer(4 * (begin + n))) for n in range(count)]
+        words = [load_word(base, w.integer(4 * (begin + n))) for n in range(count)]
         parts = w.floats(words)
-        return [w.total(parts[i : i + splits]) for i in range(0, count, splits)], w.differ(words, self.epoch)
+        return [w.total(parts[i : i + splits]) for i in range(0, count, splits)], differ(words, self.epoch)
 
     def root(self, squares: Value) -> Value:
         """1 / root mean square of a stream from its sum of squares."""
@@ -146,7 +145,7 @@ class Emitter:
         for split in range(phase.splits):  # pyright: ignore[reportAttributeAccessIssue]
             begin = self.plan.offset("sums", step) + split * self.plan.batch * phase.padded_rows  # pyright: ignore
             at = w.add(w.add(column, w.integer(begin)), w.mul(row, w.integer(phase.padded_rows)))  # pyright: ignore
-            parts.append(w.load_words(base, w.mul(at, w.integer(4))))
+            parts.append(load_words(base, w.mul(at, w.integer(4))))
         found = [w.total(list(four)) for four in zip(*map(w.floats, parts), strict=True)]
         return found, [word for part in parts for word in part]
 
@@ -158,24 +157,38 @@ class Emitter:
         return found
 
 
-def emit(launch: Launch, step: int, layer: jax.Array, body: Any, scalars: Sequence[jax.Array] = (), refs: Sequence[Any] = (), arrays: Sequence[Any] = (), returns: Any = None, ref_type: Any = None) -> Any:  # fmt: skip
-    """Emits ``body(emitter, scalars, addresses of refs, arrays)``; arrays are [64, 8] as products leave them."""
-    types = [plgpu.RefType()] * 4 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
-    types += [w.SCALAR(())] * (1 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """One step of one layer of a launch."""
 
-    @w.emitted(*types, returns=returns)
-    def code(context: Any, *values: Any) -> Any:
-        words, stall, addresses, small, *rest = values
-        given, rest = rest[: len(refs)], rest[len(refs) :]
-        activations, layer, *rest = rest
-        emitter = Emitter(
-            launch, step, w.address(words), w.address(stall), w.address(addresses), w.shared_address(small),
-            w.shared_address(activations), w.scalar(layer),
-        )  # fmt: skip
-        return body(
-            emitter, [w.scalar(v) for v in rest[: len(scalars)]], [w.address(r) for r in given], rest[len(scalars) :]
-        )
+    launch: Launch
+    step: int
+    layer: jax.Array
 
-    return code(
-        launch.words, launch.stall, launch.addresses, launch.small, *refs, launch.activations, layer, *scalars, *arrays
-    )
+    def emit(
+        self,
+        body: Body,
+        scalars: Sequence[jax.Array] = (),
+        refs: Sequence[Any] = (),
+        arrays: Sequence[Any] = (),
+        returns: Any = None,
+        ref_type: Any = None,
+    ) -> Any:
+        """Emits ``body(emitter, scalars, addresses of refs, arrays)``; arrays are [64, 8] as products leave them."""
+        launch = self.launch
+        types = [plgpu.RefType()] * 4 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
+        types += [w.SCALAR(())] * (1 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
+
+        @w.emitted(*types, returns=returns)
+        def code(context: Any, *values: Any) -> Any:
+            words, stall, addresses, small, *rest = values
+            given, (activations, layer, *rest) = rest[: len(refs)], rest[len(refs) :]
+            emitter = Emitter(
+                launch, self.step, w.address(words), w.address(stall), w.address(addresses), w.shared_address(small),
+                w.shared_address(activations), w.scalar(layer),
+            )  # fmt: skip
+            numbers = [w.scalar(value) for value in rest[: len(scalars)]]
+            return body(emitter, numbers, [w.address(ref) for ref in given], rest[len(scalars) :])
+
+        fixed = (launch.words, launch.stall, launch.addresses, launch.small)
+        return code(*fixed, *refs, launch.activations, self.layer, *scalars, *arrays)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode import Decoded, DecoderLayer
 from pallas_kernels.norm import Norm
+from pallas_kernels.persistent.launch import numbers_of
 from pallas_kernels.persistent.plan import (
-    HEAD_DIM,
+    HEAD_DIMS,
     TILE_ROWS,
     Attention,
     Group,
@@ -51,8 +52,10 @@ def refuses(
         return f"{batch} sequences of {tokens} tokens; it serves up to {LARGEST_BATCH} of one"
     if any(a.dtype != jnp.bfloat16 for a in jax.tree.leaves((x, layers, norm, head, keys, values))):
         return "a dtype other than bfloat16"
-    if keys[0].shape[-1] != HEAD_DIM:
-        return f"heads of {keys[0].shape[-1]} columns; it serves {HEAD_DIM}"
+    if keys[0].shape[-1] not in HEAD_DIMS:
+        return f"heads of {keys[0].shape[-1]} columns; it serves {', '.join(map(str, HEAD_DIMS))}"
+    if len({cache.shape for cache in (*keys, *values)}) > 1:
+        return "caches of different shapes"
     if keys[0].shape[2] % TILE_ROWS:
         return f"a cache of {keys[0].shape[2]} slots, no multiple of {TILE_ROWS}"
     if _heads(layers[0], keys)[0] > _MOST_QUERIES * keys[0].shape[1]:
@@ -65,17 +68,43 @@ def refuses(
         return "biases of some of q, k and v"
     if any(len({up is None for up in part.ups}) > 1 for part in packed):
         return "dense and low-rank members of one input"
+    if any((layer.q_norm is None) != (layer.k_norm is None) for layer in layers):
+        return "a norm of queries or of keys alone"
     norms = [
         n for layer in layers for n in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if n is not None
     ]
     if len({n.eps for n in [*norms, norm]}) > 1:
         return "norms of different eps"
     if len({_structure(layer) for layer in layers}) > 1:
-        return "layers that differ in which sites are dense, or in their outputs"
+        return "layers that differ in which sites are dense, in their outputs, or in having norms of queries and keys"
     weights = [weight for part in packed for weight in (part.first, *part.ups) if weight is not None]
     if any(weight.shape[1] % 8 for weight in weights):
         return "a contraction axis that is no multiple of 8"
     return _plan(x, layers, norm, head, keys, values, target().cores)[0].problems()
+
+
+def unproven(
+    x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
+    values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array,
+) -> str | None:  # fmt: skip
+    """What of a call has not been compared with the reference on a GPU by this very code."""
+    plan, _ = _plan(x, layers, norm, head, keys, values, target().cores)
+    heads, kv_heads = _heads(layers[0], keys)
+    biases = [bias for layer in layers for bias in layer.qkv.biases if bias is not None]
+    differ = any(len(set(of_layers)) > 1 for step in plan.steps for of_layers in numbers_of(step).values())
+    parts = [part for layer in layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    found = {
+        "more than one sequence": x.shape[0] > 1,
+        "dense sites": any(up is None for part in parts for up in part.ups),
+        "heads of other than 128 columns": keys[0].shape[-1] != 128,
+        "several queries a kv head": heads > kv_heads,
+        "a sliding window": any(layer.window is not None for layer in layers),
+        "ranks that differ from layer to layer": differ,
+        "norms of queries and keys": layers[0].q_norm is not None,
+        "biases": bool(biases),
+    }
+    names = [name for name, there in found.items() if there]
+    return f"not yet compared on a GPU, so only on request: {', '.join(names)}" if names else None
 
 
 def run(
@@ -106,7 +135,8 @@ def _heads(layer: DecoderLayer, keys: Sequence[jax.Array]) -> tuple[int, int]:
 
 def _structure(layer: DecoderLayer) -> Any:
     parts = (layer.qkv, layer.o, layer.gate_up, layer.down)
-    return [tuple(up is None for up in part.ups) for part in parts].__repr__(), tuple(part.d_outs for part in parts)
+    ups = tuple(tuple(up is None for up in part.ups) for part in parts)
+    return ups, tuple(part.d_outs for part in parts), layer.q_norm is None
 
 
 def _as_matrix(array: jax.Array) -> tuple[int, int]:
@@ -183,6 +213,7 @@ def _plan(
             "attention",
             heads,
             kv_heads,
+            keys[0].shape[-1],
             parts_for(batch, kv_heads, programs),
             tuple(layer.window or 0 for layer in layers),
             qkv,
@@ -193,7 +224,7 @@ def _plan(
             _norms(build, layers),
             _biases(build, layers),
             batch,
-        )  # fmt: skip
+        )
     )
     o = build.project("o", [layer.o for layer in layers], Source("attended", len(build.steps) - 1))
     scale = build.operand([layer.mlp_norm.scale for layer in layers])

@@ -4,35 +4,38 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.persistent import words as w
-from pallas_kernels.persistent.launch import ROOTS, Emitter, Launch, emit
+from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.launch import ROOTS, Emitter, Place
 from pallas_kernels.persistent.plan import Phase
-from pallas_kernels.persistent.words import Value
+from pallas_kernels.persistent.words import store_word
 
 
-def store_words(launch: Launch, step: int, layer: jax.Array, products: Any, split: jax.Array, row: jax.Array) -> None:
+def store_words(place: Place, products: Any, split: jax.Array, row: jax.Array) -> None:
     """Emits the storing of products [64, 8] as partial sums of a phase, from output row ``row`` on."""
-    phase, plan = launch.plan.steps[step], launch.plan
+    plan = place.launch.plan
+    phase = plan.steps[place.step]
     assert isinstance(phase, Phase)
 
     def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> None:
         (split, row), base = scalars, e.base(0)
         begin = w.add(w.mul(split, w.integer(plan.batch * phase.padded_rows)), row)
-        begin = w.add(begin, w.integer(plan.offset("sums", step)))
+        begin = w.add(begin, w.integer(plan.offset("sums", place.step)))
 
         def one(value: Any, index: Any) -> None:
             r, sequence = (w.as_index(i) for i in index)
             at = w.add(w.add(begin, r), w.mul(sequence, w.integer(phase.padded_rows)))
-            w.store_word(base, w.mul(at, w.integer(4)), value, e.epoch, w.below(sequence, w.integer(plan.batch)))
+            store_word(base, w.mul(at, w.integer(4)), value, e.epoch, w.below(sequence, w.integer(plan.batch)))
 
         arrays[0].foreach(one)
 
-    emit(launch, step, layer, body, [split, row], arrays=[products])
+    place.emit(body, [split, row], arrays=[products])
 
 
-def store_plain(launch: Launch, step: int, layer: jax.Array, output: Any, products: Any, row: jax.Array) -> None:
+def store_plain(place: Place, output: Any, products: Any, row: jax.Array) -> None:
     """Emits the storing of products [64, 8] as rows of the output, float32 [batch, rows], divided by the norm if not yet done."""
-    phase, plan = launch.plan.steps[step], launch.plan
+    plan = place.launch.plan
+    phase = plan.steps[place.step]
     assert isinstance(phase, Phase)
     (group,) = phase.layers[0]
 
@@ -50,4 +53,4 @@ def store_plain(launch: Launch, step: int, layer: jax.Array, output: Any, produc
 
         arrays[0].foreach(one)
 
-    emit(launch, step, layer, body, [row], [output], [products])
+    place.emit(body, [row], [output], [products])

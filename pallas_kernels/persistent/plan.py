@@ -11,7 +11,12 @@ from collections.abc import Iterator
 TILE_ROWS, TILE_K = 64, 128
 """A weight tile: 64 output rows by 128 of the contraction axis, 16 KiB of bfloat16. One of keys or values: 64 slots of a head."""
 
-HEAD_DIM = 128
+HALF_TILE = 64
+"""Columns of half a tile: what 128 bytes, the widest swizzle of a bulk copy, hold."""
+
+HEAD_DIMS = (32, 64, 128)
+"""That attention can have: halves that are a power of two of lanes, and no more than a tile has columns."""
+
 TILE_BYTES = TILE_ROWS * TILE_K * 2
 SHARED_MEMORY = 227 * 1024
 MOST_LAYERS = 250
@@ -124,6 +129,7 @@ class Attention:
     """Attention of one new token over a cache. An item is a sequence's kv head and one of ``parts`` of its positions.
 
     Attributes:
+      head_dim: columns of a head.
       windows: of each layer, 0 for none.
       of: the phase whose output holds q, k and v; ``columns`` is where they begin in it.
       scaled: as of `Source`.
@@ -134,6 +140,7 @@ class Attention:
     name: str
     heads: int
     kv_heads: int
+    head_dim: int
     parts: int
     windows: tuple[int, ...]
     of: int
@@ -218,7 +225,7 @@ class Plan:
         sizes: dict[tuple[str, int], int] = {}
         for number, step in enumerate(self.steps):
             if isinstance(step, Attention):
-                sizes["sums", number] = step.parts * self.batch * step.heads * HEAD_DIM
+                sizes["sums", number] = step.parts * self.batch * step.heads * step.head_dim
                 sizes["weights", number] = step.parts * self.batch * step.heads
                 continue
             if not step.plain:

@@ -13,19 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.persistent import words as w
-from pallas_kernels.persistent.plan import TILE_ROWS
+from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent import copies
+from pallas_kernels.persistent.plan import HALF_TILE, TILE_ROWS
 
 MAP_BYTES = 128
-_HALF_TILE = 64  # columns: what 128 bytes, the widest swizzle, hold
 _THREADS = 128
 
 
-def describe(operands: Sequence[jax.Array], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
+def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
     """Maps and addresses of operands.
 
     Args:
-      operands: arrays in GPU memory; the first is a bfloat16 matrix.
+      operands: arrays in GPU memory, or references to them.
       shapes: (rows, columns) of each as a bfloat16 matrix.
 
     Returns:
@@ -39,7 +39,7 @@ def describe(operands: Sequence[jax.Array], shapes: Sequence[tuple[int, int]]) -
         @w.emitted(*[plgpu.RefType()] * (count + 5))
         def emit(context: Any, template: Any, *refs: Any) -> None:
             given, (sizes, maps, addresses, scratch) = refs[:count], refs[count:]
-            w.write_tensor_maps(context, template, given, sizes, maps, addresses, scratch)
+            copies.write_tensor_maps(context, template, given, sizes, maps, addresses, scratch)
 
         emit(template, *given, sizes, maps, addresses, scratch)
 
@@ -57,5 +57,5 @@ def describe(operands: Sequence[jax.Array], shapes: Sequence[tuple[int, int]]) -
     )
     sizes = np.zeros((programs * _THREADS, 2), np.int32)
     sizes[:count] = shapes
-    template = jnp.zeros((TILE_ROWS, _HALF_TILE), jnp.bfloat16)
+    template = jnp.zeros((TILE_ROWS, HALF_TILE), jnp.bfloat16)
     return call(template, *operands, sizes)

@@ -1,206 +1,49 @@
-"""What the persistent kernel does below Pallas: words in GPU memory, activations and barriers in shared memory, waiting.
-
-With `tensor_maps`, the only file that knows JAX's internals (`inline_mgpu`, `mosaic.gpu.utils`, MLIR dialects); tried with jax
-0.11.2 and 0.12.0. Functions emit code into the kernel that is being traced; values are 32-bit MLIR integers and floats, offsets
-are bytes.
+"""Words in GPU memory, and waiting for them.
 
 A word is a float32 whose low eight mantissa bits are its epoch, the number of the layer that wrote it: who reads it can tell
 whether it is there yet. Words need no barrier, no fence and no counter.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, scf
-from jax.experimental.mosaic.gpu import FragmentedArray, utils
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-Value = Any  # an MLIR value
-SCALAR = plgpu.Layout.WG_SPLAT
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
-"""How weight tiles and activations lie in shared memory for the tensor cores."""
+from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.code import Value
 
 SPINS = 2_000_000
 """Attempts to read a word before a program goes on without it: seconds, where the longest wait is microseconds."""
 
-NOTHING = -1e30
-"""A logarithm of no weight at all."""
-
-add, sub, mul, both = arith.addi, arith.subi, arith.muli, arith.andi
-add_f, sub_f, mul_f, div_f, max_f, select = (
-    arith.addf, arith.subf, arith.mulf, arith.divf, arith.maximumf, arith.select,
-)  # fmt: skip
-
-
-def emitted(*types: Any, returns: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Turns a function that emits code, of a context and values of these types, into one that a kernel calls with references."""
-    return plgpu.inline_mgpu(arg_types=types, return_type=returns)
-
-
-def int_type() -> Any:
-    """MLIR's 32-bit integer."""
-    return ir.IntegerType.get_signless(32)
-
-
-def float_type() -> Any:
-    """MLIR's float32."""
-    return ir.F32Type.get()
-
-
-def integer(value: int) -> Value:
-    """A constant."""
-    return utils.c(value, int_type())
-
-
-def number(value: float) -> Value:
-    """A constant."""
-    return utils.c(value, float_type())
-
-
-def scalar(array: Any) -> Value:
-    """The value of a scalar that was passed in."""
-    return array.registers.item()
-
-
-def equal(a: Value, b: Value) -> Value:
-    """a == b."""
-    return arith.cmpi(arith.CmpIPredicate.eq, a, b)
-
-
-def below(a: Value, b: Value) -> Value:
-    """a < b, unsigned."""
-    return arith.cmpi(arith.CmpIPredicate.ult, a, b)
-
-
-def either_of(a: Value, b: Value) -> Value:
-    """One of two conditions."""
-    return arith.ori(a, b)
-
-
-def below_float(a: Value, b: float) -> Value:
-    """a < b."""
-    return arith.cmpf(arith.CmpFPredicate.OLT, a, number(b))
-
-
-def as_integer(shared: Value) -> Value:
-    """A pointer to shared memory as an integer to calculate with."""
-    return _ptx("mov.u32 $0, $1;", shared, results=[int_type()])[0]
-
-
-def as_index(value: Value) -> Value:
-    """An index of an accumulator's element as an integer."""
-    return arith.index_cast(int_type(), value)
-
-
-def quotient(a: Value, b: Value | int) -> Value:
-    """a // b, unsigned."""
-    return arith.divui(a, integer(b) if isinstance(b, int) else b)
-
-
-def remainder(a: Value, b: Value | int) -> Value:
-    """a % b, unsigned."""
-    return arith.remui(a, integer(b) if isinstance(b, int) else b)
-
-
-def smaller(a: Value, b: Value) -> Value:
-    """The smaller of both, unsigned."""
-    return arith.minui(a, b)
-
-
-def thread() -> Value:
-    """Number within the warpgroup."""
-    return both(_ptx("mov.u32 $0, %tid.x;", results=[int_type()])[0], integer(127))
-
-
-def program() -> Value:
-    """Number of the program."""
-    return _ptx("mov.u32 $0, %ctaid.x;", results=[int_type()])[0]
-
-
-def meet() -> None:
-    """Waits for all threads of the warpgroup."""
-    utils.warpgroup_barrier()
-
-
-def when(condition: Value) -> Any:
-    """A context whose code runs where the condition holds."""
-    return utils.when(condition)
-
-
-def repeat(
-    count: Value, carried: Sequence[Value], body: Callable[[Value, list[Value]], Sequence[Value]]
-) -> list[Value]:
-    """``carried = body(i, carried)`` for i below ``count``."""
-    loop = scf.ForOp(integer(0), count, integer(1), list(carried))
-    with ir.InsertionPoint(loop.body):
-        scf.yield_(list(body(loop.induction_variable, list(loop.inner_iter_args))))
-    return list(loop.results)
-
-
-def address(ref: Any) -> Value:
-    """Of the first byte that a reference stands for."""
-    return utils.memref_ptr(ref)
-
-
-def load_pointer(base: Value, index: Value) -> Value:
-    """The index-th of an array of addresses in GPU memory."""
-    code = _at("$1", "$2") + "ld.global.nc.u64 $0, [a]; }"
-    return _ptx(code, base, mul(index, integer(8)), results=[ir.IntegerType.get_signless(64)])[0]
-
-
-def load_integer(base: Value, offset: Value) -> Value:
-    """One integer that nothing writes during the launch."""
-    return _ptx(_at("$1", "$2") + "ld.global.nc.u32 $0, [a]; }", base, offset, results=[int_type()])[0]
-
 
 def load_words(base: Value, offset: Value) -> list[Value]:
     """Four words, past any cache of this core."""
-    code = _at("$4", "$5") + "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [a]; }"
-    return _ptx(code, base, offset, results=[int_type()] * 4)
+    code = w.at_offset("$4", "$5") + "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [a]; }"
+    return w.ptx(code, base, offset, results=[w.int_type()] * 4)
 
 
 def load_word(base: Value, offset: Value) -> Value:
     """One word, likewise."""
-    return _ptx(_at("$1", "$2") + "ld.relaxed.gpu.global.u32 $0, [a]; }", base, offset, results=[int_type()])[0]
+    return w.ptx(
+        w.at_offset("$1", "$2") + "ld.relaxed.gpu.global.u32 $0, [a]; }", base, offset, results=[w.int_type()]
+    )[0]
 
 
 def store_word(base: Value, offset: Value, value: Value, epoch: Value, condition: Value) -> None:
     """A float as a word of an epoch."""
-    word = arith.ori(both(arith.bitcast(int_type(), value), integer(-256)), epoch)
-    code = _at("$0", "$1") + ".reg .pred q; setp.ne.u32 q, $3, 0; @q st.relaxed.gpu.global.u32 [a], $2; }"
-    _ptx(code, base, offset, word, _flag(condition))
-
-
-def floats(words: Sequence[Value]) -> list[Value]:
-    """The same bits as floats."""
-    return [arith.bitcast(float_type(), word) for word in words]
+    word = arith.ori(w.both(arith.bitcast(w.int_type(), value), w.integer(-256)), epoch)
+    code = w.at_offset("$0", "$1") + ".reg .pred q; setp.ne.u32 q, $3, 0; @q st.relaxed.gpu.global.u32 [a], $2; }"
+    w.ptx(code, base, offset, word, w.flag(condition))
 
 
 def differ(words: Sequence[Value], epoch: Value) -> Value:
     """An integer whose low eight bits are zero if all words are of the epoch."""
-    found = integer(0)
+    found = w.integer(0)
     for word in words:
         found = arith.ori(found, arith.xori(word, epoch))
     return found
-
-
-def total(values: Sequence[Value]) -> Value:
-    """Their sum."""
-    return functools.reduce(add_f, values)
-
-
-def splat(value: Value) -> Any:
-    """An integer as a scalar array."""
-    return FragmentedArray.splat(value, (), is_signed=True)
-
-
-def either(a: Value, b: Value) -> Value:
-    """Bits that are in one of both."""
-    return arith.ori(a, b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,261 +69,23 @@ def until_written(load: Callable[[], tuple[list[Value], Value]], results: int, p
     After too many attempts it gives NaN, and so does all that depends on it, says so in ``patience.stall`` and makes all later
     waits of this program short: a kernel that spins must end, and never with a wrong number.
     """
-    types = [*[float_type()] * results, int_type()]
-    limit = load_shared_integer(patience.attempts)
-    loop = scf.WhileOp([*types, int_type()], [integer(0)])
-    before = loop.before.blocks.append(int_type())
+    types = [*[w.float_type()] * results, w.int_type()]
+    limit = w.load_shared_integer(patience.attempts)
+    loop = scf.WhileOp([*types, w.int_type()], [w.integer(0)])
+    before = loop.before.blocks.append(w.int_type())
     with ir.InsertionPoint(before):
         values, missing = load()
-        attempts = add(before.arguments[0], integer(1))
-        missing = both(missing, integer(255))
-        again = both(below(integer(0), missing), below(attempts, limit))
+        attempts = w.add(before.arguments[0], w.integer(1))
+        missing = w.both(missing, w.integer(255))
+        again = w.both(w.below(w.integer(0), missing), w.below(attempts, limit))
         scf.condition(again, [*values, missing, attempts])
-    after = loop.after.blocks.append(*types, int_type())
+    after = loop.after.blocks.append(*types, w.int_type())
     with ir.InsertionPoint(after):
         scf.yield_([after.arguments[results + 1]])
     *found, missing, _ = loop.results
     code = "{ .reg .pred q; setp.ne.u32 q, $0, 0; @q st.global.v4.u32 [$1], {$2,$3,$4,$5}; @q st.shared.u32 [$6], $2; }"
-    _ptx(
-        code, missing, patience.stall, integer(1), patience.step, program(), patience.epoch, patience.attempts
+    w.ptx(
+        code, missing, patience.stall, w.integer(1), patience.step, w.program(), patience.epoch, patience.attempts
     )  # fmt: skip
-    late = select(below(integer(0), missing), number(math.nan), number(0.0))
-    return [add_f(value, late) for value in found]
-
-
-def load_bf16(base: Value, offset: Value) -> list[Value]:
-    """Four bfloat16 that nothing writes during the launch, as floats."""
-    code = _at("$2", "$3") + "ld.global.nc.v2.b32 {$0,$1}, [a]; }"
-    pairs = _ptx(code, base, offset, results=[int_type()] * 2)
-    return floats([half for pair in pairs for half in (arith.shli(pair, integer(16)), both(pair, integer(-65536)))])
-
-
-def load_floats(base: Value, offset: Value) -> list[Value]:
-    """Four floats that nothing writes during the launch."""
-    code = _at("$4", "$5") + "ld.global.nc.v4.f32 {$0,$1,$2,$3}, [a]; }"
-    return _ptx(code, base, offset, results=[float_type()] * 4)
-
-
-def store_bf16(base: Value, offset: Value, values: Sequence[Value], condition: Value) -> None:
-    """Four floats as bfloat16."""
-    code = (
-        _at("$0", "$1")
-        + ".reg .b32 p<2>; .reg .pred q; "
-        + _PACK
-        + "setp.ne.u32 q, $6, 0; @q st.global.v2.b32 [a], {p0,p1}; }"
-    )
-    _ptx(code, base, offset, *values, _flag(condition))
-
-
-def store_float(base: Value, offset: Value, value: Value, condition: Value) -> None:
-    """One float."""
-    code = _at("$0", "$1") + ".reg .pred q; setp.ne.u32 q, $3, 0; @q st.global.f32 [a], $2; }"
-    _ptx(code, base, offset, value, _flag(condition))
-
-
-def store_activations(base: Value, offset: Value, values: Sequence[Value], condition: Value | None = None) -> None:
-    """Four floats as bfloat16 in shared memory."""
-    code = "{ .reg .u32 o; .reg .pred q; .reg .b32 p<2>; " + _PACK
-    code += "add.u32 o, $0, $1; setp.ne.u32 q, $6, 0; @q st.shared.v2.b32 [o], {p0,p1}; }"
-    _ptx(code, base, offset, *values, integer(1) if condition is None else _flag(condition))
-
-
-def store_activation(base: Value, offset: Value, value: Value) -> None:
-    """One float as bfloat16 in shared memory."""
-    code = "{ .reg .u32 o; .reg .b16 h; add.u32 o, $0, $1; cvt.rn.bf16.f32 h, $2; st.shared.b16 [o], h; }"
-    _ptx(code, base, offset, value)
-
-
-def copy_shared(to: Value, source: Value, condition: Value) -> None:
-    """Eight bytes within shared memory."""
-    code = "{ .reg .b32 p<2>; .reg .pred q; setp.ne.u32 q, $2, 0; "
-    _ptx(code + "@q ld.shared.v2.b32 {p0,p1}, [$1]; @q st.shared.v2.b32 [$0], {p0,p1}; }", to, source, _flag(condition))
-
-
-def clear(base: Value, bytes_: int) -> None:
-    """Zeros in shared memory, by all threads of the warpgroup."""
-    for start in range(0, bytes_, 128 * 16):
-        offset = add(mul(thread(), integer(16)), integer(start))
-        _ptx("{ .reg .u32 o; add.u32 o, $0, $1; st.shared.v4.b32 [o], {$2,$2,$2,$2}; }", base, offset, integer(0))
-
-
-def activation_offset(k: Value, row: Value, slice_start: Value) -> Value:
-    """Where column k of a row lies: tiles of 8 rows by 64 columns, 1 KiB each, their 16-byte chunks swapped by row."""
-    tile = add(mul(arith.shrui(k, integer(6)), integer(1024)), mul(row, integer(128)))
-    chunk = arith.xori(both(arith.shrui(k, integer(3)), integer(7)), row)
-    within = add(mul(chunk, integer(16)), mul(both(k, integer(7)), integer(2)))
-    return add(add(tile, slice_start), within)
-
-
-def tile_offset(k: Value, row: Value) -> Value:
-    """Where column k of a row lies in a tile of 64 rows by 128 columns: two halves of columns, each tiles as of activations."""
-    half = mul(arith.shrui(k, integer(6)), integer(8192 - 1024))
-    eight = mul(arith.shrui(row, integer(3)), integer(1024))
-    return add(add(half, eight), activation_offset(k, both(row, integer(7)), integer(0)))
-
-
-def load_shared(base: Value, offset: Value) -> Value:
-    """One float from shared memory."""
-    return _ptx("{ .reg .u32 o; add.u32 o, $1, $2; ld.shared.f32 $0, [o]; }", base, offset, results=[float_type()])[0]
-
-
-def load_shared_integer(at: Value) -> Value:
-    """One integer from shared memory."""
-    return _ptx("ld.shared.u32 $0, [$1];", at, results=[int_type()])[0]
-
-
-def store_shared_integer(at: Value, value: Value) -> None:
-    """One integer into shared memory."""
-    _ptx("st.shared.u32 [$0], $1;", at, value)
-
-
-def store_shared(base: Value, offset: Value, value: Value, condition: Value) -> None:
-    """One float into shared memory, where the condition holds."""
-    code = "{ .reg .u32 o; .reg .pred q; add.u32 o, $0, $1; setp.ne.u32 q, $3, 0; @q st.shared.f32 [o], $2; }"
-    _ptx(code, base, offset, value, _flag(condition))
-
-
-def shared_address(ref: Any) -> Value:
-    """Of a reference to shared memory, as an integer to calculate with."""
-    return as_integer(utils.memref_ptr(ref))
-
-
-def partner(value: Value, distance: int) -> Value:
-    """The value of the thread whose number differs in one bit."""
-    return utils.shfl_bfly(value, distance)
-
-
-def warp_sum(value: Value) -> Value:
-    """Over the threads of a warp, in each of them."""
-    for distance in (16, 8, 4, 2, 1):
-        value = add_f(value, partner(value, distance))
-    return value
-
-
-def inverse_root(value: Value) -> Value:
-    """1 / square root, to about 22 bits."""
-    return _ptx("rsqrt.approx.f32 $0, $1;", value, results=[float_type()])[0]
-
-
-def power_of_two(value: Value) -> Value:
-    """2 ** x."""
-    return _ptx("ex2.approx.ftz.f32 $0, $1;", value, results=[float_type()])[0]
-
-
-def logarithm(value: Value) -> Value:
-    """To base 2."""
-    return _ptx("lg2.approx.f32 $0, $1;", value, results=[float_type()])[0]
-
-
-def positive(value: Value) -> Value:
-    """x > 0."""
-    return arith.cmpf(arith.CmpFPredicate.OGT, value, number(0.0))
-
-
-def silu(value: Value) -> Value:
-    """x / (1 + exp(-x)); the constants are -log2(e) and 1."""
-    exponential = "mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.f32 t, t; add.f32 t, t, 0f3F800000; "
-    code = "{ .reg .f32 t; " + exponential + "rcp.approx.f32 t, t; mul.f32 $0, $1, t; }"
-    return _ptx(code, value, results=[float_type()])[0]
-
-
-def make_barrier(at: Value, arrivals: int) -> None:
-    """A barrier in shared memory."""
-    _ptx("mbarrier.init.shared::cta.b64 [$0], $1;", at, integer(arrivals))
-
-
-def publish_barriers() -> None:
-    """Makes barriers known to copies."""
-    _ptx("fence.mbarrier_init.release.cluster;")
-    _ptx("fence.proxy.async.shared::cta;")
-
-
-def pass_barrier(at: Value, parity: Value) -> None:
-    """Waits until the phase of a barrier with this parity is over."""
-    code = "{ .reg .pred q; again: mbarrier.try_wait.parity.shared::cta.b64 q, [$0], $1; @!q bra again; }"
-    _ptx(code, at, parity)
-
-
-def arrive(at: Value) -> None:
-    """Of this thread at a barrier."""
-    _ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", at)
-
-
-def copy_tile(to: Value, barrier: Value, tensor_map: Value, row: Value, column: Value, condition: Value) -> None:
-    """Starts the copy of a tile of 64 rows by 128 columns, in two halves of columns; what lies beyond the matrix comes as zeros."""
-    start = "@q cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-    code = "{ .reg .pred q; .reg .u32 c, t; setp.ne.u32 q, $5, 0; "
-    code += f"@q mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {64 * 128 * 2}; "
-    code += start + "[$0], [$2, {$4, $3}], [$1]; add.u32 c, $4, 64; add.u32 t, $0, 8192; "
-    code += start + "[t], [$2, {c, $3}], [$1]; }"
-    _ptx(code, to, barrier, tensor_map, row, column, _flag(condition))
-
-
-def know_tensor_map(at: Value) -> None:
-    """Makes a tensor map that an earlier kernel wrote usable."""
-    _ptx("fence.proxy.tensormap::generic.acquire.gpu [$0], 128;", at)
-
-
-def check_address(address: Value, told: Value, stall: Value, index: int) -> None:
-    """Writes (2, index, 0, 0) as the stall if both addresses differ."""
-    code = "{ .reg .pred q; setp.ne.u64 q, $0, $1; @q st.global.v4.u32 [$2], {$3,$4,$5,$5}; }"
-    _ptx(code, address, told, stall, integer(2), integer(index), integer(0))
-
-
-def offset_pointer(base: Value, offset: Value) -> Value:
-    """base + offset, as a 64-bit integer."""
-    code = "{ .reg .u64 a; cvt.u64.u32 a, $2; add.u64 $0, a, $1; }"
-    return _ptx(code, base, offset, results=[ir.IntegerType.get_signless(64)])[0]
-
-
-_PACK = "cvt.rn.bf16x2.f32 p0, $3, $2; cvt.rn.bf16x2.f32 p1, $5, $4; "
-
-
-def _at(base: str, offset: str) -> str:
-    return "{ .reg .u64 a; cvt.u64.u32 a, " + offset + "; add.u64 a, a, " + base + "; "
-
-
-def _flag(condition: Value) -> Value:
-    return arith.extui(int_type(), condition)
-
-
-def _ptx(code: str, *arguments: Value, results: Sequence[Any] = ()) -> list[Value]:
-    types = None if not results else results[0] if len(results) == 1 else results
-    given = utils.inline_ptx(code, *arguments, result_types=types, has_side_effects=True)
-    return list(given) if isinstance(given, tuple) else [given]
-
-
-def write_tensor_maps(
-    context: Any, template: Any, operands: Sequence[Any], sizes: Any, maps: Any, addresses: Any, scratch: Any
-) -> None:
-    """Thread i of the grid writes the map and the address of operand i; see `tensor_maps`."""
-    swizzle, box = 128, (64, 64)
-    encoded = context._get_tma_desc(template, (), None, box, swizzle, None)
-    lane, mine = thread(), add(mul(program(), integer(128)), thread())
-    own = address(operands[0])
-    pointer = _ptx("mov.u64 $0, $1;", own, results=[ir.IntegerType.get_signless(64)])[0]
-    for index, operand in enumerate(operands[1:], 1):
-        other = _ptx("mov.u64 $0, $1;", address(operand), results=[ir.IntegerType.get_signless(64)])[0]
-        pointer = select(equal(mine, integer(index)), other, pointer)
-    real = below(mine, integer(len(operands)))
-    place = add(shared_address(scratch), mul(lane, integer(128)))
-    copy = "{ .reg .b64 v; ld.b64 v, [$1+%d]; st.shared.b64 [$0+%d], v; }"
-    for byte in range(0, 128, 8):
-        _ptx(copy % (byte, byte), place, encoded)
-    rows = load_integer(address(sizes), mul(mine, integer(8)))
-    columns = load_integer(address(sizes), add(mul(mine, integer(8)), integer(4)))
-    field = "tensormap.replace.tile.%s.shared::cta.b1024.%s [$0], %s$1;"
-    with when(real):
-        stride = _ptx(
-            "{ .reg .u64 a; cvt.u64.u32 a, $1; shl.b64 $0, a, 1; }", columns, results=[ir.IntegerType.get_signless(64)]
-        )[0]
-        _ptx(field % ("global_address", "b64", ""), place, pointer)
-        _ptx(field % ("global_dim", "b32", "0, "), place, columns)
-        _ptx(field % ("global_dim", "b32", "1, "), place, rows)
-        _ptx(field % ("global_stride", "b64", "0, "), place, stride)
-        out = offset_pointer(address(maps), mul(mine, integer(128)))
-        move = "{ .reg .b64 v; ld.shared.b64 v, [$1+%d]; st.global.b64 [$0+%d], v; }"
-        for byte in range(0, 128, 8):
-            _ptx(move % (byte, byte), out, place)
-        _ptx("st.global.u64 [$0], $1;", offset_pointer(address(addresses), mul(mine, integer(8))), pointer)
-    _ptx("fence.proxy.tensormap::generic.release.gpu;")
+    late = w.select(w.below(w.integer(0), missing), w.number(math.nan), w.number(0.0))
+    return [w.add_f(value, late) for value in found]

@@ -18,6 +18,7 @@ def trace(*layers: list[str]) -> dict[str, Any]:
     """Layers of 10 us a kernel, a head after them, and events that are none of the GPU's kernels."""
     names = [name for layer in layers for name in layer] + ["project_dense", "input_reduce_fusion"]
     meta = [
+        {"ph": "M", "name": "trace_options"},
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}},
         {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "/host:CPU"}},
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": 3, "args": {"name": "Stream #20(Compute)"}},

@@ -13,7 +13,8 @@ def row(impl: str = "flashsvd_jax", ratio: float = 0.4999, ms: float = 2.0, **fi
     return {
         "suite": "decode", "impl": impl, "model": "llama-2-7b", "ratio": ratio, "dtype": "bfloat16", "batch": 1,
         "context": 512, "new_tokens": 64, "ms_per_token": ms, "floor_ms": 1.5, "fraction_of_bandwidth": 1.5 / ms,
-        "bytes_per_token": int(1e9 * ratio), "kernels": "", "total_ms": 100 * ms, "prefill_ms": 11.0, "cold_start_s": 9.0,
+        "bytes_per_token": int(1e9 * ratio), "kernels": "attend_cached=triton",
+        "total_ms": 100 * ms, "prefill_ms": 11.0, "cold_start_s": 9.0,
     } | fields  # fmt: skip
 
 
@@ -33,16 +34,27 @@ def cells(table: str) -> list[list[str]]:
 
 
 def test_the_newest_row_counts_and_a_failure_does_not_hide_it(tmp_path: Path) -> None:
-    found = read(tmp_path, row(ms=3.0), row(ms=2.0), failure("flashsvd_jax"), row(ms=9.0, dtype="float32"))
+    found = read(tmp_path, row(ms=3.0), row(ms=2.0), failure("flashsvd_jax-products"), row(ms=9.0, dtype="float32"))
     assert cells(tables.decode(found))[2] == ["llama-2-7b", "0.50", "1", "512", "1.50", "2.00 (75%)"]
+
+
+def test_our_own_rows_are_named_by_what_ran(tmp_path: Path) -> None:
+    persistent = row(ms=1.8, kernels="decode_layers=persistent, attend=xla")
+    xla = row("flashsvd_jax", ms=3.0, kernels="decode_layers=xla")
+    early = {key: value for key, value in row(ms=9.0).items() if key != "kernels"}
+    found = read(tmp_path, early, row(), persistent, xla, failure("flashsvd_jax", batch=8))
+    table = cells(tables.decode(found))
+    assert table[0][-3:] == ["one launch", "separate kernels", "plain XLA"]
+    assert [line[-3:] for line in table[2:]] == [["1.80 (83%)", "2.00 (75%)", "3.00 (50%)"], ["fails", "-", "-"]]
+    assert cells(tables.speedups(found))[2:] == [["llama-2-7b", "0.50", "1", "512", "1.11", "1.67"]]
 
 
 def test_implementations_stand_beside_each_other_and_failures_are_said(tmp_path: Path) -> None:
     found = read(tmp_path, row(), row("torch-eager", 0.4999, 20.0), failure("torch-eager", batch=8), row(batch=8))
     table = cells(tables.decode(found))
-    assert table[0][-2:] == ["flashsvd_jax", "PyTorch eager"]
+    assert table[0][-2:] == ["separate kernels", "PyTorch eager"]
     assert [line[-1] for line in table[2:]] == ["20.00", "fails"]
-    assert cells(tables.speedups(found))[2:] == [["llama-2-7b", "0.50", "1", "512", "10.00"]]
+    assert cells(tables.speedups(found))[2:] == [["llama-2-7b", "0.50", "1", "512", "-", "10.00"]]
 
 
 def test_low_rank_is_set_beside_our_own_dense_model(tmp_path: Path) -> None:
@@ -82,7 +94,7 @@ def test_plots_hold_points_floor_and_dense_level(tmp_path: Path) -> None:
     data = plots.plots(found)
     assert set(data) == {"ratio", "context"}
     assert [(s["label"], s["x"], s["y"]) for s in data["ratio"]["panels"][0]["series"]] == [
-        ("flashsvd_jax", [0.5, 1.0], [2.0, 4.0]),
+        ("separate kernels", [0.5, 1.0], [2.0, 4.0]),
         ("PyTorch eager", [0.5], [20.0]),
         (plots.FLOOR, [0.5, 1.0], [1.5, 3.0]),
         (plots.DENSE, [0.5, 1.0], [4.0, 4.0]),

@@ -11,8 +11,6 @@ import numpy as np
 
 from pallas_kernels import DecoderLayer, Norm, PackedProjection, Projection, hardware_rank, pack
 
-HEAD_DIM = 128
-
 
 @dataclasses.dataclass(frozen=True)
 class DecoderCase:
@@ -35,6 +33,7 @@ class DecoderCase:
     biases: bool = False
     varied: bool = False
     window: int | None = None
+    head_dim: int = 128
     dtype: Any = jnp.bfloat16
 
     def arguments(self, seed: int = 0) -> tuple[Any, ...]:
@@ -44,13 +43,13 @@ class DecoderCase:
         norm = lambda d: Norm(1 + draw(d, scale=0.2), 1e-5)  # noqa: E731
         project = partial(_projections, self, rng, draw)
         attention, mlp = self.ranks
-        q, kv = self.heads * HEAD_DIM, self.kv_heads * HEAD_DIM
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layers = [
             DecoderLayer(
                 input_norm=norm(self.width),
                 qkv=project(self.width, attention, q, kv, kv, biases=self.biases),
-                q_norm=norm(HEAD_DIM) if self.qk_norm else None,
-                k_norm=norm(HEAD_DIM) if self.qk_norm else None,
+                q_norm=norm(self.head_dim) if self.qk_norm else None,
+                k_norm=norm(self.head_dim) if self.qk_norm else None,
                 o=project(q, attention, self.width),
                 mlp_norm=norm(self.width),
                 gate_up=project(self.width, mlp, self.ff, self.ff),
@@ -61,8 +60,8 @@ class DecoderCase:
             for _ in range(self.layers)
         ]
         batch = len(self.starts)
-        cache = [tuple(draw(batch, self.kv_heads, self.slots, HEAD_DIM) for _ in layers) for _ in range(2)]
-        angles = jax.random.uniform(next(keys), (batch, 1, HEAD_DIM // 2), maxval=6.0)
+        cache = [tuple(draw(batch, self.kv_heads, self.slots, self.head_dim) for _ in layers) for _ in range(2)]
+        angles = jax.random.uniform(next(keys), (batch, 1, self.head_dim // 2), maxval=6.0)
         head = project(self.width, None, self.vocab)
         starts = jnp.array(self.starts, jnp.int32)
         return (

@@ -1,294 +1,212 @@
-"""The persistent kernel's plan, run by numpy: programs in any order that the words allow, which must end, and give the op's result.
-
-Nothing here runs the kernel itself, which needs a GPU; what it computes from a plan is written out again in `Machine`.
-"""
+"""The arithmetic of the persistent kernel's plan: items, words, memory, and what differs from layer to layer."""
 
 import dataclasses
+import functools
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from persistent_models import MODELS, Model, items_of, plan_of, shapes_of
 
-from pallas_kernels import Between, Norm, PackedProjection, Projection, assume_target, pack, prefer, segment
-from pallas_kernels.persistent import segments
-from pallas_kernels.persistent.plan import SHARED_MEMORY, TILE_BYTES, TILE_K, TILE_ROWS, Segment, splits_for
-from pallas_kernels.target import H200, Target
-
-EPS = 1e-5
-Ranks = tuple[int | None, int | None]
-
-
-def packed(rng: np.random.Generator, d_in: int, members: list[tuple[int, int | None]], dtype: Any) -> PackedProjection:
-    def draw(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape) / shape[-1] ** 0.5, dtype)
-
-    return pack(
-        [
-            Projection(weight=draw(d_out, d_in))
-            if rank is None
-            else Projection(down=draw(rank, d_in), up=draw(d_out, rank))
-            for d_out, rank in members
-        ]
-    )
+from pallas_kernels.persistent import attend
+from pallas_kernels.persistent.launch import SMALL_FLOATS, numbers_of, varying
+from pallas_kernels.persistent.plan import (
+    MOST_PARTS,
+    SHARED_MEMORY,
+    TILE_BYTES,
+    TILE_K,
+    TILE_ROWS,
+    Attention,
+    Phase,
+    Plan,
+    parts_for,
+    splits_for,
+)
 
 
-def call(
-    ranks: Ranks, batch: int = 2, width: int = 256, ff: int = 456, dtype: Any = jnp.bfloat16
-) -> tuple[tuple[jax.Array, jax.Array], Between]:
-    """Arguments of `segment`."""
-    rng = np.random.default_rng(0)
-    attention, mlp = ranks
-    scale = lambda: jnp.asarray(1 + 0.3 * rng.standard_normal(width), dtype)  # noqa: E731
-    between = Between(
-        o=packed(rng, width, [(width, attention)], dtype),
-        mlp_norm=Norm(scale(), EPS),
-        gate_up=packed(rng, width, [(ff, mlp), (ff, mlp)], dtype),
-        gate="silu",
-        down=packed(rng, ff, [(width, mlp)], dtype),
-        next_norm=Norm(scale(), EPS),
-        following=packed(rng, width, [(width, attention), (128, attention), (128, attention)], dtype),
-    )
-    x, attended = (jnp.asarray(rng.standard_normal((batch, 1, width)), dtype) for _ in "xa")
-    return (x, attended), between
+def eighths(most: int) -> st.SearchStrategy[int]:
+    return st.integers(2, most).map(lambda n: 8 * n)
 
 
-@dataclasses.dataclass
-class Machine:
-    """Words, and the programs that read and write them. A program that needs a word that is not there waits."""
-
-    segment: Segment
-    operands: list[np.ndarray]
-
-    def __post_init__(self) -> None:
-        self.words = np.full(self.segment.words, np.nan)
-        self.stream = np.full((self.segment.batch, self.segment.width), np.nan)
-        self.plain: dict[tuple[int, int], np.ndarray] = {}
-
-    def run(self, rng: np.random.Generator) -> None:
-        """One item at a time, of a program chosen at random among those that can go on."""
-        programs = {g: self.program(g) for g in range(self.segment.programs)}
-        while programs:
-            order = list(programs)
-            rng.shuffle(order)
-            moved = False
-            for g in order:
-                state = next(programs[g], "ended")
-                moved = moved or state != "waits"
-                if state == "ended":
-                    del programs[g]
-            assert moved, "no program can go on"
-
-    def program(self, g: int) -> Iterator[str]:
-        for j, phase in enumerate(self.segment.phases):
-            numbers = range(self.segment.first_item(j, g), phase.items, self.segment.programs)
-            held = None
-            for number in numbers:
-                row_tile, split = divmod(number, phase.splits)
-                if held is None:
-                    while (held := self.input(j, split)) is None:
-                        yield "waits"
-                    part, values = split, held
-                    if row_tile == 0:
-                        self.publish(j, split, values)
-                assert part == split
-                self.multiply(j, row_tile, split, values)
-                yield "moves"
-
-    def input(self, j: int, split: int) -> dict[tuple[int, int], np.ndarray] | None:
-        """[batch, columns] before rounding for every slice, or None if a word is missing."""
-        phase, found = self.segment.phases[j], {}
-        columns = phase.k_tiles * TILE_K
-        for start, k in phase.slices:
-            within = np.arange(split * columns, min((split + 1) * columns, k))
-            values = self.columns(j, start + within)
-            if np.isnan(values).any():
-                return None
-            found[start, k] = np.pad(values, ((0, 0), (0, columns - within.size)))
-        return found
-
-    def columns(self, j: int, at: np.ndarray) -> np.ndarray:
-        source = self.segment.phases[j].source
-        if source.kind == "plain":
-            return self.operands[1][:, at]
-        if source.kind == "stream":
-            return self.operands[0][:, at] + sum(self.partial(i, at) for i in source.of)
-        root = 1.0 if source.scaled is None else self.root(source.scaled)[:, None]
-        if source.kind == "sum":
-            return root * self.partial(source.of[0], at)
-        gate, up = (root * self.partial(source.of[0], at + half) for half in (0, source.half))
-        return gate / (1 + np.exp(-gate)) * up
-
-    def partial(self, j: int, at: np.ndarray) -> np.ndarray:
-        phase = self.segment.phases[j]
-        return self.array(j, phase)[:, :, at].sum(0)
-
-    def array(self, j: int, phase: Any) -> np.ndarray:
-        begin = self.segment.word_offset(j)
-        shape = (phase.splits, self.segment.batch, phase.padded_rows)
-        return self.words[begin : begin + np.prod(shape)].reshape(shape)
-
-    def squares(self, j: int) -> np.ndarray:
-        begin, splits = self.segment.square_offset(j), self.segment.phases[j].splits
-        return self.words[begin : begin + self.segment.batch * splits].reshape(self.segment.batch, splits)
-
-    def root(self, j: int) -> np.ndarray:
-        return 1 / np.sqrt(self.squares(j).sum(1) / self.segment.width + EPS)
-
-    def publish(self, j: int, split: int, values: dict[tuple[int, int], np.ndarray]) -> None:
-        phase = self.segment.phases[j]
-        if phase.source.kind != "stream":
-            return
-        (stream,) = values.values()
-        assert np.isnan(self.squares(j)[:, split]).all(), "a word is written twice"
-        self.squares(j)[:, split] = (stream**2).sum(1)
-        if j == self.segment.streams[-1]:
-            begin = split * stream.shape[1]
-            real = min(stream.shape[1], self.segment.width - begin)
-            self.stream[:, begin : begin + real] = stream[:, :real]
-
-    def multiply(self, j: int, row_tile: int, split: int, values: dict[tuple[int, int], np.ndarray]) -> None:
-        phase = self.segment.phases[j]
-        ends = np.cumsum([group.row_tiles for group in phase.groups])
-        index = int(np.searchsorted(ends, row_tile, side="right"))
-        group = phase.groups[index]
-        tile = row_tile - int(ends[index]) + group.row_tiles
-        x = values[group.x_start, group.k]
-        if phase.source.kind == "stream":
-            scale = self.operands[phase.source.scale or 0][split * x.shape[1] :][: x.shape[1]]
-            x = x * np.pad(scale, (0, x.shape[1] - scale.size))
-        rows = slice(group.row_start + tile * TILE_ROWS, group.row_start + (tile + 1) * TILE_ROWS)
-        weight = self.operands[group.weight][rows, split * x.shape[1] : (split + 1) * x.shape[1]]
-        y = np.zeros((self.segment.batch, TILE_ROWS))
-        y[:, : weight.shape[0]] = x[:, : weight.shape[1]] @ weight.T
-        if not phase.plain:
-            into = self.array(j, phase)[split, :, row_tile * TILE_ROWS : (row_tile + 1) * TILE_ROWS]
-            assert np.isnan(into).all(), "a word is written twice"
-            into[...] = y
-            return
-        if phase.source.kind == "stream":
-            y = y / np.sqrt((values[group.x_start, group.k] ** 2).sum(1) / self.segment.width + EPS)[:, None]
-        out = self.plain.setdefault((j, index), np.full((self.segment.batch, group.rows), np.nan))
-        real = min(TILE_ROWS, group.rows - tile * TILE_ROWS)
-        out[:, tile * TILE_ROWS : tile * TILE_ROWS + real] = y[:, :real]
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    count = draw(st.integers(1, 4))
+    ranks = st.just((None,) * count) | st.tuples(*[eighths(160)] * count)
+    kv_heads = draw(st.sampled_from([1, 2, 8]))
+    return Model(
+        attention=draw(ranks), mlp=draw(ranks), head=draw(st.none() | eighths(80)), batch=draw(st.integers(1, 4)),
+        heads=kv_heads * draw(st.integers(1, 8)), kv_heads=kv_heads, width=draw(eighths(200)), ff=draw(eighths(300)),
+        vocab=draw(st.integers(1, 700)), windows=draw(st.tuples(*[st.none() | st.integers(1, 300)] * count)),
+        norms=draw(st.booleans()), biases=draw(st.booleans()), shared=draw(st.sampled_from([(), (0,), (1, 2)])),
+    )  # fmt: skip
 
 
-RANKS: list[Ranks] = [(136, 200), (None, None), (None, 200), (136, None)]
+@functools.lru_cache(maxsize=256)
+def drawn_plan(model: Model, programs: int) -> Plan:
+    plan, operands = plan_of(shapes_of(model), programs)
+    assert plan.problems() is None
+    assert len(operands) == plan.layers * plan.operands + len(set(operand_numbers(plan.steps[plan.in_layer :])))
+    return plan
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("programs", [8, 24, 128])
-def test_the_plan_computes_the_op_whatever_the_order(ranks: Ranks, programs: int) -> None:
-    (x, attended), between = call(ranks, width=1024, ff=1160, dtype=jnp.float32)
-    built, weights = segments._plan(2, 1024, programs, between)
-    assert built.problems() is None
-    assert programs < 24 or max(phase.splits for phase in built.phases) == 2
-    operands = [x[:, 0], attended[:, 0], between.mlp_norm.scale, between.next_norm.scale, *weights]
-    want, outputs = segment.reference(x, attended, between)
-    for seed in range(2):
-        machine = Machine(built, [np.asarray(a, np.float64) for a in operands])
-        machine.run(np.random.default_rng(seed))
-        np.testing.assert_allclose(machine.stream, want[:, 0], rtol=0, atol=2e-5)
-        plain = [machine.plain[key] for key in sorted(machine.plain)]
-        for got, expected in zip(plain, outputs, strict=True):
-            np.testing.assert_allclose(got, expected[:, 0], rtol=0, atol=2e-5)
+def operand_numbers(steps: Any) -> Iterator[int]:
+    for step in steps:
+        yield from (group.weight for groups in step.layers for group in groups)
+        yield from [step.source.scale] if step.source.kind == "stream" else []
+
+
+PROGRAMS = st.integers(1, 17).map(lambda n: 8 * n)
+
+
+@given(models(), PROGRAMS)
+@settings(max_examples=60, deadline=None)
+def test_every_item_has_one_program_and_programs_take_turns(model: Model, programs: int) -> None:
+    plan = drawn_plan(model, programs)
+    order = [(layer, number) for layer in range(plan.layers) for number in range(plan.in_layer)]
+    order += [(0, number) for number in range(plan.in_layer, len(plan.steps))]
+    assert [(layer, number) for number, layer in plan.in_order()] == order
+    following = 0
+    for layer, number in order:
+        step = plan.steps[number]
+        takers = {item: g for g in range(programs) for item in items_of(plan, number, layer, g)}
+        assert sum(len(items_of(plan, number, layer, g)) for g in range(programs)) == step.items(layer)
+        assert sorted(takers) == list(range(step.items(layer)))
+        assert takers[0] == following
+        following = (takers[step.items(layer) - 1] + 1) % programs
+        if isinstance(step, Phase):
+            assert programs % step.splits == 0
+            pairs = {divmod(item, step.splits) for item in takers}
+            assert pairs == set(itertools.product(range(step.row_tiles(layer)), range(step.splits)))
+            assert step.k_tiles(layer) * step.splits * TILE_K >= max(group.k for group in step.layers[layer])
+
+
+def arrays(plan: Plan) -> Iterator[tuple[int, int]]:
+    """First word and size of every array of a layer's words."""
+    for number, step in enumerate(plan.steps):
+        if isinstance(step, Attention):
+            yield plan.offset("sums", number), step.parts * plan.batch * step.heads * step.head_dim
+            yield plan.offset("weights", number), step.parts * plan.batch * step.heads
+            continue
+        if not step.plain:
+            yield plan.offset("sums", number), step.splits * plan.batch * step.padded_rows
+        if step.source.kind == "stream":
+            yield plan.offset("squares", number), plan.batch * step.splits
+            yield plan.offset("stream", number), plan.batch * plan.width
+
+
+@given(models(), PROGRAMS)
+@settings(max_examples=60, deadline=None)
+def test_words_and_shared_memory(model: Model, programs: int) -> None:
+    plan = drawn_plan(model, programs)
+    end = 0
+    for begin, size in sorted(arrays(plan)):
+        assert begin >= end and begin % 4 == 0
+        end = begin + size
+    assert end <= plan.layer_words and plan.layer_words % 4 == 0
+    phases = [step for step in plan.steps if isinstance(step, Phase)]
+    for phase in phases:
+        assert phase.padded_rows == TILE_ROWS * max(map(phase.row_tiles, range(len(phase.layers))))
+        for layer, groups in enumerate(phase.layers):
+            assert len(phase.distinct) * phase.k_tiles(layer) <= plan.activation_tiles
+            read = [(groups[i].x_start, groups[i].k) for i in phase.distinct]
+            assert [read[phase.slice_of(i)] for i in range(len(groups))] == [
+                (group.x_start, group.k) for group in groups
+            ]
+    held = plan.stages * (TILE_BYTES + 16) + plan.activation_tiles * 8 * TILE_K * 2 + 4 * SMALL_FLOATS
+    assert plan.stages >= 4 and held <= SHARED_MEMORY
+    epochs = [plan.epoch(layer) for layer in range(-1, plan.layers + 1)]
+    assert epochs == list(range(1, plan.layers + 3))
+
+
+@given(models(), PROGRAMS)
+@settings(max_examples=60, deadline=None)
+def test_what_differs_between_layers_has_a_column(model: Model, programs: int) -> None:
+    plan = drawn_plan(model, programs)
+    columns = varying(plan)
+    assert list(columns.values()) == list(range(len(columns)))
+    assert all(len(values) == plan.layers and len(set(values)) > 1 for values in columns)
+    for number, step in enumerate(plan.steps):
+        numbers = numbers_of(step)
+        for values in (plan.first_items[number], *numbers.values()):
+            assert len(values) == (plan.layers if number < plan.in_layer else 1)
+            assert len(set(values)) == 1 or values in columns
+        if isinstance(step, Attention):
+            assert numbers == {"window": tuple(window or 0 for window in model.windows)}
+            continue
+        for layer, groups in enumerate(step.layers):
+            now = {name: values[layer] for name, values in numbers.items()}
+            assert (now["row_tiles"], now["k_tiles"]) == (step.row_tiles(layer), step.k_tiles(layer))
+            for i, group in enumerate(groups):
+                assert (now[f"row_tiles {i}"], now[f"row_start {i}"]) == (group.row_tiles, group.row_start)
+                assert (now[f"x_start {i}"], now[f"k {i}"]) == (group.x_start, group.k)
 
 
 @given(
-    ranks=st.tuples(st.none() | st.integers(16, 80), st.none() | st.integers(16, 80)),
-    sizes=st.tuples(st.integers(16, 200), st.integers(16, 300)),
-    programs=st.integers(1, 17),
-    batch=st.integers(1, 4),
+    length=st.integers(0, 3000) | st.integers(0, 40).map(lambda n: max(0, 64 * n - 1)),
+    window=st.just(0) | st.integers(1, 3100) | st.integers(1, 40).map(lambda n: 64 * n),
+    parts=st.sampled_from([1, 2, 4, 8, 16]),
 )
-@settings(max_examples=60, deadline=None)
-def test_items_words_and_memory(ranks: Ranks, sizes: tuple[int, int], programs: int, batch: int) -> None:
-    eighths = lambda n: None if n is None else 8 * n  # noqa: E731
-    width, ff = (8 * n for n in sizes)
-    attention, mlp = (eighths(rank) for rank in ranks)
-    shapes = jax.eval_shape(lambda: call((attention, mlp), batch, width, ff)[1])
-    built, _ = segments._plan(batch, width, 8 * programs, shapes)
-    used = np.zeros(built.words, int)
-    for j, phase in enumerate(built.phases):
-        taken = [
-            number
-            for g in range(built.programs)
-            for number in range(built.first_item(j, g), phase.items, built.programs)
-        ]
-        assert sorted(taken) == list(range(phase.items))
-        assert built.programs % phase.splits == 0
-        assert phase.k_tiles * phase.splits * TILE_K >= max(group.k for group in phase.groups)
-        if not phase.plain:
-            begin = built.word_offset(j)
-            used[begin : begin + phase.splits * batch * phase.padded_rows] += 1
-            assert begin % 4 == 0 and phase.padded_rows % 4 == 0
-        if phase.source.kind == "stream":
-            begin = built.square_offset(j)
-            used[begin : begin + batch * phase.splits] += 1
-    assert used.max(initial=0) <= 1
-    assert built.stages * TILE_BYTES + built.activation_tiles * 8 * TILE_K * 2 < SHARED_MEMORY
-    last = [g for g in range(built.programs) if built.first_item(1, g) == 0]
-    assert last == [built.phases[0].items % built.programs]  # a phase begins where the one before ended
+@settings(max_examples=150, deadline=None)
+def test_parts_of_the_positions_cover_what_is_visible_once(length: int, window: int, parts: int) -> None:
+    attention = Attention("attention", 2, 2, 128, parts, (window,), 0, (0, 256, 512), None, 0, 1, None, None, 1)
+    found = attend.span(attention, jnp.int32(length), jnp.int32(window), jnp.arange(parts, dtype=jnp.int32))
+    first, begins, ends = (np.broadcast_to(np.asarray(a), parts) for a in found)
+    seen = max(0, length + 1 - window) if window else 0
+    assert (first == seen).all()
+    tiles = [t for begin, end in zip(begins, ends, strict=True) for t in range(begin, end)]
+    assert tiles == list(range(seen // TILE_ROWS, length // TILE_ROWS + 1))
+    # One part alone adds the new token.
+    assert sum(begin <= length // TILE_ROWS < end for begin, end in zip(begins, ends, strict=True)) == 1
+
+
+@given(st.integers(1, 40000), eighths(4000), PROGRAMS, st.integers(1, 3))
+@settings(deadline=None)
+def test_splits_are_powers_of_two_and_items_stay_long(rows: int, k: int, programs: int, slices: int) -> None:
+    splits, k_tiles = splits_for(rows, k, programs, slices), math.ceil(k / TILE_K)
+    assert splits in (1, 2, 4, 8) and programs % splits == 0 and 128 % splits == 0
+    assert splits == 8 or slices * math.ceil(k_tiles / splits) <= 32
+    # Shorter items than of four tiles are there only to keep an input small.
+    assert splits == 1 or k_tiles >= 4 * splits or slices * math.ceil(2 * k_tiles / splits) > 32
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 20).map(lambda n: 8 * n))
+@settings(deadline=None)
+def test_parts_are_powers_of_two_and_fit_the_programs(batch: int, kv_heads: int, programs: int) -> None:
+    parts = parts_for(batch, kv_heads, programs)
+    assert 128 % parts == 0 and parts <= MOST_PARTS
+    assert parts == 1 or parts * batch * kv_heads <= programs
+    assert parts == MOST_PARTS or 2 * parts * batch * kv_heads > programs
 
 
 def test_splits_fill_the_programs_and_leave_items_long() -> None:
-    assert [splits_for(rows, k, 128) for rows, k in ((1024, 4096), (4096, 1024), (3072, 4096), (22016, 1536), (1536, 11008))] == [
-        8, 2, 4, 1, 8,
-    ]  # fmt: skip
+    shapes = ((1024, 4096), (4096, 1024), (3072, 4096), (22016, 1536), (1536, 11008))
+    assert [splits_for(rows, k, 128) for rows, k in shapes] == [8, 2, 4, 1, 8]
     assert splits_for(64, 256, 128) == 1
+    assert [parts_for(batch, kv_heads, 128) for batch, kv_heads in ((1, 8), (1, 32), (4, 8), (4, 40))] == [16, 4, 4, 1]
 
 
 def test_problems_are_told() -> None:
-    (_, _), between = call((136, 200), width=1024)
-    built, _ = segments._plan(2, 1024, 128, between)
-    assert built.problems() is None
-    assert "do not divide" in str(dataclasses.replace(built, programs=3).problems())
-    huge = dataclasses.replace(built.phases[0].groups[0], k=2**20)
-    phases = (dataclasses.replace(built.phases[0], groups=(huge,)), *built.phases[1:])
-    assert "no shared memory" in str(dataclasses.replace(built, phases=phases).problems())
+    plan = drawn_plan(MODELS["split inputs"], 24)
+    *others, head = plan.steps
+    first = plan.steps[0]
+    assert isinstance(first, Phase) and isinstance(head, Phase)
 
+    def with_first(**fields: int) -> Plan:
+        groups = tuple((dataclasses.replace(group, **fields),) for (group,) in first.layers)
+        return dataclasses.replace(plan, steps=(dataclasses.replace(first, layers=groups), *plan.steps[1:]))
 
-def test_it_serves_those_that_ask_and_refuses_with_reasons() -> None:
-    (x, attended), between = call((136, 200))
-    with assume_target(H200):
-        assert segment.choose(x, attended, between)[0].name == "products"
-        with prefer("persistent"):
-            assert segment.choose(x, attended, between)[0].name == "persistent"
-            changed = lambda **fields: dataclasses.replace(between, **fields)  # noqa: E731
-            biased = dataclasses.replace(between.o, biases=(jnp.zeros(256, jnp.bfloat16),))
-            mixed = packed(np.random.default_rng(0), 256, [(456, None), (456, 200)], jnp.bfloat16)
-            wide, wide_between = call((136, 200), dtype=jnp.float32)
-            other = Norm(between.mlp_norm.scale, 1e-6)
-            for arguments, reason in (
-                ((x, attended, changed(following=None, next_norm=None)), "last layer"),
-                ((jnp.zeros((5, 1, 256), jnp.bfloat16), attended, between), "5 rows"),
-                ((*wide, wide_between), "bfloat16"),
-                ((x, attended, changed(o=biased)), "biases"),
-                ((x, attended, changed(gate="gelu")), "silu"),
-                ((x, attended, changed(gate_up=mixed)), "dense and low-rank"),
-                ((x, attended, changed(next_norm=other)), "eps"),
-            ):
-                chosen, refusals = segment.choose(*arguments)
-                assert chosen.name == "products" and reason in refusals["persistent"]
-    for device in (
-        Target("cpu"),
-        Target("cuda", "NVIDIA A100", (8, 0), 108),
-        dataclasses.replace(H200, interpret=True),
+    halved = (*others, dataclasses.replace(head, splits=2))
+    for changed, reason in (
+        (dataclasses.replace(plan, programs=3), "do not divide"),
+        (dataclasses.replace(plan, steps=halved), "in parts"),
+        (with_first(k=1020), "multiple of 8"),
+        (with_first(x_start=2), "multiple of 4"),
+        (dataclasses.replace(plan, layers=251), "250 layers"),
+        (with_first(k=2**20), "no shared memory"),
     ):
-        with assume_target(device), prefer("persistent"):
-            assert segment.choose(x, attended, between)[0].name == "products"
-
-
-def test_products_and_reference_agree() -> None:
-    (x, attended), between = call((136, 200), dtype=jnp.float32)
-    for last in (False, True):
-        chosen = dataclasses.replace(between, following=None, next_norm=None) if last else between
-        want, outputs = segment.reference(x, attended, chosen)
-        got, projected = segment(x, attended, chosen, implementation="products")
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
-        assert len(projected) == len(outputs) == (0 if last else 3)
-        for a, b in zip(projected, outputs, strict=True):
-            np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+        assert reason in str(changed.problems())

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from decoder_cases import DecoderCase
 
 from pallas_kernels import Between, Norm, PackedProjection, Projection, hardware_rank, ops, pack
 from pallas_kernels.triton.blocks import MATVEC_BATCH
@@ -84,11 +85,8 @@ def _attend(label: str, rows: int, heads: int, kv_heads: int, head_dim: int = 12
     return KernelCall(f"attend-{label}-{rows}", "attend_cached", "triton", args, max_registers=192)
 
 
-def _segment(
-    label: str, rows: int, ranks: tuple[int | None, int | None], width: int = 4096, ff: int = 11008, kv: int = 4096,
-    implementation: str = "persistent",
-) -> KernelCall:  # fmt: skip
-    """A call of `segment`; ranks of the attention's projections and of the MLP's, None for dense ones."""
+def _segment(label: str, rows: int, ranks: tuple[int, int], width: int = 4096, ff: int = 11008) -> KernelCall:
+    """A call of `segment`; ranks of the attention's projections and of the MLP's."""
     attention, mlp = ranks
     between = Between(
         o=packed(width, (width, attention)),
@@ -96,13 +94,23 @@ def _segment(
         gate_up=packed(width, (ff, mlp), (ff, mlp)),
         down=packed(ff, (width, mlp)),
         next_norm=Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
-        following=packed(width, (width, attention), (kv, attention), (kv, attention)),
+        following=packed(width, *[(width, attention)] * 3),
         gate="silu",
     )
     args = (array(rows, 1, width), array(rows, 1, width), between)
-    call = KernelCall(f"segment-{implementation}-{label}-{rows}", "segment", implementation, args)
-    return dataclasses.replace(call, max_registers=255)  # one block a multiprocessor has them all
+    return KernelCall(f"segment-{label}-{rows}", "segment", "products", args)
 
+
+def _decode(label: str, case: DecoderCase, implementation: str = "persistent") -> KernelCall:
+    """A call of `decode_layers`. One block a multiprocessor has all registers."""
+    args = jax.eval_shape(case.arguments)
+    name = f"decode-{implementation}-{label}-{len(case.starts)}"
+    return KernelCall(name, "decode_layers", implementation, args, max_registers=255)
+
+
+replace = dataclasses.replace
+LLAMA_7B = DecoderCase(2, 4096, 11008, 32, 32, (1024, 1492), starts=(0,), slots=8192, vocab=32000)
+LLAMA_8B = DecoderCase(2, 4096, 14336, 32, 8, (None, 1592), starts=(0,), slots=8192, vocab=128256)
 
 # Ranks are those of ratio 0.5: 1024 and 1488 in Llama-2-7B; 1024, 409 and 1592 in Llama-3.1-8B.
 KERNEL_CALLS: list[KernelCall] = [
@@ -127,8 +135,14 @@ KERNEL_CALLS: list[KernelCall] = [
     _attend("head-256", 1, 16, 8, head_dim=256),
     _attend("head-64", 1, 14, 2, head_dim=64),
     _segment("7b", 1, (1024, 1492)),
-    _segment("7b", 4, (1024, 1492)),
-    _segment("7b-dense", 1, (None, None)),
-    _segment("8b-mixed", 2, (None, 1592), ff=14336, kv=1024),
-    _segment("7b", 1, (1024, 1492), implementation="products"),
+    _decode("7b", replace(LLAMA_7B, starts=(0,))),
+    _decode("7b", replace(LLAMA_7B, starts=(0,) * 4)),
+    _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None))),
+    _decode("8b-ranks-that-differ", replace(LLAMA_8B, ranks=(1024, 1592), varied=True, starts=(0,) * 2)),
+    _decode("8b-dense-attention", replace(LLAMA_8B, qk_norm=True, biases=True, window=4096)),
+    _decode(
+        "heads-of-64", DecoderCase(2, 896, 4864, 14, 2, (None, 400), starts=(0,), slots=8192, biases=True, head_dim=64)
+    ),
+    _decode("heads-of-32", DecoderCase(2, 256, 704, 8, 4, (72, 120), starts=(0, 0), slots=128, head_dim=32)),
+    _decode("7b", LLAMA_7B, "products"),
 ]

@@ -1,0 +1,138 @@
+"""Takes the persistent decode kernel apart: a step's time as it is, with parts of it left out, and with other sizes.
+
+What is left out makes the results wrong, and the time of what remains visible: "no waits" is loading and multiplying alone, "no
+copies" the chain of waits and products alone. Appends a row a variant (suite "persistent") to
+bench/results/<device>/kernels.jsonl, and prints a table.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from jobs import results_folder
+
+from flashsvd_jax.benchmark import bytes_per_token, provenance, random_weights, read_bandwidth
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.kv_cache import KVCache, empty_cache
+from flashsvd_jax.models import decoder
+from flashsvd_jax.models.weights import DecoderWeights
+from flashsvd_jax.shapes import shape_config
+from pallas_kernels import prefer
+from pallas_kernels.persistent import code, copies, launch, layers, plan, ring
+
+CALLS, REPEATS = 20, 4
+Patch = tuple[Any, str, Any]
+
+
+def _at_once(load: Callable[[], tuple[list[Any], Any]], results: int, patience: Any) -> list[Any]:
+    return load()[0]
+
+
+def _nothing_copied(to: Any, barrier: Any, *rest: Any) -> None:
+    with code.when(rest[-1]):
+        copies.arrive(barrier)
+
+
+NO_WAITS: Patch = (launch, "until_written", _at_once)
+NO_COPIES: Patch = (copies, "copy_tile", _nothing_copied)
+
+
+def _splits(change: Callable[[int], int]) -> Patch:
+    return layers, "splits_for", lambda *sizes: change(plan.splits_for(*sizes))
+
+
+def _parts(change: Callable[[int], int]) -> Patch:
+    return layers, "parts_for", lambda *sizes: change(plan.parts_for(*sizes))
+
+
+VARIANTS: dict[str, tuple[Patch, ...]] = {
+    "as it is": (),
+    "no waits": (NO_WAITS,),
+    "no copies": (NO_COPIES,),
+    "no waits, no copies": (NO_WAITS, NO_COPIES),
+    "2 tiles in flight": ((ring, "TILES_IN_FLIGHT", 2),),
+    "4 tiles in flight": ((ring, "TILES_IN_FLIGHT", 4),),
+    "5 tiles in flight": ((ring, "TILES_IN_FLIGHT", 5),),
+    "half the splits": (_splits(lambda found: max(1, found // 2)),),
+    "twice the splits": (_splits(lambda found: min(8, found * 2)),),
+    "half the parts": (_parts(lambda found: max(1, found // 2)),),
+}
+
+
+@contextlib.contextmanager
+def patched(patches: Sequence[Patch]) -> Iterator[None]:
+    """With parts of the kernel replaced, for as long as it is traced."""
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in patches:
+            stack.enter_context(mock.patch.object(owner, name, value))
+        yield
+
+
+def compile_step(config: ModelConfig, weights: DecoderWeights, cache: KVCache, patches: Sequence[Patch]) -> Any:
+    """A step of decoding with the persistent kernel, so replaced. Fails where the kernel refuses."""
+
+    def step(weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> Any:
+        return decoder.decode(config, weights, cache, tokens, positions)
+
+    numbers = jax.ShapeDtypeStruct((cache.keys[0].shape[0],), jnp.int32)
+    with patched(patches), prefer("persistent"):
+        traced = jax.jit(step, donate_argnums=1).trace(weights, cache, numbers, numbers)
+        return traced.lower().compile()
+
+
+def microseconds(step: Any, weights: DecoderWeights, cache: KVCache, position: int) -> tuple[float, KVCache]:
+    """The median over repeats of a call's time in a chain of them, and the cache that the last one left."""
+    batch = cache.keys[0].shape[0]
+    tokens, positions = jnp.ones((batch,), jnp.int32), jnp.full((batch,), position, jnp.int32)
+    times = []
+    for _ in range(REPEATS):
+        jax.block_until_ready(cache)
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            cache, logits, _ = step(weights, cache, tokens, positions)
+        jax.block_until_ready(logits)
+        times.append(1e6 * (time.perf_counter() - start) / CALLS)
+    return statistics.median(times), cache
+
+
+def main() -> int:
+    """Runs the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="llama-2-7b")
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--variants", default=",".join(VARIANTS), metavar="NAME,..", help="all if not given")
+    parser.add_argument("--out", type=Path, help="bench/results/<device>/kernels.jsonl if not given")
+    parsed = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        print("error: kernels are timed on a GPU", file=sys.stderr)
+        return 1
+    config = shape_config(parsed.model, parsed.ratio)
+    weights, bandwidth = random_weights(config), read_bandwidth()
+    cache = empty_cache(config, parsed.batch, -(-(parsed.context + 1) // 64) * 64, jnp.dtype(jnp.bfloat16))
+    floor = 1e6 * bytes_per_token(config, weights, parsed.batch, parsed.context) / bandwidth
+    out: Path = parsed.out or results_folder(jax.devices()[0].device_kind) / "kernels.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    common = {"suite": "persistent", "model": parsed.model, "ratio": parsed.ratio, "batch": parsed.batch}
+    common |= {"context": parsed.context, "floor_us": round(floor, 1), "jax": jax.__version__} | provenance()
+    for name in parsed.variants.split(","):
+        step = compile_step(config, weights, cache, VARIANTS[name])
+        us, cache = microseconds(step, weights, cache, parsed.context - 1)
+        with out.open("a", encoding="utf-8") as file:
+            print(json.dumps(common | {"variant": name, "us": round(us, 1)}), file=file)
+        print(f"{name:<24} {us:8.1f} us, floor {floor:8.1f} us", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

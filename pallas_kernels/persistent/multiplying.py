@@ -1,0 +1,144 @@
+"""The multiplying warpgroup: the input of a step, then the products of every item."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.persistent import attend
+from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.inputs import fill
+from pallas_kernels.persistent.items import Items
+from pallas_kernels.persistent.launch import Place
+from pallas_kernels.persistent.outputs import store_plain, store_words
+from pallas_kernels.persistent.plan import HALF_TILE, TILE_ROWS, Attention
+from pallas_kernels.persistent.ring import Ring
+
+_SUMS = plgpu.ACC((TILE_ROWS, 8), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+_HALVES = (slice(0, HALF_TILE), slice(HALF_TILE, 2 * HALF_TILE))
+
+
+def multiply_step(place: Place, ring: Ring, logits: Any, tiles: jax.Array) -> jax.Array:
+    """Computes this program's items of a phase; gives the number of tiles so far."""
+    items = Items(place)
+    step, k_tiles = items.step, items.numbers["k_tiles"]
+
+    @pl.when(items.count > 0)
+    def _() -> None:
+        # The number of programs is a multiple of the splits, so all items of this program have the same one.
+        row_tile, split = items.tile(jnp.int32(0))
+        fill(place, items.numbers, split, (row_tile == 0).astype(jnp.int32))
+        plgpu.commit_smem()
+
+    def multiply_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
+        row_tile, split = items.tile(i)
+        first = items.rows(row_tile).slice_ * k_tiles
+
+        def with_sums(even: Any, odd: Any) -> jax.Array:
+            end = _products(place.launch.activations, ring, k_tiles, tiles, first, (even, odd))
+            products = even[...] + odd[...]
+            ring.give_back(end - 1)
+            if step.plain:
+                store_plain(place, logits, products, row_tile * TILE_ROWS)
+            else:
+                store_words(place, products, split, row_tile * TILE_ROWS)
+            return end
+
+        return pl.run_scoped(with_sums, *[_SUMS] * 2)
+
+    return lax.fori_loop(0, items.count, multiply_item, tiles)
+
+
+def _products(
+    activations: Any, ring: Ring, count: jax.Array, tiles: jax.Array, first: jax.Array, sums: tuple[Any, Any]
+) -> jax.Array:
+    """Adds up weight tiles times activations. Two sums, so that no instruction waits for the one before; a slot is given back one
+    tile late, when its instructions are known to have ended. The last one is left to the caller."""
+
+    def multiply_tile(k: jax.Array, tiles: jax.Array) -> jax.Array:
+        slot = ring.slot(tiles)
+        ring.await_tile(tiles)
+        for half, columns in enumerate(_HALVES):
+            plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[first + k, :, columns].T)
+        plgpu.wgmma_wait(2)
+
+        @pl.when(k > 0)
+        def _() -> None:
+            ring.give_back(tiles - 1)
+
+        return tiles + 1
+
+    return lax.fori_loop(0, count, multiply_tile, tiles)
+
+
+def attend_step(place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, tiles: jax.Array) -> jax.Array:
+    """Computes this program's items of an attention; gives the number of tiles so far."""
+    items, activations = Items(place), place.launch.activations
+    attention = items.step
+    assert isinstance(attention, Attention)
+
+    def attend_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
+        item = items.part(i)
+        length = lengths[item.row]
+        first, begin, end = attend.span(attention, length, items.numbers["window"], item.part)
+        last = length // TILE_ROWS
+        newest = ((begin <= last) & (last < end)).astype(jnp.int32)
+        attend.prepare(place, item, length, newest, tables)
+        plgpu.commit_smem()
+
+        def arrived(which: int, t: jax.Array, tile: jax.Array) -> jax.Array:
+            """The slot of a tile of keys (0) or values (1), the new token's in it."""
+            ring.await_tile(tile)
+            slot, here = ring.slot(tile), (t == last).astype(jnp.int32)
+            attend.insert(place, ring.slots, slot, length - last * TILE_ROWS, which, here)
+            plgpu.commit_smem()
+            return slot
+
+        def over_tile(t: jax.Array, carry: Any) -> Any:
+            tiles, largest, sums, low, high = carry
+            scores = _scores(activations, ring, arrived(0, t, tiles))
+            ring.give_back(tiles)
+            largest, sums, scale = attend.softmax(place, scores, (largest, sums), t * TILE_ROWS, first, length)
+            low, high = _weighed(activations, ring, arrived(1, t, tiles + 1), low * scale, high * scale)
+            ring.give_back(tiles + 1)
+            return tiles + 2, largest, sums, low, high
+
+        none = tuple(map(_filled, (w.NOTHING, 0.0, 0.0, 0.0)))
+        tiles, largest, sums, low, high = lax.fori_loop(begin, end, over_tile, (tiles, *none))
+        attend.finish(place, item, (low, high), (largest, sums))
+        return tiles
+
+    return lax.fori_loop(0, items.count, attend_item, tiles)
+
+
+def _filled(value: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full((TILE_ROWS, 8), value, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def _scores(activations: Any, ring: Ring, slot: jax.Array) -> jax.Array:
+    """A tile of keys times the queries: [slots, heads]."""
+
+    def compute(*sums: Any) -> jax.Array:
+        for half, columns in enumerate(_HALVES):
+            plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[0, :, columns].T)
+        plgpu.wgmma_wait(0)
+        return sums[0][...] + sums[1][...]
+
+    return pl.run_scoped(compute, *[_SUMS] * 2)
+
+
+def _weighed(activations: Any, ring: Ring, slot: jax.Array, low: jax.Array, high: jax.Array) -> Any:
+    """Adds a tile of values, transposed, times the softmax's weights: both halves of columns, [64, heads] each."""
+    weights = activations.at[1, :, _HALVES[0]]
+
+    def compute(sums: Any) -> None:
+        for half in range(2):
+            plgpu.wgmma(sums[half], ring.slots.at[slot, half].T, weights.T)
+        plgpu.wgmma_wait(0)
+
+    init: Callable[[jax.Array], Any] = plgpu.ACC.init  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_state(compute)((init(low), init(high)))

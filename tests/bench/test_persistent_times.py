@@ -1,0 +1,37 @@
+"""Variants of the persistent kernel that are timed: each is traced with its parts replaced, and leaves the kernel as it was."""
+
+import jax
+import jax.numpy as jnp
+import persistent_times
+import pytest
+from h200_target import as_on_h200, on_h200
+
+from flashsvd_jax.kv_cache import empty_cache
+from flashsvd_jax.models import decoder
+from flashsvd_jax.models.weights import build_weights
+from flashsvd_jax.schema import abstract_params, flatten
+from flashsvd_jax.shapes import shape_config
+from pallas_kernels import hardware_rank, prefer
+
+
+def lowered(variant: str) -> str:
+    """The kernel of a small model's step as text."""
+    config = shape_config("tiny", 0.5)
+    weights = jax.eval_shape(
+        lambda params: build_weights(config, flatten(params).__getitem__, hardware_rank), abstract_params(config)
+    )
+    cache = jax.eval_shape(lambda: empty_cache(config, 1, 64, jnp.dtype(jnp.bfloat16)))
+    weights, cache = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), t) for t in (weights, cache))
+    numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    with persistent_times.patched(persistent_times.VARIANTS[variant]), prefer("persistent"), as_on_h200():
+        step = jax.jit(lambda *arguments: decoder.decode(config, *arguments))
+        traced = step.trace(*on_h200((weights, cache, numbers, numbers)))
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("variant", persistent_times.VARIANTS)
+def test_a_variant_lowers_and_leaves_the_kernel_as_it_was(variant: str) -> None:
+    patches = persistent_times.VARIANTS[variant]
+    before = [getattr(owner, name) for owner, name, _ in patches]
+    assert "mosaic_gpu" in lowered(variant)
+    assert [getattr(owner, name) for owner, name, _ in patches] == before

@@ -1,0 +1,305 @@
+"""The persistent kernel's protocol, run by numpy from a plan: words, and programs that read and write them.
+
+Nothing here runs the kernel itself, which needs a GPU; what it computes from a plan is written out again.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from persistent_models import EPS, items_of
+
+from pallas_kernels.persistent import attend
+from pallas_kernels.persistent.plan import (
+    TILE_K,
+    TILE_ROWS,
+    Attention,
+    Phase,
+    Plan,
+)
+
+
+@functools.cache
+def span(attention: Attention, length: int, window: int, part: int) -> tuple[int, int, int]:
+    first, begin, end = attend.span(attention, *map(jnp.int32, (length, window, part)))
+    return int(first), int(begin), int(end)
+
+
+Run = Generator[str, None, Any]
+"""Says "waits" or "moves" at every step; ends with what was asked for."""
+
+
+@dataclasses.dataclass
+class Machine:
+    """Words, and the programs that read and write them. A program that needs a word that is not there waits.
+
+    Attributes:
+      plan, operands: as the kernel has them.
+      x: embedding [batch, width].
+      tables: cosines and sines [batch, head_dim // 2].
+      lengths: position of each sequence's new token.
+    """
+
+    plan: Plan
+    operands: list[np.ndarray]
+    x: np.ndarray
+    tables: tuple[np.ndarray, np.ndarray]
+    lengths: np.ndarray
+
+    def __post_init__(self) -> None:
+        plan = self.plan
+        self.words = np.full((2, plan.layer_words), np.nan)
+        self.epochs = np.zeros((2, plan.layer_words), int)
+        (plain,) = (step for step in plan.steps if isinstance(step, Phase) and step.plain)
+        self.logits = np.full((plan.batch, plain.layers[0][0].rows), np.nan)
+        self.new: dict[tuple[int, int, int, int], np.ndarray] = {}  # (layer, operand, sequence, kv head) -> [head_dim]
+        self.rows = np.arange(plan.batch)
+        self.programs = {g: self.program(g) for g in range(plan.programs)}
+
+    def move(self, g: int) -> bool:
+        """Lets a program go on until it waits or has done one thing; says whether it could."""
+        if g not in self.programs:
+            return False
+        state = next(self.programs[g], "ended")
+        if state == "ended":
+            del self.programs[g]
+        return state != "waits"
+
+    def operand(self, layer: int, number: int) -> np.ndarray:
+        return self.operands[layer * self.plan.operands + number]
+
+    def read(self, epoch: int, at: np.ndarray) -> Run:
+        """Words of an epoch, once all are there."""
+        while True:
+            found = self.epochs[epoch & 1][at]
+            assert (found <= epoch).all(), "a word was overwritten while a program still wanted it"
+            if (found == epoch).all():
+                return self.words[epoch & 1][at]
+            yield "waits"
+
+    def write(self, epoch: int, at: np.ndarray, values: np.ndarray) -> None:
+        assert (self.epochs[epoch & 1][at] < epoch).all(), "a word is written twice"
+        self.words[epoch & 1][at] = values
+        self.epochs[epoch & 1][at] = epoch
+
+    def program(self, g: int) -> Run:
+        plan = self.plan
+        self.embed(g)
+        yield "moves"
+        in_layers = itertools.product(range(plan.layers), range(plan.in_layer))
+        in_head = ((plan.layers, number) for number in range(plan.in_layer, len(plan.steps)))
+        for layer, number in itertools.chain(in_layers, in_head):
+            own = layer if number < plan.in_layer else 0
+            take = self.attend if isinstance(plan.steps[number], Attention) else self.multiply
+            yield from take(number, layer, own, items_of(plan, number, own, g))
+
+    def embed(self, g: int) -> None:
+        """Four columns a thread, 128 threads a program."""
+        plan, (source, epoch) = self.plan, (self.plan.steps[0].source, self.plan.epoch(-1))
+        columns = np.arange(plan.batch * plan.width)
+        mine = columns[columns // 512 % plan.programs == g]
+        self.write(epoch, plan.offset("stream", source.stream) + mine, self.x.ravel()[mine])
+        row, column = divmod(mine, plan.width)
+        for split in range(plan.steps[source.of].splits):
+            self.write(epoch, self.sums_at(source.of, split, row, column), 0.0)
+
+    def sums_at(self, number: int, split: Any, row: Any, column: Any) -> Any:
+        padded = self.plan.steps[number].padded_rows
+        return self.plan.offset("sums", number) + (split * self.plan.batch + row) * padded + column
+
+    # ------------------------------------------------------------------ products
+
+    def multiply(self, number: int, layer: int, own: int, items: range) -> Run:
+        phase, held, part = self.plan.steps[number], None, None
+        for item in items:
+            row_tile, split = divmod(item, phase.splits)
+            if held is None:
+                held, part = (yield from self.input(number, layer, own, split, row_tile == 0)), split
+            assert part == split, "one program with two parts of an input"
+            self.product(number, layer, own, row_tile, split, *held)
+            yield "moves"
+
+    def input(self, number: int, layer: int, own: int, split: int, publishes: bool) -> Run:
+        """A split of the input, [slices, batch, columns], and the divisor [batch] of what this program has seen of a stream."""
+        plan, phase = self.plan, self.plan.steps[number]
+        tiles, epoch, stream = phase.k_tiles(own), plan.epoch(layer), phase.source.kind == "stream"
+        held = np.zeros((len(phase.distinct), plan.batch, tiles, TILE_K))
+        squares = np.zeros(plan.batch)
+        for (i, distinct), tile in itertools.product(enumerate(phase.distinct), range(tiles)):
+            group = phase.layers[own][distinct]
+            within = (split * tiles + tile) * TILE_K + np.arange(TILE_K)
+            real = within < group.k
+            # Like the kernel, what lies behind the end reads the first column instead, and waits for it too.
+            columns = group.x_start + np.where(real, within, 0)
+            values = yield from self.columns(number, layer, columns)
+            if stream:
+                squares += (values[:, real] ** 2).sum(1)
+                if publishes:
+                    at = plan.offset("stream", number) + self.rows[:, None] * plan.width + columns[real]
+                    self.write(epoch, at, values[:, real])
+                values = values * self.operand(layer, phase.source.scale)[columns]
+            held[i, :, tile] = values * real
+            yield "moves"
+        if stream and publishes:
+            self.write(epoch, plan.offset("squares", number) + self.rows * phase.splits + split, squares)
+        return held.reshape(len(held), plan.batch, -1), self.root(squares)
+
+    def columns(self, number: int, layer: int, at: np.ndarray) -> Run:
+        """[batch, columns] of a phase's input."""
+        plan, source = self.plan, self.plan.steps[number].source
+        epoch = plan.epoch(layer) - source.behind
+        if source.kind == "attended":
+            return (yield from self.attended(epoch, source.of, at))
+        values = yield from self.sums(epoch, source.of, self.rows, at)
+        if source.kind == "stream":
+            before = plan.offset("stream", source.stream) + self.rows[:, None] * plan.width + at
+            return values + (yield from self.read(epoch, before))
+        root = 1.0 if source.scaled is None else (yield from self.roots(epoch, source.scaled))[:, None]
+        if source.kind == "sum":
+            return root * values
+        gate, up = root * values, root * (yield from self.sums(epoch, source.of, self.rows, at + source.half))
+        return gate / (1 + np.exp(-gate)) * up
+
+    def sums(self, epoch: int, number: int, rows: np.ndarray, at: np.ndarray) -> Run:
+        """[rows, columns] of a phase's output."""
+        splits = np.arange(self.plan.steps[number].splits)[:, None, None]
+        found = yield from self.read(epoch, self.sums_at(number, splits, rows[:, None], at))
+        return found.sum(0)
+
+    def roots(self, epoch: int, number: int) -> Run:
+        count = self.plan.steps[number].splits
+        at = self.plan.offset("squares", number) + np.arange(self.plan.batch * count).reshape(-1, count)
+        return self.root((yield from self.read(epoch, at)).sum(1))
+
+    def root(self, squares: np.ndarray) -> np.ndarray:
+        return 1 / np.sqrt(squares / self.plan.width + EPS)
+
+    def attended(self, epoch: int, number: int, at: np.ndarray) -> Run:
+        """Parts of the positions, weighed by what each has of the softmax."""
+        of, plan = self.plan.steps[number], self.plan
+        rows = np.arange(of.parts)[:, None, None] * plan.batch + self.rows[:, None]
+        values = yield from self.read(epoch, plan.offset("sums", number) + rows * of.heads * of.head_dim + at)
+        logs = yield from self.read(epoch, plan.offset("weights", number) + rows * of.heads + at // of.head_dim)
+        shares = np.exp2(logs - logs.max(0))
+        return (values * shares).sum(0) / shares.sum(0)
+
+    def product(
+        self, number: int, layer: int, own: int, row_tile: int, split: int, held: np.ndarray, root: np.ndarray
+    ) -> None:
+        plan, phase = self.plan, self.plan.steps[number]
+        ends = np.cumsum([group.row_tiles for group in phase.layers[own]])
+        index = int(np.searchsorted(ends, row_tile, side="right"))
+        group, x = phase.layers[own][index], held[phase.slice_of(index)]
+        begin = group.row_start + (row_tile - int(ends[index]) + group.row_tiles) * TILE_ROWS
+        columns = slice(split * x.shape[1], (split + 1) * x.shape[1])
+        weight = self.operand(layer, group.weight)[begin : begin + TILE_ROWS, columns]
+        y = np.zeros((plan.batch, TILE_ROWS))
+        y[:, : weight.shape[0]] = x[:, : weight.shape[1]] @ weight.T
+        row = row_tile * TILE_ROWS
+        if not phase.plain:
+            at = self.sums_at(number, split, self.rows[:, None], row + np.arange(TILE_ROWS))
+            self.write(plan.epoch(layer), at, y)
+            return
+        if phase.source.kind == "stream":
+            y = y * root[:, None]
+        out = self.logits[:, row : row + TILE_ROWS]
+        assert np.isnan(out).all(), "an output is written twice"
+        out[...] = y[:, : out.shape[1]]
+
+    # ------------------------------------------------------------------ attention
+
+    def attend(self, number: int, layer: int, own: int, items: range) -> Run:
+        of = self.plan.steps[number]
+        for item in items:
+            (row, head), part = divmod(item // of.parts, of.kv_heads), item % of.parts
+            length = int(self.lengths[row])
+            first, begin, end = span(of, length, of.windows[own], part)
+            queries = []
+            for query in range(of.group):
+                queries.append((yield from self.head(of, layer, row, 0, head * of.group + query)))
+                yield "moves"
+            slots = np.arange(begin * TILE_ROWS, end * TILE_ROWS)
+            keys, values = (self.operand(layer, cache)[row, head, slots] for cache in (of.keys, of.values))
+            if length in slots:
+                for which, cache, tiles in ((1, of.keys, keys), (2, of.values, values)):
+                    new = yield from self.head(of, layer, row, which, head)
+                    assert self.new.setdefault((layer, cache, row, head), new) is new, "a slot is written twice"
+                    tiles[slots == length] = new
+                    yield "moves"
+            visible = (first <= slots) & (slots <= length)
+            scores = np.stack(queries) @ keys[visible].T * (math.log2(math.e) / math.sqrt(of.head_dim))
+            self.finish(number, layer, row, head, part, scores, values[visible])
+            yield "moves"
+
+    def head(self, of: Attention, layer: int, row: int, which: int, head: int) -> Run:
+        """A head of the queries (0), keys (1) or values (2), normed and rotated."""
+        within, epoch = head * of.head_dim + np.arange(of.head_dim), self.plan.epoch(layer)
+        ((*values,),) = yield from self.sums(epoch, of.of, np.array([row]), of.columns[which] + within)
+        found = np.array(values)
+        if of.scaled is not None:
+            found *= (yield from self.roots(epoch, of.scaled))[row]
+        if of.biases is not None:
+            found += self.operand(layer, of.biases[which])[within]
+        if which == 2:
+            return found
+        if of.norms is not None:
+            found *= self.operand(layer, of.norms[which]) / np.sqrt((found**2).mean() + EPS)
+        (low, high), (cos, sin) = np.split(found, 2), (table[row] for table in self.tables)
+        return np.concatenate([low * cos - high * sin, high * cos + low * sin])
+
+    def finish(
+        self, number: int, layer: int, row: int, head: int, part: int, scores: np.ndarray, values: np.ndarray
+    ) -> None:
+        """Publishes what a part of the positions has attended, and the logarithm of its weight."""
+        plan, of = self.plan, self.plan.steps[number]
+        largest = scores.max(1, initial=-1e30)
+        weights = np.exp2(scores - largest[:, None])
+        total = weights.sum(1)
+        attended = weights @ values / np.maximum(total, 1e-30)[:, None]
+        logs = np.where(total > 0, largest + np.log2(np.maximum(total, 1e-30)), -1e30)
+        heads = (part * plan.batch + row) * of.heads + head * of.group + np.arange(of.group)
+        at = plan.offset("sums", number) + heads[:, None] * of.head_dim + np.arange(of.head_dim)
+        self.write(plan.epoch(layer), at, attended)
+        self.write(plan.epoch(layer), plan.offset("weights", number) + heads, logs)
+
+    def caches(self, layer: int) -> Iterator[np.ndarray]:
+        """Keys and values of a layer after the launch."""
+        (of,) = (step for step in self.plan.steps if isinstance(step, Attention))
+        for cache in (of.keys, of.values):
+            after = self.operand(layer, cache).copy()
+            for row, head in np.ndindex(after.shape[:2]):
+                after[row, head, self.lengths[row]] = self.new[layer, cache, row, head]
+            yield after
+
+
+Schedule = Callable[[Machine, np.random.Generator], None]
+
+
+def in_random_order(machine: Machine, rng: np.random.Generator) -> None:
+    """All that can go on, in a new order every time."""
+    while machine.programs:
+        assert any([machine.move(g) for g in shuffled(machine, rng)]), "no program can go on"
+
+
+def with_a_laggard(machine: Machine, rng: np.random.Generator) -> None:
+    """One program only gets on when no other can."""
+    laggard = int(rng.integers(machine.plan.programs))
+    while machine.programs:
+        others = [g for g in shuffled(machine, rng) if g != laggard]
+        assert any([machine.move(g) for g in others]) or machine.move(laggard), "no program can go on"
+
+
+def as_far_as_it_goes(machine: Machine, rng: np.random.Generator) -> None:
+    """One program gets as far as it can before any other moves, then the next one until the first can go on, and so on."""
+    ranking = shuffled(machine, rng)
+    while machine.programs:
+        assert any(machine.move(g) for g in ranking), "no program can go on"
+
+
+def shuffled(machine: Machine, rng: np.random.Generator) -> list[int]:
+    return [int(g) for g in rng.permutation(list(machine.programs))]

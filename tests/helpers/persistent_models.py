@@ -1,0 +1,135 @@
+"""Small decoders of every structure that the persistent kernel's plan must stand, and their plans."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import (
+    DecoderLayer,
+    Norm,
+    PackedProjection,
+    Projection,
+    pack,
+)
+from pallas_kernels.persistent import layers
+from pallas_kernels.persistent.plan import (
+    Plan,
+)
+
+EPS = 1e-5
+Ranks = tuple[int | None, ...]
+Draw = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Sizes of a decoder. ``attention`` and ``mlp`` hold a rank for each layer, None where it is dense; members of one input have
+    ranks 8 apart. Gate and up have one first factor in the layers that are ``shared``."""
+
+    attention: Ranks = (None, None)
+    mlp: Ranks = (None, None)
+    head: int | None = None
+    batch: int = 2
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 128
+    width: int = 256
+    ff: int = 456
+    vocab: int = 200
+    slots: int = 192
+    windows: tuple[int | None, ...] = (None, None, None)
+    norms: bool = False
+    biases: bool = False
+    shared: tuple[int, ...] = ()
+    dtype: Any = jnp.float32
+
+    def arguments(self, draw: Draw) -> tuple[Any, ...]:
+        """Of `decode_layers`, with arrays from ``draw(*shape, dtype=...)``."""
+        cache = (self.batch, self.kv_heads, self.slots, self.head_dim)
+        keys, values = (tuple(draw(*cache, dtype=self.dtype) for _ in self.attention) for _ in "kv")
+        angles = jnp.arange(self.batch * self.head_dim // 2, dtype=jnp.float32).reshape(self.batch, 1, -1)
+        return (
+            draw(self.batch, 1, self.width, dtype=self.dtype),
+            tuple(self.layer(draw, index) for index in range(len(self.attention))),
+            self.norm(draw, self.width),
+            self.packed(draw, self.width, self.head, self.vocab),
+            keys,
+            values,
+            jnp.cos(angles),
+            jnp.sin(angles),
+            jnp.asarray([self.slots - 1, 70, 0, 128, 5][: self.batch], jnp.int32),
+        )
+
+    def layer(self, draw: Draw, index: int) -> DecoderLayer:
+        attention, mlp = self.attention[index], self.mlp[index]
+        inner, of_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        qkv = self.packed(draw, self.width, attention, inner, of_kv, of_kv)
+        if self.biases:
+            biases = tuple(draw(width, dtype=self.dtype) for width in (inner, of_kv, of_kv))
+            qkv = dataclasses.replace(qkv, biases=biases)
+        return DecoderLayer(
+            input_norm=self.norm(draw, self.width),
+            qkv=qkv,
+            q_norm=self.norm(draw, self.head_dim) if self.norms else None,
+            k_norm=self.norm(draw, self.head_dim) if self.norms else None,
+            o=self.packed(draw, inner, attention, self.width),
+            mlp_norm=self.norm(draw, self.width),
+            gate_up=self.packed(draw, self.width, mlp, self.ff, self.ff, shared=index in self.shared),
+            down=self.packed(draw, self.ff, mlp, self.width),
+            gate="silu",
+            window=self.windows[index],
+        )
+
+    def norm(self, draw: Draw, width: int) -> Norm:
+        return Norm(1 + draw(width, dtype=self.dtype) * 0.3, EPS)
+
+    def packed(self, draw: Draw, d_in: int, rank: int | None, *d_outs: int, shared: bool = False) -> PackedProjection:
+        weight = lambda *shape: draw(*shape, dtype=self.dtype) * shape[-1] ** -0.5  # noqa: E731
+        if rank is None:
+            return pack([Projection(weight=weight(d_out, d_in)) for d_out in d_outs])
+        ranks = [rank + (0 if shared else 8 * member) for member in range(len(d_outs))]
+        downs = [weight(rank, d_in)] * len(d_outs) if shared else [weight(rank, d_in) for rank in ranks]
+        ups = [weight(d_out, rank) for d_out, rank in zip(d_outs, ranks, strict=True)]
+        return pack([Projection(down=down, up=up) for down, up in zip(downs, ups, strict=True)])
+
+
+def arrays_of(model: Model) -> tuple[Any, ...]:
+    """Arguments of `decode_layers` with random numbers."""
+    rng = np.random.default_rng(0)
+    return model.arguments(lambda *shape, dtype: jnp.asarray(rng.standard_normal(shape), dtype))
+
+
+def shapes_of(model: Model) -> tuple[Any, ...]:
+    """The same as shapes alone."""
+    return jax.eval_shape(lambda: model.arguments(lambda *shape, dtype: jnp.zeros(shape, dtype)))
+
+
+def plan_of(arguments: tuple[Any, ...], programs: int) -> tuple[Plan, list[Any]]:
+    return layers._plan(*arguments[:6], programs)
+
+
+def items_of(plan: Plan, number: int, layer: int, program: int) -> range:
+    """A program's items of a step."""
+    first = (program - plan.first_items[number][layer]) % plan.programs
+    return range(first, plan.steps[number].items(layer), plan.programs)
+
+
+LOW_RANK = (136, 72, 200)
+DENSE = (None, None, None)
+MODELS = {
+    "low rank, other ranks in every layer": Model(LOW_RANK, (200, 264, 64), head=136, batch=3),
+    "dense": Model(DENSE, DENSE, batch=1),
+    "dense attention, low-rank MLP": Model(DENSE, (64, 200, 136), batch=3, windows=(None, 64, 100)),
+    "grouped queries, one window": Model(LOW_RANK[:2], DENSE[:2], batch=1, heads=4, windows=(100, None)),
+    "heads of 32": Model(LOW_RANK[:2], LOW_RANK[1:], heads=8, kv_heads=4, head_dim=32, norms=True, windows=(65, None)),
+    "heads of 64": Model(DENSE[:2], LOW_RANK[:2], batch=1, heads=4, head_dim=64, biases=True),
+    "norms and biases": Model(LOW_RANK[:2], LOW_RANK[1:], kv_heads=1, norms=True, biases=True, windows=(65, 1)),
+    "norms and biases of dense ones": Model(DENSE[:2], DENSE[:2], head=64, batch=3, heads=4, norms=True, biases=True),
+    "one first factor for gate and up": Model(LOW_RANK, LOW_RANK, batch=1, kv_heads=1, shared=(0, 2)),
+    "split inputs": Model((136, 72), DENSE[:2], batch=3, heads=8, width=1024),
+    "split latents": Model(DENSE[:2], (1000, 64), 904, kv_heads=1, width=1024, ff=1160, norms=True, shared=(0,)),
+}

@@ -1,0 +1,86 @@
+"""Programs of the persistent kernel in any order that words allow: they must end, and give the op's result."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from persistent_machine import Machine, Schedule, as_far_as_it_goes, in_random_order, with_a_laggard
+from persistent_models import MODELS, arrays_of, plan_of, shapes_of
+
+from pallas_kernels import (
+    decode_layers,
+)
+from pallas_kernels.persistent.launch import varying
+from pallas_kernels.persistent.plan import (
+    Attention,
+    Phase,
+)
+
+
+@functools.cache
+def called(name: str) -> tuple[tuple[Any, ...], Any]:
+    """Arguments of `decode_layers` and what the reference makes of them."""
+    arguments = arrays_of(MODELS[name])
+    return arguments, jax.jit(decode_layers.reference)(*arguments)
+
+
+def check(name: str, programs: int, schedule: Schedule, seed: int) -> None:
+    """A machine that follows a schedule gives what the reference does."""
+    arguments, want = called(name)
+    plan, operands = plan_of(arguments, programs)
+    assert plan.problems() is None
+    x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
+    wide = [np.asarray(a, np.float64) for a in operands]
+    machine = Machine(plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int))
+    schedule(machine, np.random.default_rng(seed))
+    np.testing.assert_allclose(machine.logits, want.logits, rtol=0, atol=1e-4)
+    for layer, caches in enumerate(zip(want.keys, want.values, strict=True)):
+        for got, expected in zip(machine.caches(layer), caches, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("programs", [8, 24])
+def test_the_plan_computes_the_op_whatever_the_order(name: str, programs: int) -> None:
+    for seed in range(2):
+        check(name, programs, in_random_order, seed)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("schedule", [with_a_laggard, as_far_as_it_goes])
+def test_no_word_is_lost_when_programs_are_far_apart(name: str, schedule: Schedule) -> None:
+    check(name, 8, schedule, 2)
+    check(name, 24, schedule, 3)
+
+
+def test_the_models_have_what_the_protocol_must_stand() -> None:
+    """Inputs in parts, positions in parts, and sizes that differ from layer to layer."""
+    plans = {name: plan_of(shapes_of(model), 24)[0] for name, model in MODELS.items()}
+    splits = {
+        name: {step.name: step.splits for step in plan.steps if isinstance(step, Phase)} for name, plan in plans.items()
+    }
+    split = {(name, step) for name, of in splits.items() for step, count in of.items() if count > 1}
+    assert split == {
+        *(("split inputs", step) for step in ("qkv down", "o down", "gate_up")),
+        *(("split latents", step) for step in ("qkv", "gate_up down", "down down", "down up", "head down")),
+    }
+    parts = {
+        step.parts
+        for model in MODELS.values()
+        for programs in (8, 24)
+        for step in plan_of(shapes_of(model), programs)[0].steps
+        if isinstance(step, Attention)
+    }
+    assert parts == {1, 2, 4, 8, 16}
+    assert varying(plans["low rank, other ranks in every layer"])
+
+
+@pytest.mark.parametrize("name", ["norms and biases", "dense attention, low-rank MLP"])
+def test_products_and_reference_agree(name: str) -> None:
+    arguments, want = called(name)
+    got = jax.jit(functools.partial(decode_layers, implementation="products"))(*arguments)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
+    assert not got.stall.any()

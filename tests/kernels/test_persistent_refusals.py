@@ -1,0 +1,128 @@
+"""What the persistent kernel refuses, and what it serves only on request."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from persistent_models import DENSE, LOW_RANK, Model, shapes_of
+
+from pallas_kernels import (
+    Norm,
+    PackedProjection,
+    assume_target,
+    decode_layers,
+    prefer,
+)
+from pallas_kernels.persistent import layers
+from pallas_kernels.target import H200, Target
+
+BFLOAT16 = Model(LOW_RANK[:2], LOW_RANK[:2], norms=True, dtype=jnp.bfloat16)
+REFUSED = [
+    (dict(batch=5), "5 sequences of 1 tokens"),
+    (dict(dtype=jnp.float32), "other than bfloat16"),
+    (dict(head_dim=96), "heads of 96 columns"),
+    (dict(slots=160), "160 slots, no multiple of 64"),
+    (dict(heads=9, kv_heads=1), "more than 8 queries a kv head"),
+    (dict(attention=(136, None)), "layers that differ"),
+    (dict(mlp=(None, 136)), "layers that differ"),
+    (dict(mlp=(136, 132)), "no multiple of 8"),
+    (dict(attention=(136,) * 251, mlp=(64,) * 251, windows=(None,) * 251), "more than 250 layers"),
+]
+
+
+def refusal(arguments: tuple[Any, ...]) -> str | None:
+    """Why the kernel refuses a call on an H200; the call must then end with another one."""
+    with assume_target(H200), prefer("persistent"):
+        chosen, refusals = decode_layers.choose(*arguments)
+    assert (chosen.name == "persistent") == ("persistent" not in refusals)
+    return refusals.get("persistent")
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        BFLOAT16,
+        dataclasses.replace(BFLOAT16, attention=DENSE[:2], mlp=DENSE[:2], biases=True),
+        dataclasses.replace(BFLOAT16, batch=4, heads=8, kv_heads=1, head=64, shared=(0, 1), windows=(64, None)),
+    ],
+)
+def test_it_serves_what_it_can(model: Model) -> None:
+    assert refusal(shapes_of(model)) is None
+    with assume_target(H200):
+        assert decode_layers.choose(*shapes_of(model), implementation="persistent")[0].name == "persistent"
+
+
+@pytest.mark.parametrize(("fields", "reason"), REFUSED, ids=[reason for _, reason in REFUSED])
+def test_it_refuses_sizes_with_reasons(fields: dict[str, Any], reason: str) -> None:
+    assert reason in str(refusal(shapes_of(dataclasses.replace(BFLOAT16, **fields))))
+
+
+def test_it_refuses_weights_with_reasons() -> None:
+    x, (layer, last), norm, head, *rest = shapes_of(dataclasses.replace(BFLOAT16, biases=True))
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)  # noqa: E731
+    changed = lambda **fields: (x, (dataclasses.replace(layer, **fields), last), norm, head, *rest)  # noqa: E731
+    assert refusal(changed()) is None
+
+    def with_biases(of: PackedProjection, *biases: Any) -> PackedProjection:
+        return dataclasses.replace(of, biases=biases)
+
+    mixed = dataclasses.replace(layer.gate_up, ups=(None, layer.gate_up.ups[1]))
+    bias, other = shape(256), Norm(layer.mlp_norm.scale, 1e-6)
+    keys, *others = rest
+    shorter = (*keys[1].shape[:2], 64, keys[1].shape[3])
+    for arguments, reason in (
+        ((shape(2, 2, 256), (layer, last), norm, head, *rest), "2 sequences of 2 tokens"),
+        (changed(gate="gelu"), "other than silu"),
+        (changed(o=with_biases(layer.o, bias)), "biases of other projections"),
+        ((x, (layer, last), norm, with_biases(head, shape(200)), *rest), "biases of other projections"),
+        (changed(qkv=with_biases(layer.qkv, bias, None, bias)), "biases of some"),
+        (changed(qkv=with_biases(layer.qkv, None, None, None)), "biases of some"),
+        (changed(gate_up=mixed), "dense and low-rank members"),
+        (changed(mlp_norm=other), "different eps"),
+        (changed(q_norm=Norm(layer.q_norm.scale, 1e-6)), "different eps"),
+        ((x, (layer, last), other, head, *rest), "different eps"),
+        (changed(q_norm=None), "of queries or of keys alone"),
+        (changed(k_norm=None), "of queries or of keys alone"),
+        (changed(q_norm=None, k_norm=None), "layers that differ"),
+        ((x, (layer, last), norm, head, (keys[0], shape(*shorter)), *others), "different shapes"),
+    ):
+        assert reason in str(refusal(arguments))
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        (Target("cpu"), "not cpu"),
+        (Target("cuda", "NVIDIA A100", (8, 0), 108), "not NVIDIA A100"),
+        (dataclasses.replace(H200, interpret=True), "interpreter"),
+    ],
+)
+def test_it_is_for_one_device(device: Target, reason: str) -> None:
+    assert layers.unavailable(H200) is None
+    assert reason in str(layers.unavailable(device))
+    with assume_target(device), prefer("persistent"):
+        chosen, refusals = decode_layers.choose(*shapes_of(BFLOAT16))
+    assert chosen.name != "persistent" and reason in refusals["persistent"]
+
+
+def test_what_was_not_compared_on_a_gpu_is_served_only_on_request() -> None:
+    proven = dataclasses.replace(BFLOAT16, attention=(136, 136), mlp=(200, 200), batch=1, norms=False)
+    with assume_target(H200):
+        assert decode_layers.choose(*shapes_of(proven))[0].name == "persistent"
+        for fields, reason in (
+            (dict(batch=2), "more than one sequence"),
+            (dict(mlp=DENSE[:2]), "dense sites"),
+            (dict(heads=4, kv_heads=2), "several queries a kv head"),
+            (dict(windows=(64, 64)), "a sliding window"),
+            (dict(mlp=(200, 208)), "ranks that differ from layer to layer"),
+            (dict(norms=True), "norms of queries and keys"),
+            (dict(biases=True), "biases"),
+            (dict(head_dim=64), "heads of other than 128 columns"),
+        ):
+            chosen, refusals = decode_layers.choose(*shapes_of(dataclasses.replace(proven, **fields)))
+            assert chosen.name == "products" and refusals["persistent"].endswith(f"only on request: {reason}")
+        with prefer("xla_rows"):
+            chosen, refusals = decode_layers.choose(*shapes_of(proven))
+            assert chosen.name == "products" and "implementation of other ops" in refusals["persistent"]
