@@ -31,7 +31,6 @@ class Implementation:
       refuses: ``refuses(*args, **kwargs)`` gives the reason why it cannot serve a call, or None.
       unavailable: gives the reason why it can serve no call at all on a device, or None.
       whole: computes what other ops would; passed over where an implementation of those is preferred that this op has none of.
-      unproven: gives the reason why it serves a call only where it is asked for or preferred by name, or None.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Implementation:
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None
     unavailable: Callable[[Target], str | None] = lambda device: None
     whole: bool = False
-    unproven: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
 class Op:
@@ -89,8 +87,6 @@ class Op:
                 continue
             reason = self._passed_over(candidate, implementation)
             reason = reason or candidate.unavailable(target()) or candidate.refuses(*args, **kwargs)
-            if reason is None and candidate.name not in (implementation, _PREFERRED.get()):
-                reason = candidate.unproven(*args, **kwargs)
             if reason is None:
                 return candidate, refusals
             refusals[candidate.name] = reason

@@ -93,7 +93,7 @@ class _Heads:
     def _columns(self, which: int, head: Value) -> list[Value]:
         """Of a head of the queries (0), keys (1) or values (2), as projected."""
         within = w.add(w.mul(head, w.integer(self.of.head_dim)), self.column)
-        column, base = w.add(within, w.integer(self.of.columns[which])), self.e.base(0)
+        column, base = w.add(within, w.integer(self.of.columns[which])), self.e.base(self.of.of)
 
         def load() -> tuple[list[Value], Value]:
             values, words = self.e.sums(base, self.of.of, self.row, column)
@@ -215,7 +215,7 @@ def finish(place: Place, item: Part, attended: Sequence[Any], state: Sequence[An
             w.select(p, w.add_f(t, w.logarithm(s)), w.number(w.NOTHING))
             for p, t, s in zip(some, top, whole, strict=True)
         ]
-        base, rows = e.base(0), w.add(w.mul(part, w.integer(plan.batch)), row)
+        base, rows = e.base(place.step), w.add(w.mul(part, w.integer(plan.batch)), row)
         first_head = w.add(w.mul(rows, w.integer(attention.heads)), w.mul(head, w.integer(attention.group)))
         for half, values in enumerate(halves):
             for i, (value, column, query) in enumerate(_entries(values)):

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.launch import ROOTS, SQUARES, Emitter, Launch, Place
-from pallas_kernels.persistent.plan import TILE_K, Attention, Phase
+from pallas_kernels.persistent.items import Team
+from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
+from pallas_kernels.persistent.plan import CHUNK, THREADS, TILE_K, Attention, Phase
 from pallas_kernels.persistent.words import differ, load_word, load_words, store_word
 
-CHUNK = 4  # columns
 WORDS_IN_REGISTERS = 64
 
 
@@ -31,8 +31,8 @@ def embed(launch: Launch, x: Any) -> None:
 
     def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
         base, total = e.base(0), plan.batch * plan.width // CHUNK
-        mine = w.add(w.mul(w.program(), w.integer(128)), w.thread())
-        for begin in range(0, total, plan.programs * 128):
+        mine = w.add(w.mul(w.program(), w.integer(THREADS)), w.thread())
+        for begin in range(0, total, plan.programs * THREADS):
             chunk = w.add(mine, w.integer(begin))
             real, chunk = w.below(chunk, w.integer(total)), w.smaller(chunk, w.integer(total - 1))
             at = w.mul(chunk, w.integer(CHUNK))
@@ -49,25 +49,22 @@ def embed(launch: Launch, x: Any) -> None:
     Place(launch, 0, jnp.int32(-1)).emit(body, refs=[x])
 
 
-def fill(place: Place, numbers: dict[str, jax.Array], split: jax.Array, first: jax.Array) -> None:
+def fill(place: Place, team: Team, split: jax.Array, first: jax.Array) -> None:
     """Emits the loading of a phase's input for one split.
 
     Args:
       place: the phase.
-      numbers: of the phase in this layer, see `launch.numbers_of`.
+      team: what of the input is needed.
       split: which part of the contraction axis.
       first: nonzero in the program that has the first row tile of this split; it publishes what all of them compute.
     """
     phase = place.launch.plan.steps[place.step]
     assert isinstance(phase, Phase)
-    slices = [(numbers[f"x_start {i}"], numbers[f"k {i}"]) for i in phase.distinct]
-    scalars = [split, first, numbers["k_tiles"], *(n for pair in slices for n in pair)]
 
     def body(e: Emitter, given: list[Value], refs: Any, arrays: Any) -> None:
-        part, publishes, k_tiles, *rest = given
-        _Loader(e, phase, part, publishes, k_tiles, list(zip(rest[::2], rest[1::2], strict=True))).run()
+        _Loader(e, phase, *given).run()
 
-    place.emit(body, scalars)
+    place.emit(body, [split, first, team.k_tiles, team.x_start, team.k])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,30 +85,33 @@ class _Loader:
     split: Value
     publishes: Value
     k_tiles: Value
-    slices: list[tuple[Value, Value]]  # first column and width
+    start: Value  # first column of the slice
+    width: Value
 
     def __post_init__(self) -> None:
         self.plan, self.source = self.e.plan, self.phase.source
-        self.columns = w.mul(self.k_tiles, w.integer(TILE_K))  # of a slice
+        self.columns = w.mul(self.k_tiles, w.integer(TILE_K))  # of this part of the slice
         self.thread = w.thread()
         self.publishing = w.below(w.integer(0), self.publishes)
         self.is_stream = self.source.kind == "stream"
-        self.base = self.e.base(self.source.behind)
+        self.base = self.e.base(self.source.of, self.source.behind)
         self.told = w.sub(self.e.epoch, w.integer(self.source.behind))
         self.scale = self.e.operand(self.source.scale) if self.is_stream else None
-        self.stream_base = self.e.base(0)  # where this phase's own stream goes
+        self.stream_base = self.e.base(self.e.step)  # where this phase's own stream goes
 
     def run(self) -> None:
         w.meet()  # nobody multiplies the last input any more
-        total = w.mul(w.integer(self.plan.batch * len(self.slices) * TILE_K // CHUNK), self.k_tiles)
-        most = -(-self.plan.batch * self.phase.activation_tiles * TILE_K // CHUNK // 128)
+        total = w.mul(w.integer(self.plan.batch * TILE_K // CHUNK), self.k_tiles)
+        most = -(-self.plan.batch * self.phase.activation_tiles * TILE_K // CHUNK // THREADS)
         together = min(most, max(1, WORDS_IN_REGISTERS // (CHUNK * max(1, self._parts))))
-        rounds = w.quotient(w.add(total, w.integer(128 * together - 1)), 128 * together)
+        rounds = w.quotient(w.add(total, w.integer(THREADS * together - 1)), THREADS * together)
         none = [w.number(0.0)] * (self.plan.batch if self.is_stream else 0)
 
         def body(turn: Value, squares: list[Value]) -> list[Value]:
-            begin = w.mul(turn, w.integer(128 * together))
-            return self._round([self._chunk(w.add(begin, w.integer(128 * i)), total) for i in range(together)], squares)
+            begin = w.mul(turn, w.integer(THREADS * together))
+            return self._round(
+                [self._chunk(w.add(begin, w.integer(THREADS * i)), total) for i in range(together)], squares
+            )
 
         squares = w.repeat(rounds, none, body)
         if self.is_stream:
@@ -137,25 +137,19 @@ class _Loader:
         of = self.plan.steps[self.source.of]
         if isinstance(of, Attention):
             return of.parts * 5 // 4 + 1
+        assert isinstance(of, Phase)
         return of.splits + 1 if self.is_stream else 2 * of.splits if self.source.kind == "gated" else of.splits
 
     def _chunk(self, begin: Value, total: Value) -> _Chunk:
         """The thread's chunk; threads beyond the end repeat the last one."""
         chunk = w.add(self.thread, begin)
         mine, chunk = w.below(chunk, total), w.smaller(chunk, w.sub(total, w.integer(1)))
-        per_slice = w.quotient(self.columns, CHUNK)
-        k = w.mul(w.remainder(chunk, per_slice), w.integer(CHUNK))
-        row_and_slice = w.quotient(chunk, per_slice)
-        row, slice_ = (f(row_and_slice, len(self.slices)) for f in (w.quotient, w.remainder))
-        start, width = self.slices[0]
-        for number, (other_start, other_width) in enumerate(self.slices[1:], 1):
-            here = w.equal(slice_, w.integer(number))
-            start, width = w.select(here, other_start, start), w.select(here, other_width, width)
+        of_row = w.quotient(self.columns, CHUNK)
+        k, row = w.mul(w.remainder(chunk, of_row), w.integer(CHUNK)), w.quotient(chunk, of_row)
         within = w.add(k, w.mul(self.split, self.columns))
-        real = w.below(within, width)
-        column = w.add(w.select(real, within, w.integer(0)), start)
-        slice_start = w.mul(slice_, w.mul(self.columns, w.integer(16)))
-        return _Chunk(mine, real, row, column, w.activation_offset(k, row, slice_start))
+        real = w.below(within, self.width)
+        column = w.add(w.select(real, within, w.integer(0)), self.start)
+        return _Chunk(mine, real, row, column, w.activation_offset(k, row, w.integer(0)))
 
     def _wait(self, chunks: list[_Chunk]) -> tuple[list[list[list[Value]]], list[Value]]:
         """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what each
@@ -249,7 +243,7 @@ class _Loader:
         return found
 
     def _publish_squares(self, squares: list[Value]) -> None:
-        """Adds up the squares of all threads: a word for the phases that follow, and the divisor if all columns are here."""
+        """Adds up the squares of all threads: a word for the steps that follow."""
         warp, lane = w.quotient(self.thread, 32), w.remainder(self.thread, 32)
         for row, square in enumerate(squares):
             at = w.add(w.integer(SQUARES + 16 * row), w.mul(warp, w.integer(4)))
@@ -261,4 +255,3 @@ class _Loader:
             begin = self.plan.offset("squares", self.e.step) + row * self.phase.splits
             at = w.mul(w.add(self.split, w.integer(begin)), w.integer(4))
             store_word(self.stream_base, at, total, self.e.epoch, w.both(alone, self.publishing))
-            w.store_shared(self.e.small, w.integer(ROOTS + 4 * row), self.e.root(total), alone)

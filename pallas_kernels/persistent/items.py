@@ -20,57 +20,105 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Team:
+    """A program's team in a phase.
+
+    Attributes:
+      number: of the team.
+      start, programs: its first program, counted from the phase's first, and how many it has.
+      tiles: row tiles that it computes.
+      k_tiles: of each item.
+      x_start, k: the slice of the input that its items read.
+    """
+
+    number: jax.Array
+    start: jax.Array
+    programs: jax.Array
+    tiles: jax.Array
+    k_tiles: jax.Array
+    x_start: jax.Array
+    k: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
 class Rows:
-    """What a row tile of a phase belongs to: its operand, its first row there, and the slice of the input that it reads."""
+    """Where the rows of a row tile come from, an operand and its first row there, and the first column of the output they go to."""
 
     weight: jax.Array
     row: jax.Array
-    slice_: jax.Array
+    output: jax.Array
 
 
-class Items:
-    """A program's items of a step in one layer: ``count`` of them, at a distance of all programs from ``first`` on."""
+class PhaseItems:
+    """A program's items of a phase in one layer: ``count`` of them. Items go round the programs of a team."""
 
-    def __init__(self, place: Place):
-        plan = place.launch.plan
-        self.step = plan.steps[place.step]
-        self.programs = plan.programs
-        self.numbers = {
-            name: place.launch.number(values, place.layer) for name, values in numbers_of(self.step).items()
-        }
-        begin = place.launch.number(plan.first_items[place.step], place.layer)
-        self.first = lax.rem(lax.axis_index("program") + self.programs - begin, self.programs)
-        step = self.step
-        items = step.items(0) if isinstance(step, Attention) else self.numbers["row_tiles"] * step.splits
-        self.count = lax.div(items - self.first + self.programs - 1, self.programs)
+    def __init__(self, place: Place, phase: Phase):
+        self.phase, self.numbers = phase, _numbers(place)
+        turn = _turn(place)
+        self.team = self._team(0)
+        for number in range(1, len(phase.teams)):
+            other = self._team(number)
+            self.team = _choose(turn >= other.start, other, self.team)
+        self._first = turn - self.team.start
+        items = self.team.tiles * phase.splits
+        self.count = lax.div(items - self._first + self.team.programs - 1, self.team.programs)
 
     def tile(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(row tile, split) of the i-th item of a phase."""
-        assert isinstance(self.step, Phase)
-        item = self.first + i * self.programs
-        return lax.div(item, self.step.splits), lax.rem(item, self.step.splits)
-
-    def part(self, i: jax.Array) -> Part:
-        """The i-th item of an attention."""
-        assert isinstance(self.step, Attention)
-        item = self.first + i * self.programs
-        head = lax.div(item, self.step.parts)
-        part = lax.rem(item, self.step.parts)
-        return Part(lax.div(head, self.step.kv_heads), lax.rem(head, self.step.kv_heads), part)
+        """(row tile among the team's, split) of the i-th item."""
+        item = self._first + i * self.team.programs
+        return lax.div(item, self.phase.splits), lax.rem(item, self.phase.splits)
 
     def rows(self, row_tile: jax.Array) -> Rows:
-        """What a row tile of a phase belongs to."""
-        assert isinstance(self.step, Phase)
-        begin, found = jnp.int32(0), None
-        for i, group in enumerate(self.step.layers[0]):
-            row = self.numbers[f"row_start {i}"] + (row_tile - begin) * TILE_ROWS
-            own = Rows(jnp.int32(group.weight), row, jnp.int32(self.step.slice_of(i)))
-            found = own if found is None else _where(row_tile >= begin, own, found)
-            begin = begin + self.numbers[f"row_tiles {i}"]
+        """Of one of the team's row tiles."""
+        numbers, tiles_before, found = self.numbers, jnp.int32(0), None
+        of_team = [jnp.int32(0)] * len(self.phase.teams)
+        team_of = {i: number for number, team in enumerate(self.phase.teams) for i in team}
+        for i, group in enumerate(self.phase.layers[0]):
+            begin = of_team[team_of[i]]
+            within = (row_tile - begin) * TILE_ROWS
+            own = Rows(jnp.int32(group.weight), numbers[f"row_start {i}"] + within, tiles_before * TILE_ROWS + within)
+            here = (self.team.number == team_of[i]) & (row_tile >= begin)
+            found = own if found is None else _choose(here, own, found)
+            of_team[team_of[i]] = begin + numbers[f"row_tiles {i}"]
+            tiles_before = tiles_before + numbers[f"row_tiles {i}"]
         assert found is not None
         return found
 
+    def _team(self, number: int) -> Team:
+        fields = ("start", "programs", "tiles", "k_tiles", "x_start", "k")
+        return Team(jnp.int32(number), *(self.numbers[f"{field} {number}"] for field in fields))
 
-def _where(condition: jax.Array, a: Rows, b: Rows) -> Rows:
-    pick = lambda x, y: jnp.where(condition, x, y)  # noqa: E731
-    return Rows(pick(a.weight, b.weight), pick(a.row, b.row), pick(a.slice_, b.slice_))
+
+class AttentionItems:
+    """A program's items of an attention in one layer: ``count`` of them. ``window`` is the layer's, 0 for none."""
+
+    def __init__(self, place: Place, attention: Attention):
+        self._attention, self._programs = attention, place.launch.plan.programs
+        self.window = _numbers(place)["window"]
+        self._first = _turn(place)
+        self.count = lax.div(attention.items(0) - self._first + self._programs - 1, self._programs)
+
+    def part(self, i: jax.Array) -> Part:
+        """The i-th item."""
+        item = self._first + i * self._programs
+        head, kv_heads = lax.div(item, self._attention.parts), self._attention.kv_heads
+        return Part(lax.div(head, kv_heads), lax.rem(head, kv_heads), lax.rem(item, self._attention.parts))
+
+
+def _numbers(place: Place) -> dict[str, jax.Array]:
+    """Of a step in its layer, by name."""
+    plan = place.launch.plan
+    found = numbers_of(plan, plan.steps[place.step])
+    return {name: place.launch.number(values, place.layer) for name, values in found.items()}
+
+
+def _turn(place: Place) -> jax.Array:
+    """Number of this program counted from the one that a step begins with."""
+    plan = place.launch.plan
+    begin = place.launch.number(plan.first_items[place.step], place.layer)
+    return lax.rem(lax.axis_index("program") + plan.programs - begin, plan.programs)
+
+
+def _choose[T: (Team, Rows)](condition: jax.Array, a: T, b: T) -> T:
+    fields = [field.name for field in dataclasses.fields(a)]
+    return type(a)(*(jnp.where(condition, getattr(a, name), getattr(b, name)) for name in fields))

@@ -17,7 +17,8 @@ from pallas_kernels.persistent.inputs import embed
 from pallas_kernels.persistent.launch import PATIENCE, SMALL_FLOATS, Launch, Place, varying
 from pallas_kernels.persistent.loading import load_step
 from pallas_kernels.persistent.multiplying import attend_step, multiply_step
-from pallas_kernels.persistent.plan import TILE_K, Attention, Phase, Plan
+from pallas_kernels.persistent.outputs import collect
+from pallas_kernels.persistent.plan import TILE_K, Attention, Collect, Phase, Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
 from pallas_kernels.persistent.words import SPINS
 
@@ -39,13 +40,13 @@ def run_layers(
       eps: of the norms.
 
     Returns:
-      The plain output, float32 [batch, rows]; int32 [4], nonzero if a wait was in vain.
+      The output, float32 [batch, columns]; int32 [4], nonzero if a wait was in vain.
     """
     columns = varying(plan)
     numbers = np.zeros((plan.layers, max(1, len(columns))), np.int32)
     for values, column in columns.items():
         numbers[:, column] = values
-    words = jax.new_ref(jnp.zeros((2 * plan.layer_words,), jnp.int32))
+    words = jax.new_ref(jnp.zeros((plan.words,), jnp.int32))
     stall = jax.new_ref(jnp.zeros((4,), jnp.int32))
     operands = [maps, addresses, x, *tables, lengths, jnp.asarray(numbers), words, stall, *given]
 
@@ -58,7 +59,7 @@ def run_layers(
 
     (logits,) = plgpu.kernel(
         decode_layers,
-        out_type=(jax.ShapeDtypeStruct((plan.batch, _plain(plan).layers[0][0].rows), jnp.float32),),
+        out_type=(jax.ShapeDtypeStruct((plan.batch, _columns(plan)), jnp.float32),),
         grid=(plan.programs,),
         grid_names=("program",),
         num_threads=2,
@@ -74,9 +75,10 @@ def run_layers(
     return logits, stall[...]
 
 
-def _plain(plan: Plan) -> Phase:
-    (found,) = (step for step in plan.steps if isinstance(step, Phase) and step.plain)
-    return found
+def _columns(plan: Plan) -> int:
+    """Of the output."""
+    (found,) = (step for step in plan.steps if isinstance(step, Collect))
+    return found.columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +126,13 @@ class _Program:
             tiles = act(Place(self.launch, step, jnp.int32(plan.layers)), tiles)
 
     def _multiply(self, place: Place, tiles: jax.Array) -> jax.Array:
-        if isinstance(self.launch.plan.steps[place.step], Attention):
+        step = self.launch.plan.steps[place.step]
+        if isinstance(step, Attention):
             return attend_step(place, self.ring, self.tables, self.lengths, tiles)
-        return multiply_step(place, self.ring, self.logits, tiles)
+        if isinstance(step, Phase):
+            return multiply_step(place, self.ring, tiles)
+        collect(place, self.logits)
+        return tiles
 
     def _clear(self) -> None:
         """Activations of sequences that are not there are never read, but multiplied: they must be numbers."""

@@ -10,13 +10,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.plan import Attention, Plan, Step
+from pallas_kernels.persistent.plan import Attention, Collect, Plan, Step
 from pallas_kernels.persistent.words import Patience, differ, load_word, load_words, until_written
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
 SQUARES = 64  # float32 [4 sequences, 4 warps]
-ROOTS = 128  # float32 [4 sequences]: 1 / root mean square of the stream that was read last
 BY_WARP = 256  # float32 [2, 4 warps, 8 heads]
 FRESH_KEY, FRESH_VALUE = 512, 768  # bfloat16 [128] each, of the new token
 SMALL_FLOATS = 256
@@ -31,7 +30,7 @@ class Launch:
 
     Attributes:
       plan: what is computed.
-      words: float words, two layers' worth.
+      words: float words, those of two layers and of the head.
       stall: int32 [4], written by a wait that ends in vain.
       addresses: of all operands, layer by layer.
       numbers: int32 [layers, columns], what differs from layer to layer; see `number`.
@@ -78,17 +77,26 @@ def varying(plan: Plan) -> dict[tuple[int, ...], int]:
 
 
 def _all_numbers(plan: Plan) -> list[tuple[int, ...]]:
-    return [*plan.first_items, *(values for step in plan.steps for values in numbers_of(step).values())]
+    return [*plan.first_items, *(values for step in plan.steps for values in numbers_of(plan, step).values())]
 
 
-def numbers_of(step: Step) -> dict[str, tuple[int, ...]]:
-    """What a step needs to know of each layer, by name."""
+def numbers_of(plan: Plan, step: Step) -> dict[str, tuple[int, ...]]:
+    """What a step needs to know of each layer, by name; of every team what it is and has, of every group where its rows are."""
+    if isinstance(step, Collect):
+        return {}
     if isinstance(step, Attention):
         return {"window": step.windows}
-    layers = range(len(step.layers))
-    found = {"k_tiles": tuple(map(step.k_tiles, layers)), "row_tiles": tuple(map(step.row_tiles, layers))}
+    layers, found = range(len(step.layers)), {}
+    sizes = [step.team_programs(layer, plan.programs) for layer in layers]
+    for team, (first_group, *_) in enumerate(step.teams):
+        found[f"tiles {team}"] = tuple(step.team_tiles(team, layer) for layer in layers)
+        found[f"k_tiles {team}"] = tuple(step.k_tiles(team, layer) for layer in layers)
+        found[f"programs {team}"] = tuple(of_layer[team] for of_layer in sizes)
+        found[f"start {team}"] = tuple(sum(of_layer[:team]) for of_layer in sizes)
+        for field in ("x_start", "k"):
+            found[f"{field} {team}"] = tuple(getattr(groups[first_group], field) for groups in step.layers)
     for i in range(len(step.layers[0])):
-        for field in ("row_tiles", "k", "row_start", "x_start"):
+        for field in ("row_tiles", "row_start"):
             found[f"{field} {i}"] = tuple(getattr(groups[i], field) for groups in step.layers)
     return found
 
@@ -110,8 +118,10 @@ class Emitter:
         self.plan = self.launch.plan
         self.epoch = w.add(self.layer, w.integer(self.plan.epoch(0)))
 
-    def base(self, behind: int) -> Value:
-        """Of the words of this layer, or of the one before."""
+    def base(self, step: int, behind: int = 0) -> Value:
+        """Where offsets of a step's words begin, in this layer or the one before."""
+        if step >= self.plan.in_layer:
+            return self.words
         epoch = w.sub(self.epoch, w.integer(behind))
         return w.offset_pointer(self.words, w.mul(w.both(epoch, w.integer(1)), w.integer(4 * self.plan.layer_words)))
 
@@ -127,7 +137,7 @@ class Emitter:
 
     def squares(self, stream: int) -> tuple[list[Value], Value]:
         """Each sequence's sum of squares of the stream in an earlier phase so far, and whether a word of them is missing."""
-        splits, base = self.plan.steps[stream].splits, self.base(0)  # pyright: ignore[reportAttributeAccessIssue]
+        splits, base = self.plan.steps[stream].splits, self.base(stream)  # pyright: ignore[reportAttributeAccessIssue]
         begin, count = self.plan.offset("squares", stream), self.plan.batch * splits
         words = [load_word(base, w.integer(4 * (begin + n))) for n in range(count)]
         parts = w.floats(words)

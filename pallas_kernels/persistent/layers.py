@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode import Decoded, DecoderLayer
 from pallas_kernels.norm import Norm
-from pallas_kernels.persistent.launch import numbers_of
 from pallas_kernels.persistent.plan import (
     HEAD_DIMS,
     TILE_ROWS,
     Attention,
+    Collect,
     Group,
     Phase,
     Plan,
@@ -83,30 +83,6 @@ def refuses(
     return _plan(x, layers, norm, head, keys, values, target().cores)[0].problems()
 
 
-def unproven(
-    x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
-    values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array,
-) -> str | None:  # fmt: skip
-    """What of a call has not been compared with the reference on a GPU by this very code."""
-    plan, _ = _plan(x, layers, norm, head, keys, values, target().cores)
-    heads, kv_heads = _heads(layers[0], keys)
-    biases = [bias for layer in layers for bias in layer.qkv.biases if bias is not None]
-    differ = any(len(set(of_layers)) > 1 for step in plan.steps for of_layers in numbers_of(step).values())
-    parts = [part for layer in layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    found = {
-        "more than one sequence": x.shape[0] > 1,
-        "dense sites": any(up is None for part in parts for up in part.ups),
-        "heads of other than 128 columns": keys[0].shape[-1] != 128,
-        "several queries a kv head": heads > kv_heads,
-        "a sliding window": any(layer.window is not None for layer in layers),
-        "ranks that differ from layer to layer": differ,
-        "norms of queries and keys": layers[0].q_norm is not None,
-        "biases": bool(biases),
-    }
-    names = [name for name, there in found.items() if there]
-    return f"not yet compared on a GPU, so only on request: {', '.join(names)}" if names else None
-
-
 def run(
     x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: tuple[jax.Array, ...],
     values: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, start: jax.Array,
@@ -157,7 +133,7 @@ class _Builder:
             operands.append(array)
         return len(self.operands[0]) - 1
 
-    def project(self, name: str, packed: Sequence[PackedProjection], source: Source, plain: bool = False) -> int:
+    def project(self, name: str, packed: Sequence[PackedProjection], source: Source) -> int:
         """Adds the phases of a projection; gives the number of the last."""
         if all(up is None for up in packed[0].ups):
             number = self.operand([p.first for p in packed])
@@ -168,22 +144,22 @@ class _Builder:
                 ]
                 for p in packed
             ]
-            return self.phase(name, groups, source, plain)
+            return self.phase(name, groups, source)
         number = self.operand([p.first for p in packed])
         groups = [[Group(number, *p.first.shape)] for p in packed]
-        first = self.phase(f"{name} down", groups, source, False)
+        first = self.phase(f"{name} down", groups, source)
         numbers = [self.operand([p.ups[i] for p in packed]) for i in range(len(packed[0].ups))]  # pyright: ignore
         groups = [
             [Group(numbers[i], p.d_outs[i], p.widths[i], x_start=p.starts[i]) for i in range(len(numbers))]
             for p in packed
         ]
         scaled = first if source.kind == "stream" else None
-        return self.phase(f"{name} up", groups, Source("sum", first, scaled=scaled), plain)
+        return self.phase(f"{name} up", groups, Source("sum", first, scaled=scaled))
 
-    def phase(self, name: str, groups: Sequence[Sequence[Group]], source: Source, plain: bool) -> int:
-        phase = Phase(name, tuple(map(tuple, groups)), source, plain=plain)
+    def phase(self, name: str, groups: Sequence[Sequence[Group]], source: Source) -> int:
+        phase = Phase(name, tuple(map(tuple, groups)), source)
         longest = max(group.k for layer in groups for group in layer)
-        splits = 1 if plain else splits_for(phase.padded_rows, longest, self.programs, len(phase.distinct))
+        splits = splits_for(phase.padded_rows, longest, self.programs)
         self.steps.append(dataclasses.replace(phase, splits=splits))
         return len(self.steps) - 1
 
@@ -243,7 +219,8 @@ def _plan(
     of_layers = [array for operands in build.operands for array in operands]
     build.operands = [[]]
     scale = build.operand([norm.scale])
-    build.project("head", [head], Source("stream", mlp, stream=middle, behind=1, scale=scale), plain=True)
+    logits = build.project("head", [head], Source("stream", mlp, stream=middle, behind=1, scale=scale))
+    build.steps.append(Collect("logits", logits, head.d_outs[0], build.scaled(logits)))
     plan = Plan(len(layers), tuple(build.steps), in_layer, batch, programs, width, keys[0].shape[2], count)
     return plan, [*of_layers, *build.operands[0]]
 

@@ -1,6 +1,5 @@
 """The loading warpgroup: tiles of all items of a step in order, whatever their inputs."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,23 +7,27 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.persistent.attend import span
-from pallas_kernels.persistent.items import Items
+from pallas_kernels.persistent.items import AttentionItems, PhaseItems
 from pallas_kernels.persistent.launch import Place
-from pallas_kernels.persistent.plan import TILE_K, TILE_ROWS, Attention
+from pallas_kernels.persistent.plan import TILE_K, TILE_ROWS, Attention, Phase
 from pallas_kernels.persistent.ring import Ring
 
 
 def load_step(place: Place, ring: Ring, lengths: Any, tiles: jax.Array) -> jax.Array:
     """Loads the tiles of this program's items of a step; gives the number of tiles so far."""
-    items, plan = Items(place), place.launch.plan
-    first_operand = place.layer * plan.operands
-    if isinstance(items.step, Attention):
-        return _load_cache(items, items.step, ring, lengths, plan.slots, first_operand, tiles)
-    k_tiles, chosen = items.numbers["k_tiles"], items
+    step = place.launch.plan.steps[place.step]
+    if isinstance(step, Attention):
+        return _load_cache(place, step, ring, lengths, tiles)
+    return _load_weights(place, step, ring, tiles) if isinstance(step, Phase) else tiles
+
+
+def _load_weights(place: Place, phase: Phase, ring: Ring, tiles: jax.Array) -> jax.Array:
+    items, first_operand = PhaseItems(place, phase), place.layer * place.launch.plan.operands
+    k_tiles = items.team.k_tiles
 
     def load_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
-        row_tile, split = chosen.tile(i)
-        rows = chosen.rows(row_tile)
+        row_tile, split = items.tile(i)
+        rows = items.rows(row_tile)
 
         def load_tile(k: jax.Array, tiles: jax.Array) -> jax.Array:
             return ring.load(first_operand + rows.weight, rows.row, (split * k_tiles + k) * TILE_K, tiles)
@@ -34,19 +37,18 @@ def load_step(place: Place, ring: Ring, lengths: Any, tiles: jax.Array) -> jax.A
     return lax.fori_loop(0, items.count, load_item, tiles)
 
 
-def _load_cache(
-    items: Items, attention: Attention, ring: Ring, lengths: Any, slots: int, first_operand: jax.Array, tiles: jax.Array
-) -> jax.Array:
+def _load_cache(place: Place, attention: Attention, ring: Ring, lengths: Any, tiles: jax.Array) -> jax.Array:
     """Keys and values in turn, 64 slots of a head a tile."""
-    operands: Sequence[int] = (attention.keys, attention.values)
+    items, plan = AttentionItems(place, attention), place.launch.plan
+    first_operand = place.layer * plan.operands
 
     def load_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
         item = items.part(i)
-        _, begin, end = span(attention, lengths[item.row], items.numbers["window"], item.part)
-        first_slot = (item.row * attention.kv_heads + item.head) * slots
+        _, begin, end = span(attention, lengths[item.row], items.window, item.part)
+        first_slot = (item.row * attention.kv_heads + item.head) * plan.slots
 
         def load_pair(t: jax.Array, tiles: jax.Array) -> jax.Array:
-            for operand in operands:
+            for operand in (attention.keys, attention.values):
                 tiles = ring.load(first_operand + operand, first_slot + t * TILE_ROWS, jnp.int32(0), tiles)
             return tiles
 

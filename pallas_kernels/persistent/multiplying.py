@@ -12,40 +12,37 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.inputs import fill
-from pallas_kernels.persistent.items import Items
+from pallas_kernels.persistent.items import AttentionItems, PhaseItems
 from pallas_kernels.persistent.launch import Place
-from pallas_kernels.persistent.outputs import store_plain, store_words
-from pallas_kernels.persistent.plan import HALF_TILE, TILE_ROWS, Attention
+from pallas_kernels.persistent.outputs import store_words
+from pallas_kernels.persistent.plan import HALF_TILE, TILE_ROWS, Attention, Phase
 from pallas_kernels.persistent.ring import Ring
 
 _SUMS = plgpu.ACC((TILE_ROWS, 8), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 _HALVES = (slice(0, HALF_TILE), slice(HALF_TILE, 2 * HALF_TILE))
 
 
-def multiply_step(place: Place, ring: Ring, logits: Any, tiles: jax.Array) -> jax.Array:
+def multiply_step(place: Place, ring: Ring, tiles: jax.Array) -> jax.Array:
     """Computes this program's items of a phase; gives the number of tiles so far."""
-    items = Items(place)
-    step, k_tiles = items.step, items.numbers["k_tiles"]
+    phase = place.launch.plan.steps[place.step]
+    assert isinstance(phase, Phase)
+    items = PhaseItems(place, phase)
 
     @pl.when(items.count > 0)
     def _() -> None:
-        # The number of programs is a multiple of the splits, so all items of this program have the same one.
+        # A team's programs are a multiple of the splits, so all items of this program have the same one.
         row_tile, split = items.tile(jnp.int32(0))
-        fill(place, items.numbers, split, (row_tile == 0).astype(jnp.int32))
+        fill(place, items.team, split, (row_tile == 0).astype(jnp.int32))
         plgpu.commit_smem()
 
     def multiply_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
         row_tile, split = items.tile(i)
-        first = items.rows(row_tile).slice_ * k_tiles
 
         def with_sums(even: Any, odd: Any) -> jax.Array:
-            end = _products(place.launch.activations, ring, k_tiles, tiles, first, (even, odd))
+            end = _products(place.launch.activations, ring, items.team.k_tiles, tiles, (even, odd))
             products = even[...] + odd[...]
             ring.give_back(end - 1)
-            if step.plain:
-                store_plain(place, logits, products, row_tile * TILE_ROWS)
-            else:
-                store_words(place, products, split, row_tile * TILE_ROWS)
+            store_words(place, products, split, items.rows(row_tile).output)
             return end
 
         return pl.run_scoped(with_sums, *[_SUMS] * 2)
@@ -53,9 +50,7 @@ def multiply_step(place: Place, ring: Ring, logits: Any, tiles: jax.Array) -> ja
     return lax.fori_loop(0, items.count, multiply_item, tiles)
 
 
-def _products(
-    activations: Any, ring: Ring, count: jax.Array, tiles: jax.Array, first: jax.Array, sums: tuple[Any, Any]
-) -> jax.Array:
+def _products(activations: Any, ring: Ring, count: jax.Array, tiles: jax.Array, sums: tuple[Any, Any]) -> jax.Array:
     """Adds up weight tiles times activations. Two sums, so that no instruction waits for the one before; a slot is given back one
     tile late, when its instructions are known to have ended. The last one is left to the caller."""
 
@@ -63,7 +58,7 @@ def _products(
         slot = ring.slot(tiles)
         ring.await_tile(tiles)
         for half, columns in enumerate(_HALVES):
-            plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[first + k, :, columns].T)
+            plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[k, :, columns].T)
         plgpu.wgmma_wait(2)
 
         @pl.when(k > 0)
@@ -77,14 +72,14 @@ def _products(
 
 def attend_step(place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, tiles: jax.Array) -> jax.Array:
     """Computes this program's items of an attention; gives the number of tiles so far."""
-    items, activations = Items(place), place.launch.activations
-    attention = items.step
+    attention, activations = place.launch.plan.steps[place.step], place.launch.activations
     assert isinstance(attention, Attention)
+    items = AttentionItems(place, attention)
 
     def attend_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
         item = items.part(i)
         length = lengths[item.row]
-        first, begin, end = attend.span(attention, length, items.numbers["window"], item.part)
+        first, begin, end = attend.span(attention, length, items.window, item.part)
         last = length // TILE_ROWS
         newest = ((begin <= last) & (last < end)).astype(jnp.int32)
         attend.prepare(place, item, length, newest, tables)

@@ -6,9 +6,9 @@ import jax
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.launch import ROOTS, Emitter, Place
-from pallas_kernels.persistent.plan import Phase
-from pallas_kernels.persistent.words import store_word
+from pallas_kernels.persistent.launch import Emitter, Place
+from pallas_kernels.persistent.plan import CHUNK, THREADS, Collect, Phase
+from pallas_kernels.persistent.words import differ, store_word
 
 
 def store_words(place: Place, products: Any, split: jax.Array, row: jax.Array) -> None:
@@ -18,7 +18,7 @@ def store_words(place: Place, products: Any, split: jax.Array, row: jax.Array) -
     assert isinstance(phase, Phase)
 
     def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> None:
-        (split, row), base = scalars, e.base(0)
+        (split, row), base = scalars, e.base(place.step)
         begin = w.add(w.mul(split, w.integer(plan.batch * phase.padded_rows)), row)
         begin = w.add(begin, w.integer(plan.offset("sums", place.step)))
 
@@ -32,25 +32,41 @@ def store_words(place: Place, products: Any, split: jax.Array, row: jax.Array) -
     place.emit(body, [split, row], arrays=[products])
 
 
-def store_plain(place: Place, output: Any, products: Any, row: jax.Array) -> None:
-    """Emits the storing of products [64, 8] as rows of the output, float32 [batch, rows], divided by the norm if not yet done."""
+def collect(place: Place, output: Any) -> None:
+    """Emits the summing of a phase's partial sums into the output, float32 [batch, columns], normed if they are not yet."""
     plan = place.launch.plan
-    phase = plan.steps[place.step]
-    assert isinstance(phase, Phase)
-    (group,) = phase.layers[0]
+    step = plan.steps[place.step]
+    assert isinstance(step, Collect)
+    of_row = -(-step.columns // CHUNK)
+    total = plan.batch * of_row
 
-    def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
-        (begin,), (base,) = scalars, refs
+    def body(e: Emitter, scalars: Any, refs: list[Value], arrays: Any) -> None:
+        mine, base = w.add(w.mul(w.program(), w.integer(THREADS)), w.thread()), e.base(step.of)
 
-        def one(value: Any, index: Any) -> None:
-            r, sequence = w.add(begin, w.as_index(index[0])), w.as_index(index[1])
-            real = w.both(w.below(sequence, w.integer(plan.batch)), w.below(r, w.integer(group.rows)))
-            if phase.source.kind == "stream":
-                at = w.mul(w.smaller(sequence, w.integer(plan.batch - 1)), w.integer(4))
-                value = w.mul_f(value, w.load_shared(e.small, w.add(at, w.integer(ROOTS))))
-            at = w.mul(w.add(r, w.mul(sequence, w.integer(group.rows))), w.integer(4))
-            w.store_float(base, at, value, real)
+        def turn(number: Value, _: Any) -> list[Value]:
+            chunk = w.add(mine, w.mul(number, w.integer(plan.programs * THREADS)))
+            real, chunk = w.below(chunk, w.integer(total)), w.smaller(chunk, w.integer(total - 1))
+            row, column = w.quotient(chunk, of_row), w.mul(w.remainder(chunk, of_row), w.integer(CHUNK))
 
-        arrays[0].foreach(one)
+            def load() -> tuple[list[Value], Value]:
+                values, words = e.sums(base, step.of, row, column)
+                missing = differ(words, e.epoch)
+                if step.scaled is None:
+                    return values, missing
+                squares, late = e.squares(step.scaled)
+                return values + squares, w.either(missing, late)
 
-    place.emit(body, [row], [output], [products])
+            found = e.wait(load, CHUNK + (0 if step.scaled is None else plan.batch))
+            values, squares = found[:CHUNK], found[CHUNK:]
+            if squares:
+                root = e.by_row(row, [e.root(total) for total in squares])
+                values = [w.mul_f(v, root) for v in values]
+            for i, value in enumerate(values):
+                at = w.add(column, w.integer(i))
+                offset = w.mul(w.add(at, w.mul(row, w.integer(step.columns))), w.integer(4))
+                w.store_float(refs[0], offset, value, w.both(real, w.below(at, w.integer(step.columns))))
+            return []
+
+        w.repeat(w.integer(-(-total // (plan.programs * THREADS))), [], turn)
+
+    place.emit(body, refs=[output])

@@ -11,6 +11,12 @@ from collections.abc import Iterator
 TILE_ROWS, TILE_K = 64, 128
 """A weight tile: 64 output rows by 128 of the contraction axis, 16 KiB of bfloat16. One of keys or values: 64 slots of a head."""
 
+THREADS = 128
+"""Of a warpgroup."""
+
+CHUNK = 4
+"""Columns that a thread reads at once: 16 bytes of words."""
+
 HALF_TILE = 64
 """Columns of half a tile: what 128 bytes, the widest swizzle of a bulk copy, hold."""
 
@@ -23,8 +29,7 @@ MOST_LAYERS = 250
 """Epochs fit into eight bits."""
 
 _SMALL = 4096  # bytes of shared memory for barriers and reductions
-_WORDS_AT_ONCE = 4  # words are read 16 bytes at a time, so that every array of them begins at such a boundary
-_LARGEST_INPUT = 32  # tiles; a phase with a larger input is split
+_LARGEST_INPUT = 12  # tiles; a phase with a larger input is split, so that more of the ring is left
 MOST_PARTS = 16
 
 
@@ -79,18 +84,43 @@ class Source:
 class Phase:
     """One product. ``splits`` programs share a row tile, each over its part of the contraction axis.
 
-    ``layers`` holds its groups in every layer, which differ in sizes alone; the head has one. A ``plain`` output leaves the launch
-    as it is, others are words for later phases.
+    ``layers`` holds its groups in every layer, which differ in sizes alone; the head has one. Programs divide into teams, one for
+    each slice of the input that is read, so that no program needs more than a part of one slice.
     """
 
     name: str
     layers: tuple[tuple[Group, ...], ...]
     source: Source
     splits: int = 1
-    plain: bool = False
+
+    @functools.cached_property
+    def teams(self) -> tuple[tuple[int, ...], ...]:
+        """Numbers of the groups that read the same slice in every layer."""
+        count = range(len(self.layers[0]))
+        reads = [tuple((groups[i].x_start, groups[i].k) for groups in self.layers) for i in count]
+        return tuple(tuple(i for i in count if reads[i] == read) for read in dict.fromkeys(reads))
 
     def row_tiles(self, layer: int) -> int:
         return sum(group.row_tiles for group in self.layers[layer])
+
+    def team_tiles(self, team: int, layer: int) -> int:
+        """Row tiles of a team."""
+        return sum(self.layers[layer][i].row_tiles for i in self.teams[team])
+
+    def k_tiles(self, team: int, layer: int) -> int:
+        """Of a team's items."""
+        return -(-self.layers[layer][self.teams[team][0]].k // (TILE_K * self.splits))
+
+    def team_programs(self, layer: int, programs: int) -> tuple[int, ...]:
+        """How many programs each team has: a multiple of the splits, more where the slowest of them has most to do."""
+        sizes = [self.splits] * len(self.teams)
+        work = [(self.team_tiles(t, layer) * self.splits, self.k_tiles(t, layer)) for t in range(len(self.teams))]
+        for _ in range(sum(sizes), programs, self.splits):
+            slowest = max(
+                range(len(sizes)), key=lambda t: (-(-work[t][0] // sizes[t]) * work[t][1], work[t][0] / sizes[t])
+            )
+            sizes[slowest] += self.splits
+        return tuple(sizes)
 
     @functools.cached_property
     def padded_rows(self) -> int:
@@ -100,28 +130,28 @@ class Phase:
     def items(self, layer: int) -> int:
         return self.row_tiles(layer) * self.splits
 
-    def k_tiles(self, layer: int) -> int:
-        """Of an item. Beyond the end of a shorter group its tiles are zeros, which cost no memory traffic."""
-        return max(-(-group.k // (TILE_K * self.splits)) for group in self.layers[layer])
-
-    @property
-    def distinct(self) -> tuple[int, ...]:
-        """Groups that are the first to read their slice of the input."""
-        reads = self._reads
-        return tuple(i for i, read in enumerate(reads) if reads.index(read) == i)
-
-    def slice_of(self, group: int) -> int:
-        """Number of the slice that a group reads."""
-        return self.distinct.index(self._reads.index(self._reads[group]))
-
     @functools.cached_property
     def activation_tiles(self) -> int:
         """Of 8 sequences by 128 columns: the largest input that a program holds."""
-        return len(self.distinct) * max(map(self.k_tiles, range(len(self.layers))))
+        return max(self.k_tiles(team, layer) for team in range(len(self.teams)) for layer in range(len(self.layers)))
 
-    @property
-    def _reads(self) -> list[tuple[tuple[int, int], ...]]:
-        return [tuple((groups[i].x_start, groups[i].k) for groups in self.layers) for i in range(len(self.layers[0]))]
+
+@dataclasses.dataclass(frozen=True)
+class Collect:
+    """The end: sums of a phase's partial sums as the launch's output, float32 [batch, columns]. All programs share the columns.
+
+    ``scaled`` is as of `Source`.
+    """
+
+    name: str
+    of: int
+    columns: int
+    scaled: int | None
+    activation_tiles: int = 0
+
+    def items(self, layer: int) -> int:
+        del layer
+        return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +181,6 @@ class Attention:
     norms: tuple[int, int] | None
     biases: tuple[int, int, int] | None
     batch: int
-    plain: bool = False
 
     @property
     def group(self) -> int:
@@ -165,7 +194,7 @@ class Attention:
     activation_tiles: int = 2  # queries, weights of the softmax
 
 
-Step = Phase | Attention
+Step = Phase | Attention | Collect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,23 +250,29 @@ class Plan:
 
     @functools.cached_property
     def _arrays(self) -> dict[tuple[str, int], tuple[int, int]]:
-        """(kind, step) -> first word and size of its arrays, within a layer's words."""
-        sizes: dict[tuple[str, int], int] = {}
-        for number, step in enumerate(self.steps):
-            if isinstance(step, Attention):
-                sizes["sums", number] = step.parts * self.batch * step.heads * step.head_dim
-                sizes["weights", number] = step.parts * self.batch * step.heads
-                continue
-            if not step.plain:
-                sizes["sums", number] = step.splits * self.batch * step.padded_rows
-            if step.source.kind == "stream":
-                sizes["squares", number] = self.batch * step.splits
-                sizes["stream", number] = self.batch * self.width
-        ends = itertools.accumulate(-(-size // _WORDS_AT_ONCE) * _WORDS_AT_ONCE for size in sizes.values())
-        return {
-            key: (end - -(-size // _WORDS_AT_ONCE) * _WORDS_AT_ONCE, size)
-            for (key, size), end in zip(sizes.items(), ends, strict=True)
-        }
+        """(kind, step) -> first word and size of its arrays: those of a layer from 0 on, those of the head behind both layers'."""
+        found: dict[tuple[str, int], tuple[int, int]] = {}
+        end = 0
+        for number in range(len(self.steps)):
+            if number == self.in_layer:
+                end *= 2
+            for kind, size in self._sizes(number).items():
+                found[kind, number] = end, size
+                end += -(-size // CHUNK) * CHUNK
+        found["all", -1] = 0, end
+        return found
+
+    def _sizes(self, number: int) -> dict[str, int]:
+        step = self.steps[number]
+        if isinstance(step, Collect):
+            return {}
+        if isinstance(step, Attention):
+            heads = step.parts * self.batch * step.heads
+            return {"sums": heads * step.head_dim, "weights": heads}
+        found = {"sums": step.splits * self.batch * step.padded_rows}
+        if step.source.kind == "stream":
+            found |= {"squares": self.batch * step.splits, "stream": self.batch * self.width}
+        return found
 
     def offset(self, kind: str, step: int) -> int:
         """First word of one of a step's arrays: its partial "sums" [splits, batch, padded rows] or, of an attention, [parts, batch,
@@ -247,8 +282,14 @@ class Plan:
 
     @functools.cached_property
     def layer_words(self) -> int:
-        """Words of a layer. Layers take turns in two such arrays."""
-        return max(sum(array) + _WORDS_AT_ONCE for array in self._arrays.values()) // 4 * 4
+        """Words of a layer. Layers take turns in two such arrays, behind which those of the head lie."""
+        sizes = [size for number in range(self.in_layer) for size in self._sizes(number).values()]
+        return sum(-(-size // CHUNK) * CHUNK for size in sizes)
+
+    @property
+    def words(self) -> int:
+        """In all."""
+        return self._arrays["all", -1][1]
 
     @staticmethod
     def epoch(layer: int) -> int:
@@ -260,10 +301,12 @@ class Plan:
         phases = [step for step in self.steps if isinstance(step, Phase)]
         if any(self.programs % phase.splits for phase in phases):
             return "splits that do not divide the number of programs: a program would need several parts of an input"
-        if any(phase.plain and phase.splits > 1 for phase in phases):
-            return "an output that leaves the launch in parts"
+        if any(phase.source.kind == "stream" and len(phase.teams) > 1 for phase in phases):
+            return "parts of the residual stream, which nobody could publish whole"
+        if any(self.programs < len(phase.teams) * phase.splits for phase in phases):
+            return "fewer programs than slices of an input"
         groups = [group for phase in phases for groups in phase.layers for group in groups]
-        if any(group.x_start % _WORDS_AT_ONCE or group.k % 8 for group in groups):
+        if any(group.x_start % CHUNK or group.k % 8 for group in groups):
             return "a contraction axis that is no multiple of 8, or that begins at no multiple of 4"
         if self.layers > MOST_LAYERS:
             return f"more than {MOST_LAYERS} layers"
@@ -272,14 +315,14 @@ class Plan:
         return None
 
 
-def splits_for(rows: int, k: int, programs: int, slices: int = 1) -> int:
+def splits_for(rows: int, k: int, programs: int) -> int:
     """A power of two that gives every program an item, as long as items stay four tiles long, and that keeps inputs small."""
     tiles, k_tiles = -(-rows // TILE_ROWS), -(-k // TILE_K)
     found = 1
     for splits in itertools.takewhile(lambda s: k_tiles >= 4 * s, (2, 4, 8)):
         if tiles * found < programs:
             found = splits
-    while slices * -(-k_tiles // found) > _LARGEST_INPUT and found < 8:
+    while -(-k_tiles // found) > _LARGEST_INPUT and found < 8:
         found *= 2
     return found
 

@@ -14,12 +14,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
-from pallas_kernels.persistent.plan import HALF_TILE, TILE_BYTES, TILE_ROWS
+from pallas_kernels.persistent.plan import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
 
 TILES_IN_FLIGHT = 3
 """Tiles that a program has asked for and not got: 48 KiB a core. Fewer leave memory idle, more make words wait behind weights."""
-
-_THREADS = 128
 
 
 def ring_memory(stages: int) -> list[Any]:
@@ -56,7 +54,7 @@ class Ring:
             with w.when(w.equal(w.thread(), w.integer(0))):
                 for slot in range(stages):
                     copies.make_barrier(w.add(base, w.integer(8 * slot)), 1)
-                    copies.make_barrier(w.add(base, w.integer(8 * (stages + slot))), _THREADS)
+                    copies.make_barrier(w.add(base, w.integer(8 * (stages + slot))), THREADS)
             copies.publish_barriers()
             w.meet()
 
@@ -68,7 +66,7 @@ class Ring:
 
         @w.emitted(plgpu.RefType())
         def emit(context: Any, maps: Any) -> None:
-            for begin in range(0, count, _THREADS):
+            for begin in range(0, count, THREADS):
                 index = w.add(w.thread(), w.integer(begin))
                 copies.know_tensor_map(w.offset_pointer(w.address(maps), w.mul(index, w.integer(128))))
             w.meet()

@@ -15,10 +15,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
-from pallas_kernels.persistent.plan import HALF_TILE, TILE_ROWS
+from pallas_kernels.persistent.plan import HALF_TILE, THREADS, TILE_ROWS
 
 MAP_BYTES = 128
-_THREADS = 128
 
 
 def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
@@ -43,19 +42,19 @@ def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tupl
 
         emit(template, *given, sizes, maps, addresses, scratch)
 
-    programs = -(-count // _THREADS)
+    programs = -(-count // THREADS)
     call = plgpu.kernel(
         tensor_maps,
         out_type=(
-            jax.ShapeDtypeStruct((programs * _THREADS, MAP_BYTES // 4), jnp.int32),
-            jax.ShapeDtypeStruct((programs * _THREADS, 2), jnp.int32),
+            jax.ShapeDtypeStruct((programs * THREADS, MAP_BYTES // 4), jnp.int32),
+            jax.ShapeDtypeStruct((programs * THREADS, 2), jnp.int32),
         ),
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=[plgpu.SMEM((_THREADS * MAP_BYTES // 4,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((THREADS * MAP_BYTES // 4,), jnp.int32)],
     )
-    sizes = np.zeros((programs * _THREADS, 2), np.int32)
+    sizes = np.zeros((programs * THREADS, 2), np.int32)
     sizes[:count] = shapes
     template = jnp.zeros((TILE_ROWS, HALF_TILE), jnp.bfloat16)
     return call(template, *operands, sizes)

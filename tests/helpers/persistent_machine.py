@@ -19,7 +19,7 @@ from pallas_kernels.persistent.plan import (
     TILE_K,
     TILE_ROWS,
     Attention,
-    Phase,
+    Collect,
     Plan,
 )
 
@@ -53,10 +53,10 @@ class Machine:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self.words = np.full((2, plan.layer_words), np.nan)
-        self.epochs = np.zeros((2, plan.layer_words), int)
-        (plain,) = (step for step in plan.steps if isinstance(step, Phase) and step.plain)
-        self.logits = np.full((plan.batch, plain.layers[0][0].rows), np.nan)
+        self.words = np.full(plan.words, np.nan)
+        self.epochs = np.zeros(plan.words, int)
+        (last,) = (step for step in plan.steps if isinstance(step, Collect))
+        self.logits = np.full((plan.batch, last.columns), np.nan)
         self.new: dict[tuple[int, int, int, int], np.ndarray] = {}  # (layer, operand, sequence, kv head) -> [head_dim]
         self.rows = np.arange(plan.batch)
         self.programs = {g: self.program(g) for g in range(plan.programs)}
@@ -75,17 +75,23 @@ class Machine:
 
     def read(self, epoch: int, at: np.ndarray) -> Run:
         """Words of an epoch, once all are there."""
+        at = self.place(epoch, at)
         while True:
-            found = self.epochs[epoch & 1][at]
+            found = self.epochs[at]
             assert (found <= epoch).all(), "a word was overwritten while a program still wanted it"
             if (found == epoch).all():
-                return self.words[epoch & 1][at]
+                return self.words[at]
             yield "waits"
 
     def write(self, epoch: int, at: np.ndarray, values: np.ndarray) -> None:
-        assert (self.epochs[epoch & 1][at] < epoch).all(), "a word is written twice"
-        self.words[epoch & 1][at] = values
-        self.epochs[epoch & 1][at] = epoch
+        at = self.place(epoch, at)
+        assert (self.epochs[at] < epoch).all(), "a word is written twice"
+        self.words[at] = values
+        self.epochs[at] = epoch
+
+    def place(self, epoch: int, at: np.ndarray) -> np.ndarray:
+        """Layers take turns in two arrays; the head's words lie behind both."""
+        return np.where(at < 2 * self.plan.layer_words, at + (epoch & 1) * self.plan.layer_words, at)
 
     def program(self, g: int) -> Run:
         plan = self.plan
@@ -95,7 +101,11 @@ class Machine:
         in_head = ((plan.layers, number) for number in range(plan.in_layer, len(plan.steps)))
         for layer, number in itertools.chain(in_layers, in_head):
             own = layer if number < plan.in_layer else 0
-            take = self.attend if isinstance(plan.steps[number], Attention) else self.multiply
+            step = plan.steps[number]
+            if isinstance(step, Collect):
+                yield from self.collect(step, layer, g)
+                continue
+            take = self.attend if isinstance(step, Attention) else self.multiply
             yield from take(number, layer, own, items_of(plan, number, own, g))
 
     def embed(self, g: int) -> None:
@@ -114,24 +124,23 @@ class Machine:
 
     # ------------------------------------------------------------------ products
 
-    def multiply(self, number: int, layer: int, own: int, items: range) -> Run:
-        phase, held, part = self.plan.steps[number], None, None
-        for item in items:
-            row_tile, split = divmod(item, phase.splits)
+    def multiply(self, number: int, layer: int, own: int, items: list[tuple[int, int, int]]) -> Run:
+        held, part = None, None
+        for team, row_tile, split in items:
             if held is None:
-                held, part = (yield from self.input(number, layer, own, split, row_tile == 0)), split
-            assert part == split, "one program with two parts of an input"
-            self.product(number, layer, own, row_tile, split, *held)
+                held, part = (yield from self.input(number, layer, own, team, split, row_tile == 0)), (team, split)
+            assert part == (team, split), "one program with two parts of an input"
+            self.product(number, layer, own, team, row_tile, split, held)
             yield "moves"
 
-    def input(self, number: int, layer: int, own: int, split: int, publishes: bool) -> Run:
-        """A split of the input, [slices, batch, columns], and the divisor [batch] of what this program has seen of a stream."""
+    def input(self, number: int, layer: int, own: int, team: int, split: int, publishes: bool) -> Run:
+        """A split of a team's slice of the input, [batch, columns]."""
         plan, phase = self.plan, self.plan.steps[number]
-        tiles, epoch, stream = phase.k_tiles(own), plan.epoch(layer), phase.source.kind == "stream"
-        held = np.zeros((len(phase.distinct), plan.batch, tiles, TILE_K))
+        tiles, epoch, stream = phase.k_tiles(team, own), plan.epoch(layer), phase.source.kind == "stream"
+        held = np.zeros((plan.batch, tiles, TILE_K))
         squares = np.zeros(plan.batch)
-        for (i, distinct), tile in itertools.product(enumerate(phase.distinct), range(tiles)):
-            group = phase.layers[own][distinct]
+        group = phase.layers[own][phase.teams[team][0]]
+        for tile in range(tiles):
             within = (split * tiles + tile) * TILE_K + np.arange(TILE_K)
             real = within < group.k
             # Like the kernel, what lies behind the end reads the first column instead, and waits for it too.
@@ -143,11 +152,11 @@ class Machine:
                     at = plan.offset("stream", number) + self.rows[:, None] * plan.width + columns[real]
                     self.write(epoch, at, values[:, real])
                 values = values * self.operand(layer, phase.source.scale)[columns]
-            held[i, :, tile] = values * real
+            held[:, tile] = values * real
             yield "moves"
         if stream and publishes:
             self.write(epoch, plan.offset("squares", number) + self.rows * phase.splits + split, squares)
-        return held.reshape(len(held), plan.batch, -1), self.root(squares)
+        return held.reshape(plan.batch, -1)
 
     def columns(self, number: int, layer: int, at: np.ndarray) -> Run:
         """[batch, columns] of a phase's input."""
@@ -188,28 +197,35 @@ class Machine:
         shares = np.exp2(logs - logs.max(0))
         return (values * shares).sum(0) / shares.sum(0)
 
-    def product(
-        self, number: int, layer: int, own: int, row_tile: int, split: int, held: np.ndarray, root: np.ndarray
-    ) -> None:
+    def product(self, number: int, layer: int, own: int, team: int, row_tile: int, split: int, x: np.ndarray) -> None:
         plan, phase = self.plan, self.plan.steps[number]
-        ends = np.cumsum([group.row_tiles for group in phase.layers[own]])
-        index = int(np.searchsorted(ends, row_tile, side="right"))
-        group, x = phase.layers[own][index], held[phase.slice_of(index)]
-        begin = group.row_start + (row_tile - int(ends[index]) + group.row_tiles) * TILE_ROWS
+        groups, of_team = phase.layers[own], phase.teams[team]
+        ends = np.cumsum([groups[i].row_tiles for i in of_team])
+        place = int(np.searchsorted(ends, row_tile, side="right"))
+        index = of_team[place]
+        group, within = groups[index], row_tile - int(ends[place]) + groups[index].row_tiles
+        begin = group.row_start + within * TILE_ROWS
         columns = slice(split * x.shape[1], (split + 1) * x.shape[1])
         weight = self.operand(layer, group.weight)[begin : begin + TILE_ROWS, columns]
         y = np.zeros((plan.batch, TILE_ROWS))
         y[:, : weight.shape[0]] = x[:, : weight.shape[1]] @ weight.T
-        row = row_tile * TILE_ROWS
-        if not phase.plain:
-            at = self.sums_at(number, split, self.rows[:, None], row + np.arange(TILE_ROWS))
-            self.write(plan.epoch(layer), at, y)
-            return
-        if phase.source.kind == "stream":
-            y = y * root[:, None]
-        out = self.logits[:, row : row + TILE_ROWS]
-        assert np.isnan(out).all(), "an output is written twice"
-        out[...] = y[:, : out.shape[1]]
+        row = (sum(other.row_tiles for other in groups[:index]) + within) * TILE_ROWS
+        at = self.sums_at(number, split, self.rows[:, None], row + np.arange(TILE_ROWS))
+        self.write(plan.epoch(layer), at, y)
+
+    def collect(self, step: Collect, layer: int, g: int) -> Run:
+        """Four columns a thread, 128 threads a program."""
+        epoch, of_row = self.plan.epoch(layer), -(-step.columns // 4)
+        mine = [c for c in range(self.plan.batch * of_row) if c // 128 % self.plan.programs == g]
+        for row, chunk in (divmod(c, of_row) for c in mine):
+            columns = np.arange(4 * chunk, 4 * chunk + 4)
+            (values,) = yield from self.sums(epoch, step.of, np.array([row]), columns)
+            if step.scaled is not None:
+                values = values * (yield from self.roots(epoch, step.scaled))[row]
+            real = columns[columns < step.columns]
+            assert np.isnan(self.logits[row, real]).all(), "an output is written twice"
+            self.logits[row, real] = values[: real.size]
+            yield "moves"
 
     # ------------------------------------------------------------------ attention
 

@@ -16,9 +16,7 @@ from pallas_kernels import (
     pack,
 )
 from pallas_kernels.persistent import layers
-from pallas_kernels.persistent.plan import (
-    Plan,
-)
+from pallas_kernels.persistent.plan import Phase, Plan
 
 EPS = 1e-5
 Ranks = tuple[int | None, ...]
@@ -112,10 +110,16 @@ def plan_of(arguments: tuple[Any, ...], programs: int) -> tuple[Plan, list[Any]]
     return layers._plan(*arguments[:6], programs)
 
 
-def items_of(plan: Plan, number: int, layer: int, program: int) -> range:
-    """A program's items of a step."""
-    first = (program - plan.first_items[number][layer]) % plan.programs
-    return range(first, plan.steps[number].items(layer), plan.programs)
+def items_of(plan: Plan, number: int, layer: int, program: int) -> list[Any]:
+    """A program's items of a step: numbers of an attention's, (team, row tile among the team's, split) of a phase's."""
+    step = plan.steps[number]
+    turn = (program - plan.first_items[number][layer]) % plan.programs
+    if not isinstance(step, Phase):
+        return list(range(turn, step.items(layer), plan.programs))
+    sizes = step.team_programs(layer, plan.programs)
+    team = next(t for t in range(len(sizes)) if turn < sum(sizes[: t + 1]))
+    mine = range(turn - sum(sizes[:team]), step.team_tiles(team, layer) * step.splits, sizes[team])
+    return [(team, *divmod(item, step.splits)) for item in mine]
 
 
 LOW_RANK = (136, 72, 200)

@@ -63,8 +63,8 @@ def test_the_models_have_what_the_protocol_must_stand() -> None:
     }
     split = {(name, step) for name, of in splits.items() for step, count in of.items() if count > 1}
     assert split == {
-        *(("split inputs", step) for step in ("qkv down", "o down", "gate_up")),
-        *(("split latents", step) for step in ("qkv", "gate_up down", "down down", "down up", "head down")),
+        *(("split inputs", step) for step in ("qkv down", "o down", "gate_up", "head")),
+        *(("split latents", step) for step in ("qkv", "gate_up down", "down down", "down up", "head down", "head up")),
     }
     parts = {
         step.parts

@@ -115,6 +115,18 @@ def test_one_on_request_serves_only_calls_that_name_or_prefer_it(op: Op) -> None
         op.register(implementation("example"), on_request=True)
 
 
+def test_one_that_is_whole_gives_way_to_kernels_of_other_ops(op: Op) -> None:
+    op.register(Implementation("parts", lambda x: x + 1))
+    op.register(Implementation("one_kernel", lambda x: x + 2, whole=True))
+    assert op.choose(1)[0].name == "one_kernel"
+    for name, chosen in (("of_another_op", "parts"), ("parts", "parts"), ("one_kernel", "one_kernel"), ("xla", "xla")):
+        with prefer(name):
+            assert op.choose(1)[0].name == chosen
+    with prefer("of_another_op"):
+        assert op.choose(1, implementation="one_kernel")[0].name == "one_kernel"
+        assert "of_another_op is preferred" in op.choose(1)[1]["one_kernel"]
+
+
 def test_what_is_preferred_is_tried_first_and_the_rest_keeps_its_order(op: Op) -> None:
     op.register(implementation("slow"))
     op.register(implementation("even", lambda x: "x is odd" if x % 2 else None))
