@@ -22,7 +22,8 @@ from jobs import HERE, Job
 from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.errors import FlashSVDError, RequestError
 
-OURS = {"flashsvd_jax": "auto", "flashsvd_jax-products": "products", "flashsvd_jax-xla": "xla"}
+OURS = {"flashsvd_jax-persistent": "persistent", "flashsvd_jax-products": "products", "flashsvd_jax-xla": "xla"}
+PERSISTENT_BATCH = 4  # larger ones it leaves to the others
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -59,7 +60,8 @@ def plan(
     found = []
     for group in processes(cases):
         for impl in ours:
-            found.append(Job("ours.py", OURS[impl], impl, tuple(group), device["bandwidth"], deadline))
+            served = tuple(c for c in group if impl != "flashsvd_jax-persistent" or c.batch <= PERSISTENT_BATCH)
+            found += [Job("ours.py", OURS[impl], impl, served, device["bandwidth"], deadline)] if served else []
         for variant in dict.fromkeys(variant for case in group for variant in case.peers if variant in peers):
             if device["backend"] == "cpu" and variant != "eager":
                 continue

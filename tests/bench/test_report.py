@@ -42,7 +42,7 @@ def test_our_own_rows_are_named_by_what_ran(tmp_path: Path) -> None:
     persistent = row(ms=1.8, kernels="decode_layers=persistent, attend=xla")
     xla = row("flashsvd_jax", ms=3.0, kernels="decode_layers=xla")
     early = {key: value for key, value in row(ms=9.0).items() if key != "kernels"}
-    found = read(tmp_path, early, row(), persistent, xla, failure("flashsvd_jax", batch=8))
+    found = read(tmp_path, early, row(), persistent, xla, failure("flashsvd_jax-persistent", batch=8))
     table = cells(tables.decode(found))
     assert table[0][-3:] == ["one launch", "separate kernels", "plain XLA"]
     assert [line[-3:] for line in table[2:]] == [["1.80 (83%)", "2.00 (75%)", "3.00 (50%)"], ["fails", "-", "-"]]

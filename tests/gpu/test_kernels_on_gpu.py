@@ -26,7 +26,7 @@ from flashsvd_jax.bundled import COMPRESSED, DENSE
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import attend_cached, prefer, project, record
+from pallas_kernels import attend_cached, prefer, project, record, target
 
 pytestmark = pytest.mark.gpu
 
@@ -80,20 +80,30 @@ def test_attend_cached(name: str, dtype: str) -> None:
         np.testing.assert_array_equal(got, again)
 
 
-def test_the_bundled_model_says_the_same_with_and_without_kernels(tmp_path: Path) -> None:
+def skip_unless_served(name: str) -> None:
+    if name == "persistent" and target().capability != (9, 0):
+        pytest.skip("the persistent kernel is written for compute capability 9.0")
+
+
+@pytest.mark.parametrize("name", ["products", "persistent"])
+def test_the_bundled_model_says_the_same_with_and_without_kernels(name: str, tmp_path: Path) -> None:
+    skip_unless_served(name)
     prompt = ["def area(width, height):\n    return"]
     convert(COMPRESSED, tmp_path / "model", base=DENSE, progress=False)
     texts = {}
-    for kernels in ("auto", "xla"):
-        model = load(tmp_path / "model", kernels=kernels, max_length=400)
-        params = SamplingParams(temperature=0.0, max_tokens=256, ignore_eos=True)
+    for kernels in (name, "xla"):
+        model = load(tmp_path / "model", kernels=kernels, max_length=640, dtype="bfloat16")
+        params = SamplingParams(temperature=0.0, max_tokens=512, ignore_eos=True)
         texts[kernels] = [batch_generate(model, prompt, params)[0].token_ids for _ in range(2)]
         assert texts[kernels][0] == texts[kernels][1]
-        assert len(texts[kernels][0]) == 256
-    assert texts["auto"][0] == texts["xla"][0]
+        assert set(model.engine(1).kernels_used["decode_layers"]) == {kernels}
+        assert len(texts[kernels][0]) == 512
+    assert texts[name][0] == texts["xla"][0]
 
 
-def test_logits_of_a_7b_model_are_as_near_to_float32_as_those_of_plain_xla() -> None:
+@pytest.mark.parametrize("name", ["products", "persistent"])
+def test_logits_of_a_7b_model_are_as_near_to_float32_as_those_of_plain_xla(name: str) -> None:
+    skip_unless_served(name)
     config = shape_config("llama-2-7b", 0.5)
     weights = random_weights(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 65)).astype(np.int32)
@@ -101,16 +111,16 @@ def test_logits_of_a_7b_model_are_as_near_to_float32_as_those_of_plain_xla() -> 
     def step(kernels: str | None, used: dict[str, Any]) -> np.ndarray:
         def decode(weights: Any) -> jax.Array:
             with prefer(kernels), record(used):
-                cache = empty_cache(config, 1, 80, weights.embedding.dtype)
+                cache = empty_cache(config, 1, 128, weights.embedding.dtype)
                 cache, _ = decoder.prefill(config, weights, cache, tokens[:, :64], jnp.array([64]))
-                _, x = decoder.extend(config, weights, cache, tokens[:, 64:], jnp.array([64]), jnp.array([65]))
-                return decoder.head_logits(config, weights, x[:, -1])
+                return decoder.decode(config, weights, cache, jnp.asarray(tokens[:, 64]), jnp.array([64]))[1]
 
         return np.asarray(jax.jit(decode)(weights), np.float64)
 
     used: dict[str, Any] = {}
-    kernels, plain = step(None, used), step("xla", {})
-    assert "triton" in used["project"] and "triton" in used["attend_cached"]
+    kernels, plain = step(name, used), step("xla", {})
+    assert set(used["decode_layers"]) == {name}
+    assert name == "persistent" or ("triton" in used["project"] and "triton" in used["attend_cached"])
     weights = jax.tree.map(lambda a: a.astype(jnp.float32), weights)
     with jax.default_matmul_precision("highest"):
         exact = np.asarray(
