@@ -11,19 +11,17 @@ from pallas_kernels.attention import (
     split_heads,
     write_slots,
 )
-from pallas_kernels.decode import Decoded, DecoderLayer, decode_layers
+from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode_layers
 from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
 from pallas_kernels.rounding import power_of_two
-from pallas_kernels.segment import Between, segment
 from pallas_kernels.target import Target, assume_target, target
 
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 
 __all__ = [
-    "Between",
     "Decoded",
     "DecoderLayer",
     "Implementation",
@@ -32,6 +30,7 @@ __all__ = [
     "PackedProjection",
     "Projection",
     "Target",
+    "after_attention",
     "assume_target",
     "attend",
     "attend_cached",
@@ -48,7 +47,6 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotated_heads",
-    "segment",
     "split_heads",
     "target",
     "write_slots",

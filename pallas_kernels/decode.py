@@ -1,7 +1,7 @@
 """The op `decode_layers`: all that a decoder does with one new token a sequence, so that one kernel may do it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,6 @@ from pallas_kernels.norm import Norm
 from pallas_kernels.products import project, project_reference
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
-from pallas_kernels.segment import Between, segment, segment_reference
 
 KEPT = 4  # integers that say where a kernel gave up
 
@@ -42,17 +41,19 @@ class DecoderLayer:
     gate: str = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
 
-    def until(self, following: "DecoderLayer | None") -> Between:
-        """What stands between this layer's attention and that of the following one, None after the last."""
-        return Between(
-            o=self.o,
-            mlp_norm=self.mlp_norm,
-            gate_up=self.gate_up,
-            down=self.down,
-            next_norm=None if following is None else following.input_norm,
-            following=None if following is None else following.qkv,
-            gate=self.gate,
-        )
+
+def after_attention(
+    product: Callable[..., tuple[jax.Array, ...]], x: jax.Array, attended: jax.Array, layer: DecoderLayer
+) -> jax.Array:
+    """The residual stream x [..., width] after a layer's output projection of ``attended`` and its gated MLP.
+
+    ``product`` is `project`, or its reference.
+    """
+    with jax.named_scope("attention_out"):
+        (x,) = product(attended, layer.o, residual=x)
+    with jax.named_scope("mlp"):
+        (gated,) = product(x, layer.gate_up, norm=layer.mlp_norm, gate=layer.gate)
+        return product(gated, layer.down, residual=x)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -94,44 +95,30 @@ def decode_layers_reference(
       cos, sin: float32 [batch, 1, head_dim // 2], of the new tokens' positions.
       start: int32 [batch], those positions.
     """
-    return _decode(
-        project_reference,
-        attend_cached_reference,
-        segment_reference,
-        x,
-        layers,
-        norm,
-        head,
-        keys,
-        values,
-        cos,
-        sin,
-        start,
-    )
+    return _decode(project_reference, attend_cached_reference, x, layers, norm, head, keys, values, cos, sin, start)
 
 
 def _decode(
-    product: Any, attention: Any, between: Any, x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm,
-    head: PackedProjection, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array,
-    start: jax.Array,
+    product: Any, attention: Any, x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection,
+    keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, start: jax.Array,
 ) -> Decoded:  # fmt: skip
     new_keys, new_values = list(keys), list(values)
-    with jax.named_scope("qkv"):
-        projected = product(x, layers[0].qkv, norm=layers[0].input_norm)
-    for index, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
+    for index, layer in enumerate(layers):
+        with jax.named_scope("qkv"):
+            projected = product(x, layer.qkv, norm=layer.input_norm)
         with jax.named_scope("attention"):
             attended, new_keys[index], new_values[index] = attention(
                 *projected, keys[index], values[index], cos, sin, start, start + 1,
                 window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm,
             )  # fmt: skip
-        x, projected = between(x, attended, layer.until(following))
+        x = after_attention(product, x, attended, layer)
     with jax.named_scope("head"):
         (logits,) = product(x[:, -1], head, dtype=jnp.float32, norm=norm)
     return Decoded(logits, tuple(new_keys), tuple(new_values), jnp.zeros((KEPT,), jnp.int32))
 
 
 def _with_ops(*args: Any) -> Decoded:
-    return _decode(project, attend_cached, segment, *args)
+    return _decode(project, attend_cached, *args)
 
 
 decode_layers = Op("decode_layers", decode_layers_reference)

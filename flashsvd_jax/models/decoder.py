@@ -18,6 +18,7 @@ from pallas_kernels import (
     Norm,
     PackedProjection,
     Projection,
+    after_attention,
     attend,
     attend_cached,
     causal_mask,
@@ -25,7 +26,6 @@ from pallas_kernels import (
     pack,
     project,
     rotated_heads,
-    segment,
     split_heads,
 )
 
@@ -182,11 +182,10 @@ def _through_layers(
 
     ``attention(index, q, k, v)`` takes what is projected, each [batch, tokens, heads * head_dim], and gives q's shape.
     """
-    layers = _layers(config, weights)
-    with jax.named_scope("qkv"):
-        projected = project(x, layers[0].qkv, norm=layers[0].input_norm)
-    for index, (layer, following) in enumerate(zip(layers, [*layers[1:], None], strict=True)):
-        x, projected = segment(x, attention(index, *projected), layer.until(following))
+    for index, layer in enumerate(_layers(config, weights)):
+        with jax.named_scope("qkv"):
+            projected = project(x, layer.qkv, norm=layer.input_norm)
+        x = after_attention(project, x, attention(index, *projected), layer)
     return x
 
 

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
-from flashsvd_jax.engine import Engine
-from flashsvd_jax.errors import RequestError
+from flashsvd_jax.engine import Engine, check_stall
+from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.weights import build_weights
@@ -56,3 +57,24 @@ def test_interpreted_kernels_give_the_tokens_of_plain_xla() -> None:
         assert used["decode_layers"] == ({"products"} if kernels == "auto" else {"xla"})
         assert ("triton" in used.get("attend_cached", ())) == ("triton" in used["project"]) == (kernels == "auto")
     assert tokens["auto"] == tokens["xla"]
+
+
+def test_a_kernel_that_gave_up_is_an_error_that_says_where() -> None:
+    check_stall(np.zeros(4, np.int32))
+    with pytest.raises(KernelError, match=r"block 17, phase 3 of layer 5.*kernels='products'"):
+        check_stall(np.array([1, 3, 17, 7], np.int32))
+    with pytest.raises(KernelError, match="where operand 12 is"):
+        check_stall(np.array([2, 12, 0, 0], np.int32))
+
+
+def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny.new_engine()
+    decode = engine._decode
+
+    def stalled(*arguments: Any) -> Any:
+        *results, stall = decode(*arguments)
+        return *results, stall.at[0].set(1)
+
+    monkeypatch.setattr(engine, "_decode", stalled)
+    with pytest.raises(KernelError, match="gave up waiting"):
+        list(engine.generate([[1, 2, 3]], [SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)]))

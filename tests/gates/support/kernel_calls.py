@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from decoder_cases import DecoderCase
 
-from pallas_kernels import Between, Norm, PackedProjection, Projection, hardware_rank, ops, pack
+from pallas_kernels import Norm, PackedProjection, Projection, hardware_rank, ops, pack
 from pallas_kernels.triton.blocks import MATVEC_BATCH
 
 Member = tuple[int, int | None]
@@ -85,22 +85,6 @@ def _attend(label: str, rows: int, heads: int, kv_heads: int, head_dim: int = 12
     return KernelCall(f"attend-{label}-{rows}", "attend_cached", "triton", args, max_registers=192)
 
 
-def _segment(label: str, rows: int, ranks: tuple[int, int], width: int = 4096, ff: int = 11008) -> KernelCall:
-    """A call of `segment`; ranks of the attention's projections and of the MLP's."""
-    attention, mlp = ranks
-    between = Between(
-        o=packed(width, (width, attention)),
-        mlp_norm=Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
-        gate_up=packed(width, (ff, mlp), (ff, mlp)),
-        down=packed(ff, (width, mlp)),
-        next_norm=Norm(array(width), 1e-5),  # pyright: ignore[reportArgumentType]
-        following=packed(width, *[(width, attention)] * 3),
-        gate="silu",
-    )
-    args = (array(rows, 1, width), array(rows, 1, width), between)
-    return KernelCall(f"segment-{label}-{rows}", "segment", "products", args)
-
-
 def _decode(label: str, case: DecoderCase, implementation: str = "persistent") -> KernelCall:
     """A call of `decode_layers`. One block a multiprocessor has all registers."""
     args = jax.eval_shape(case.arguments)
@@ -134,7 +118,6 @@ KERNEL_CALLS: list[KernelCall] = [
     _attend("gqa", 8, 32, 8),
     _attend("head-256", 1, 16, 8, head_dim=256),
     _attend("head-64", 1, 14, 2, head_dim=64),
-    _segment("7b", 1, (1024, 1492)),
     _decode("7b", replace(LLAMA_7B, starts=(0,))),
     _decode("7b", replace(LLAMA_7B, starts=(0,) * 4)),
     _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None))),
