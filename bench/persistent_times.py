@@ -27,7 +27,7 @@ from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import prefer
-from pallas_kernels.persistent import code, copies, launch, layers, plan, ring
+from pallas_kernels.persistent import building, code, copies, launch, plan, ring
 
 CALLS, REPEATS = 20, 4
 Patch = tuple[Any, str, Any]
@@ -47,11 +47,11 @@ NO_COPIES: Patch = (copies, "copy_tile", _nothing_copied)
 
 
 def _splits(change: Callable[[int], int]) -> Patch:
-    return layers, "splits_for", lambda *sizes: change(plan.splits_for(*sizes))
+    return building, "splits_for", lambda *sizes: change(plan.splits_for(*sizes))
 
 
 def _parts(change: Callable[[int], int]) -> Patch:
-    return layers, "parts_for", lambda *sizes: change(plan.parts_for(*sizes))
+    return building, "parts_for", lambda *sizes: change(plan.parts_for(*sizes))
 
 
 VARIANTS: dict[str, tuple[Patch, ...]] = {

@@ -25,11 +25,11 @@ on it NaN and says where it was; the engine raises an error that says so.
 Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before writes them, with the
 addresses, as they do not fit among a launch's parameters. What differs between layers is a number in a table.
 
-    plan         what is computed, as data: steps, items, where words lie. Pure Python, and tested as such
-    layers       the op `decode_layers`: its plan, and what is refused
+    steps, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
+    layers       the op `decode_layers`, and what it refuses       building   its plan
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given
-    inputs       from words to activations                outputs  from sums to words       attend   attention
+    inputs       from words to activations                outputs  from sums to words       heads, attend   attention
     words, copies, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.

@@ -138,6 +138,11 @@ def address(ref: Any) -> Value:
     return utils.memref_ptr(ref)
 
 
+def pointer(ref: Any) -> Value:
+    """The same as a 64-bit integer."""
+    return ptx("mov.u64 $0, $1;", address(ref), results=[ir.IntegerType.get_signless(64)])[0]
+
+
 def load_pointer(base: Value, index: Value) -> Value:
     """The index-th of an array of addresses in GPU memory."""
     code = at_offset("$1", "$2") + "ld.global.nc.u64 $0, [a]; }"

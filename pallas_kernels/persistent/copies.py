@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
-from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
-
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
+
+MAP_BYTES = 128
+"""Of a tensor map."""
 
 
 def make_barrier(at: Value, arrivals: int) -> None:
@@ -35,7 +37,7 @@ def copy_tile(to: Value, barrier: Value, tensor_map: Value, row: Value, column: 
     """Starts the copy of a tile of 64 rows by 128 columns, in two halves of columns; what lies beyond the matrix comes as zeros."""
     start = "@q cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
     code = "{ .reg .pred q; .reg .u32 c, t; setp.ne.u32 q, $5, 0; "
-    code += f"@q mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {64 * 128 * 2}; "
+    code += f"@q mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {TILE_BYTES}; "
     code += start + "[$0], [$2, {$4, $3}], [$1]; add.u32 c, $4, 64; add.u32 t, $0, 8192; "
     code += start + "[t], [$2, {c, $3}], [$1]; }"
     w.ptx(code, to, barrier, tensor_map, row, column, w.flag(condition))
@@ -56,33 +58,33 @@ def write_tensor_maps(
     context: Any, template: Any, operands: Sequence[Any], sizes: Any, maps: Any, addresses: Any, scratch: Any
 ) -> None:
     """Thread i of the grid writes the map and the address of operand i; see `tensor_maps`."""
-    swizzle, box = 128, (64, 64)
-    encoded = context._get_tma_desc(template, (), None, box, swizzle, None)
-    lane, mine = w.thread(), w.add(w.mul(w.program(), w.integer(128)), w.thread())
-    own = w.address(operands[0])
-    pointer = w.ptx("mov.u64 $0, $1;", own, results=[ir.IntegerType.get_signless(64)])[0]
+    mine = w.add(w.mul(w.program(), w.integer(THREADS)), w.thread())
+    pointer = w.pointer(operands[0])
     for index, operand in enumerate(operands[1:], 1):
-        other = w.ptx("mov.u64 $0, $1;", w.address(operand), results=[ir.IntegerType.get_signless(64)])[0]
-        pointer = w.select(w.equal(mine, w.integer(index)), other, pointer)
-    real = w.below(mine, w.integer(len(operands)))
-    place = w.add(w.shared_address(scratch), w.mul(lane, w.integer(128)))
-    copy = "{ .reg .b64 v; ld.b64 v, [$1+%d]; st.shared.b64 [$0+%d], v; }"
-    for byte in range(0, 128, 8):
-        w.ptx(copy % (byte, byte), place, encoded)
-    rows = w.load_integer(w.address(sizes), w.mul(mine, w.integer(8)))
-    columns = w.load_integer(w.address(sizes), w.add(w.mul(mine, w.integer(8)), w.integer(4)))
-    field = "tensormap.replace.tile.%s.shared::cta.b1024.%s [$0], %s$1;"
-    with w.when(real):
-        stride = w.ptx(
-            "{ .reg .u64 a; cvt.u64.u32 a, $1; shl.b64 $0, a, 1; }", columns, results=[ir.IntegerType.get_signless(64)]
-        )[0]
-        w.ptx(field % ("global_address", "b64", ""), place, pointer)
-        w.ptx(field % ("global_dim", "b32", "0, "), place, columns)
-        w.ptx(field % ("global_dim", "b32", "1, "), place, rows)
-        w.ptx(field % ("global_stride", "b64", "0, "), place, stride)
-        out = w.offset_pointer(w.address(maps), w.mul(mine, w.integer(128)))
-        move = "{ .reg .b64 v; ld.shared.b64 v, [$1+%d]; st.global.b64 [$0+%d], v; }"
-        for byte in range(0, 128, 8):
-            w.ptx(move % (byte, byte), out, place)
-        w.ptx("st.global.u64 [$0], $1;", w.offset_pointer(w.address(addresses), w.mul(mine, w.integer(8))), pointer)
+        pointer = w.select(w.equal(mine, w.integer(index)), w.pointer(operand), pointer)
+    place = w.add(w.shared_address(scratch), w.mul(w.thread(), w.integer(MAP_BYTES)))
+    box, swizzle = (TILE_ROWS, HALF_TILE), 128
+    _copy_map("ld.b64", context._get_tma_desc(template, (), None, box, swizzle, None), "st.shared.b64", place)
+    at = w.mul(mine, w.integer(8))
+    rows = w.load_integer(w.address(sizes), at)
+    columns = w.load_integer(w.address(sizes), w.add(at, w.integer(4)))
+    with w.when(w.below(mine, w.integer(len(operands)))):
+        _replace("global_address", "b64", place, "$1", pointer)
+        _replace("global_dim", "b32", place, "0, $1", columns)
+        _replace("global_dim", "b32", place, "1, $1", rows)
+        _replace("global_stride", "b64", place, "0, s", columns)  # in bytes
+        out = w.offset_pointer(w.address(maps), w.mul(mine, w.integer(MAP_BYTES)))
+        _copy_map("ld.shared.b64", place, "st.global.b64", out)
+        w.ptx("st.global.u64 [$0], $1;", w.offset_pointer(w.address(addresses), at), pointer)
     w.ptx("fence.proxy.tensormap::generic.release.gpu;")
+
+
+def _replace(field: str, width: str, place: Value, what: str, value: Value) -> None:
+    """Writes a field of a map in shared memory; ``s`` is twice the value."""
+    code = f"tensormap.replace.tile.{field}.shared::cta.b1024.{width} [$0], {what};"
+    w.ptx(code if "s" not in what else f"{{ .reg .u64 s; mul.wide.u32 s, $1, 2; {code} }}", place, value)
+
+
+def _copy_map(load: str, source: Value, store: str, to: Value) -> None:
+    for byte in range(0, MAP_BYTES, 8):
+        w.ptx(f"{{ .reg .b64 v; {load} v, [$1+{byte}]; {store} [$0+{byte}], v; }}", to, source)

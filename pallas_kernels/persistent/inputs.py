@@ -16,7 +16,7 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
-from pallas_kernels.persistent.plan import CHUNK, THREADS, TILE_K, Attention, Phase
+from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
 from pallas_kernels.persistent.words import differ, load_word, load_words, store_word
 
 WORDS_IN_REGISTERS = 64

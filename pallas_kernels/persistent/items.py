@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.persistent.launch import Place, numbers_of
-from pallas_kernels.persistent.plan import TILE_ROWS, Attention, Phase
+from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Phase
 
 
 @dataclasses.dataclass(frozen=True)

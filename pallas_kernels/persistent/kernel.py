@@ -18,8 +18,9 @@ from pallas_kernels.persistent.launch import PATIENCE, SMALL_FLOATS, Launch, Pla
 from pallas_kernels.persistent.loading import load_step
 from pallas_kernels.persistent.multiplying import attend_step, multiply_step
 from pallas_kernels.persistent.outputs import collect
-from pallas_kernels.persistent.plan import TILE_K, Attention, Collect, Phase, Plan
+from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
+from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase
 from pallas_kernels.persistent.words import SPINS
 
 

@@ -10,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.plan import Attention, Collect, Plan, Step
+from pallas_kernels.persistent.plan import Plan
+from pallas_kernels.persistent.steps import Attention, Collect, Step
 from pallas_kernels.persistent.words import Patience, differ, load_word, load_words, until_written
 
 # Bytes of the small shared buffer.

@@ -1,6 +1,5 @@
 """The op `decode_layers` as one persistent launch: its plan, and what it cannot serve."""
 
-import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -11,19 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode import Decoded, DecoderLayer
 from pallas_kernels.norm import Norm
-from pallas_kernels.persistent.plan import (
-    HEAD_DIMS,
-    TILE_ROWS,
-    Attention,
-    Collect,
-    Group,
-    Phase,
-    Plan,
-    Source,
-    Step,
-    parts_for,
-    splits_for,
-)
+from pallas_kernels.persistent.building import heads_of, plan_of
+from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import Target, target
 
@@ -58,7 +46,7 @@ def refuses(
         return "caches of different shapes"
     if keys[0].shape[2] % TILE_ROWS:
         return f"a cache of {keys[0].shape[2]} slots, no multiple of {TILE_ROWS}"
-    if _heads(layers[0], keys)[0] > _MOST_QUERIES * keys[0].shape[1]:
+    if heads_of(layers[0], keys)[0] > _MOST_QUERIES * keys[0].shape[1]:
         return f"more than {_MOST_QUERIES} queries a kv head"
     if any(layer.gate != "silu" for layer in layers):
         return "an activation other than silu"
@@ -80,7 +68,7 @@ def refuses(
     weights = [weight for part in packed for weight in (part.first, *part.ups) if weight is not None]
     if any(weight.shape[1] % 8 for weight in weights):
         return "a contraction axis that is no multiple of 8"
-    return _plan(x, layers, norm, head, keys, values, target().cores)[0].problems()
+    return plan_of(x, layers, norm, head, keys, values, target().cores)[0].problems()
 
 
 def run(
@@ -92,7 +80,7 @@ def run(
     from pallas_kernels.persistent.tensor_maps import describe
 
     batch, _, width = x.shape
-    plan, operands = _plan(x, layers, norm, head, keys, values, target().cores)
+    plan, operands = plan_of(x, layers, norm, head, keys, values, target().cores)
     # One reference for both kernels, so that the cache of which the first tells the address is the one that the second changes.
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     of_cache = {id(array): ref for array, ref in zip((*keys, *values), caches, strict=True)}
@@ -105,10 +93,6 @@ def run(
     return Decoded(logits, tuple(new[: len(keys)]), tuple(new[len(keys) :]), stall)
 
 
-def _heads(layer: DecoderLayer, keys: Sequence[jax.Array]) -> tuple[int, int]:
-    return layer.qkv.d_outs[0] // keys[0].shape[-1], keys[0].shape[1]
-
-
 def _structure(layer: DecoderLayer) -> Any:
     parts = (layer.qkv, layer.o, layer.gate_up, layer.down)
     ups = tuple(tuple(up is None for up in part.ups) for part in parts)
@@ -117,122 +101,3 @@ def _structure(layer: DecoderLayer) -> Any:
 
 def _as_matrix(array: jax.Array) -> tuple[int, int]:
     return math.prod(array.shape[:-1]), array.shape[-1]
-
-
-@dataclasses.dataclass
-class _Builder:
-    """Phases so far, and the operands of every layer that they name by number."""
-
-    programs: int
-    operands: list[list[jax.Array]]
-    steps: list[Step] = dataclasses.field(default_factory=list)
-
-    def operand(self, of_layers: Sequence[jax.Array]) -> int:
-        """One more operand in every layer; gives its number."""
-        for operands, array in zip(self.operands, of_layers, strict=True):
-            operands.append(array)
-        return len(self.operands[0]) - 1
-
-    def project(self, name: str, packed: Sequence[PackedProjection], source: Source) -> int:
-        """Adds the phases of a projection; gives the number of the last."""
-        if all(up is None for up in packed[0].ups):
-            number = self.operand([p.first for p in packed])
-            groups = [
-                [
-                    Group(number, width, p.first.shape[1], row_start=begin)
-                    for begin, width in zip(p.starts, p.widths, strict=True)
-                ]
-                for p in packed
-            ]
-            return self.phase(name, groups, source)
-        number = self.operand([p.first for p in packed])
-        groups = [[Group(number, *p.first.shape)] for p in packed]
-        first = self.phase(f"{name} down", groups, source)
-        numbers = [self.operand([p.ups[i] for p in packed]) for i in range(len(packed[0].ups))]  # pyright: ignore
-        groups = [
-            [Group(numbers[i], p.d_outs[i], p.widths[i], x_start=p.starts[i]) for i in range(len(numbers))]
-            for p in packed
-        ]
-        scaled = first if source.kind == "stream" else None
-        return self.phase(f"{name} up", groups, Source("sum", first, scaled=scaled))
-
-    def phase(self, name: str, groups: Sequence[Sequence[Group]], source: Source) -> int:
-        phase = Phase(name, tuple(map(tuple, groups)), source)
-        longest = max(group.k for layer in groups for group in layer)
-        splits = splits_for(phase.padded_rows, longest, self.programs)
-        self.steps.append(dataclasses.replace(phase, splits=splits))
-        return len(self.steps) - 1
-
-    def scaled(self, step: int) -> int | None:
-        """The step itself if its output is still to be divided by its norm."""
-        phase = self.steps[step]
-        return step if isinstance(phase, Phase) and phase.source.kind == "stream" else None
-
-
-def _plan(
-    x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
-    values: Sequence[jax.Array], cores: int,
-) -> tuple[Plan, list[jax.Array]]:  # fmt: skip
-    """The plan, and all operands in the order in which it counts them."""
-    batch, _, width = x.shape
-    programs = cores // 8 * 8  # a multiple of every number of splits
-    build = _Builder(programs, [[] for _ in layers])
-    # The first stream adds what the last layer leaves, whose phases are not known yet: their numbers are put in below.
-    scale = build.operand([layer.input_norm.scale for layer in layers])
-    qkv = build.project("qkv", [layer.qkv for layer in layers], Source("stream", 0, behind=1, scale=scale))
-    attention = build.steps[qkv]
-    assert isinstance(attention, Phase)
-    tiles = [group.row_tiles * TILE_ROWS for group in attention.layers[0]]
-    heads, kv_heads = _heads(layers[0], keys)
-    build.steps.append(
-        Attention(
-            "attention",
-            heads,
-            kv_heads,
-            keys[0].shape[-1],
-            parts_for(batch, kv_heads, programs),
-            tuple(layer.window or 0 for layer in layers),
-            qkv,
-            (0, tiles[0], tiles[0] + tiles[1]),
-            build.scaled(qkv),
-            build.operand(keys),
-            build.operand(values),
-            _norms(build, layers),
-            _biases(build, layers),
-            batch,
-        )
-    )
-    o = build.project("o", [layer.o for layer in layers], Source("attended", len(build.steps) - 1))
-    scale = build.operand([layer.mlp_norm.scale for layer in layers])
-    middle = len(build.steps)
-    gates = build.project("gate_up", [layer.gate_up for layer in layers], Source("stream", o, stream=0, scale=scale))
-    gated = build.steps[gates]
-    assert isinstance(gated, Phase)
-    half = gated.layers[0][0].row_tiles * TILE_ROWS
-    mlp = build.project(
-        "down", [layer.down for layer in layers], Source("gated", gates, scaled=build.scaled(gates), half=half)
-    )
-    first = build.steps[0]
-    assert isinstance(first, Phase)
-    build.steps[0] = dataclasses.replace(first, source=dataclasses.replace(first.source, of=mlp, stream=middle))
-    in_layer, count = len(build.steps), len(build.operands[0])
-    of_layers = [array for operands in build.operands for array in operands]
-    build.operands = [[]]
-    scale = build.operand([norm.scale])
-    logits = build.project("head", [head], Source("stream", mlp, stream=middle, behind=1, scale=scale))
-    build.steps.append(Collect("logits", logits, head.d_outs[0], build.scaled(logits)))
-    plan = Plan(len(layers), tuple(build.steps), in_layer, batch, programs, width, keys[0].shape[2], count)
-    return plan, [*of_layers, *build.operands[0]]
-
-
-def _norms(build: _Builder, layers: Sequence[DecoderLayer]) -> tuple[int, int] | None:
-    q = [layer.q_norm.scale for layer in layers if layer.q_norm is not None]
-    k = [layer.k_norm.scale for layer in layers if layer.k_norm is not None]
-    return (build.operand(q), build.operand(k)) if q else None
-
-
-def _biases(build: _Builder, layers: Sequence[DecoderLayer]) -> tuple[int, int, int] | None:
-    if layers[0].qkv.biases[0] is None:
-        return None
-    q, k, v = (build.operand([layer.qkv.biases[i] for layer in layers]) for i in range(3))  # pyright: ignore
-    return q, k, v

@@ -9,8 +9,8 @@ from jax import lax
 from pallas_kernels.persistent.attend import span
 from pallas_kernels.persistent.items import AttentionItems, PhaseItems
 from pallas_kernels.persistent.launch import Place
-from pallas_kernels.persistent.plan import TILE_K, TILE_ROWS, Attention, Phase
 from pallas_kernels.persistent.ring import Ring
+from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Phase
 
 
 def load_step(place: Place, ring: Ring, lengths: Any, tiles: jax.Array) -> jax.Array:

@@ -11,12 +11,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.heads import prepare
 from pallas_kernels.persistent.inputs import fill
 from pallas_kernels.persistent.items import AttentionItems, PhaseItems
 from pallas_kernels.persistent.launch import Place
 from pallas_kernels.persistent.outputs import store_words
-from pallas_kernels.persistent.plan import HALF_TILE, TILE_ROWS, Attention, Phase
 from pallas_kernels.persistent.ring import Ring
+from pallas_kernels.persistent.steps import HALF_TILE, TILE_ROWS, Attention, Phase
 
 _SUMS = plgpu.ACC((TILE_ROWS, 8), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 _HALVES = (slice(0, HALF_TILE), slice(HALF_TILE, 2 * HALF_TILE))
@@ -82,7 +83,7 @@ def attend_step(place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, t
         first, begin, end = attend.span(attention, length, items.window, item.part)
         last = length // TILE_ROWS
         newest = ((begin <= last) & (last < end)).astype(jnp.int32)
-        attend.prepare(place, item, length, newest, tables)
+        prepare(place, item, length, newest, tables)
         plgpu.commit_smem()
 
         def arrived(which: int, t: jax.Array, tile: jax.Array) -> jax.Array:

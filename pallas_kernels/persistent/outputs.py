@@ -7,7 +7,7 @@ import jax
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.launch import Emitter, Place
-from pallas_kernels.persistent.plan import CHUNK, THREADS, Collect, Phase
+from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
 from pallas_kernels.persistent.words import differ, store_word
 
 

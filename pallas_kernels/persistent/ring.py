@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
-from pallas_kernels.persistent.plan import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
+from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
 
 TILES_IN_FLIGHT = 3
 """Tiles that a program has asked for and not got: 48 KiB a core. Fewer leave memory idle, more make words wait behind weights."""

@@ -15,9 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
-from pallas_kernels.persistent.plan import HALF_TILE, THREADS, TILE_ROWS
-
-MAP_BYTES = 128
+from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_ROWS
 
 
 def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
@@ -46,13 +44,13 @@ def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tupl
     call = plgpu.kernel(
         tensor_maps,
         out_type=(
-            jax.ShapeDtypeStruct((programs * THREADS, MAP_BYTES // 4), jnp.int32),
+            jax.ShapeDtypeStruct((programs * THREADS, copies.MAP_BYTES // 4), jnp.int32),
             jax.ShapeDtypeStruct((programs * THREADS, 2), jnp.int32),
         ),
         grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
-        scratch_types=[plgpu.SMEM((THREADS * MAP_BYTES // 4,), jnp.int32)],
+        scratch_types=[plgpu.SMEM((THREADS * copies.MAP_BYTES // 4,), jnp.int32)],
     )
     sizes = np.zeros((programs * THREADS, 2), np.int32)
     sizes[:count] = shapes

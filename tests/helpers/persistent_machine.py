@@ -15,13 +15,8 @@ import numpy as np
 from persistent_models import EPS, items_of
 
 from pallas_kernels.persistent import attend
-from pallas_kernels.persistent.plan import (
-    TILE_K,
-    TILE_ROWS,
-    Attention,
-    Collect,
-    Plan,
-)
+from pallas_kernels.persistent.plan import Plan
+from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect
 
 
 @functools.cache

@@ -15,8 +15,9 @@ from pallas_kernels import (
     Projection,
     pack,
 )
-from pallas_kernels.persistent import layers
-from pallas_kernels.persistent.plan import Phase, Plan
+from pallas_kernels.persistent import building
+from pallas_kernels.persistent.plan import Plan
+from pallas_kernels.persistent.steps import Phase
 
 EPS = 1e-5
 Ranks = tuple[int | None, ...]
@@ -107,7 +108,7 @@ def shapes_of(model: Model) -> tuple[Any, ...]:
 
 
 def plan_of(arguments: tuple[Any, ...], programs: int) -> tuple[Plan, list[Any]]:
-    return layers._plan(*arguments[:6], programs)
+    return building.plan_of(*arguments[:6], programs)
 
 
 def items_of(plan: Plan, number: int, layer: int, program: int) -> list[Any]:

@@ -15,19 +15,8 @@ from persistent_models import MODELS, Model, items_of, plan_of, shapes_of
 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.launch import SMALL_FLOATS, numbers_of, varying
-from pallas_kernels.persistent.plan import (
-    MOST_PARTS,
-    SHARED_MEMORY,
-    TILE_BYTES,
-    TILE_K,
-    TILE_ROWS,
-    Attention,
-    Collect,
-    Phase,
-    Plan,
-    parts_for,
-    splits_for,
-)
+from pallas_kernels.persistent.plan import MOST_PARTS, SHARED_MEMORY, Plan, parts_for, splits_for
+from pallas_kernels.persistent.steps import TILE_BYTES, TILE_K, TILE_ROWS, Attention, Collect, Phase
 
 
 def eighths(most: int) -> st.SearchStrategy[int]:

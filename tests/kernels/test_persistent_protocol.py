@@ -13,10 +13,7 @@ from pallas_kernels import (
     decode_layers,
 )
 from pallas_kernels.persistent.launch import varying
-from pallas_kernels.persistent.plan import (
-    Attention,
-    Phase,
-)
+from pallas_kernels.persistent.steps import Attention, Phase
 
 
 @functools.cache
