@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypothesis import strategies as st
 
 from pallas_kernels import (
     DecoderLayer,
@@ -138,3 +139,26 @@ MODELS = {
     "split inputs": Model((136, 72), DENSE[:2], batch=3, heads=8, width=1024),
     "split latents": Model(DENSE[:2], (1000, 64), 904, kv_heads=1, width=1024, ff=1160, norms=True, shared=(0,)),
 }
+
+
+def eighths(most: int) -> st.SearchStrategy[int]:
+    """Multiples of eight, as kernels need them."""
+    return st.integers(2, most).map(lambda n: 8 * n)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    """Of any structure that the kernel serves."""
+    count = draw(st.integers(1, 4))
+    ranks = st.just((None,) * count) | st.tuples(*[eighths(160)] * count)
+    kv_heads = draw(st.sampled_from([1, 2, 8]))
+    return Model(
+        attention=draw(ranks), mlp=draw(ranks), head=draw(st.none() | eighths(80)), batch=draw(st.integers(1, 4)),
+        head_dim=draw(st.sampled_from([32, 64, 128])),
+        heads=kv_heads * draw(st.integers(1, 8)), kv_heads=kv_heads, width=draw(eighths(200)), ff=draw(eighths(300)),
+        vocab=draw(st.integers(1, 700)), windows=draw(st.tuples(*[st.none() | st.integers(1, 300)] * count)),
+        norms=draw(st.booleans()), biases=draw(st.booleans()), shared=draw(st.sampled_from([(), (0,), (1, 2)])),
+    )  # fmt: skip
+
+
+PROGRAMS = st.integers(1, 17).map(lambda n: 8 * n)

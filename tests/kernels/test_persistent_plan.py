@@ -11,29 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from persistent_models import MODELS, Model, items_of, plan_of, shapes_of
+from persistent_models import MODELS, PROGRAMS, Model, eighths, items_of, models, plan_of, shapes_of
 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.launch import SMALL_FLOATS, numbers_of, varying
 from pallas_kernels.persistent.plan import MOST_PARTS, SHARED_MEMORY, Plan, parts_for, splits_for
 from pallas_kernels.persistent.steps import TILE_BYTES, TILE_K, TILE_ROWS, Attention, Collect, Phase
-
-
-def eighths(most: int) -> st.SearchStrategy[int]:
-    return st.integers(2, most).map(lambda n: 8 * n)
-
-
-@st.composite
-def models(draw: st.DrawFn) -> Model:
-    count = draw(st.integers(1, 4))
-    ranks = st.just((None,) * count) | st.tuples(*[eighths(160)] * count)
-    kv_heads = draw(st.sampled_from([1, 2, 8]))
-    return Model(
-        attention=draw(ranks), mlp=draw(ranks), head=draw(st.none() | eighths(80)), batch=draw(st.integers(1, 4)),
-        heads=kv_heads * draw(st.integers(1, 8)), kv_heads=kv_heads, width=draw(eighths(200)), ff=draw(eighths(300)),
-        vocab=draw(st.integers(1, 700)), windows=draw(st.tuples(*[st.none() | st.integers(1, 300)] * count)),
-        norms=draw(st.booleans()), biases=draw(st.booleans()), shared=draw(st.sampled_from([(), (0,), (1, 2)])),
-    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
@@ -50,9 +33,6 @@ def operand_numbers(steps: Any) -> Iterator[int]:
             continue
         yield from (group.weight for groups in step.layers for group in groups)
         yield from [step.source.scale] if step.source.kind == "stream" else []
-
-
-PROGRAMS = st.integers(1, 17).map(lambda n: 8 * n)
 
 
 @given(models(), PROGRAMS)
