@@ -151,7 +151,7 @@ class Engine:
             if steps_left > 0:
                 state, *ahead = self._decode(self.weights, state, requests)
                 steps_left -= self.decode_chunk
-                pending.append((ahead[0], ahead[1], ahead[2]))
+                pending.append(tuple(ahead))
             tokens, sampled, stall = pending.pop(0)
             host = np.asarray(tokens)
             if stall is not None:

@@ -320,14 +320,17 @@ _PACK = "cvt.rn.bf16x2.f32 p0, $3, $2; cvt.rn.bf16x2.f32 p1, $5, $4; "
 
 
 def at_offset(base: str, offset: str) -> str:
+    """The begin of PTX that uses ``a``, the address of a byte offset from a base; the brace is still to be closed."""
     return "{ .reg .u64 a; cvt.u64.u32 a, " + offset + "; add.u64 a, a, " + base + "; "
 
 
 def flag(condition: Value) -> Value:
+    """A condition as an integer, which PTX compares with zero."""
     return arith.extui(int_type(), condition)
 
 
 def ptx(code: str, *arguments: Value, results: Sequence[Any] = ()) -> list[Value]:
+    """Emits PTX in which $0.. are first the results, of these types, then the arguments."""
     types = None if not results else results[0] if len(results) == 1 else results
     given = utils.inline_ptx(code, *arguments, result_types=types, has_side_effects=True)
     return list(given) if isinstance(given, tuple) else [given]

@@ -10,7 +10,6 @@ from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.items import Part
 from pallas_kernels.persistent.launch import FRESH_KEY, FRESH_VALUE, Emitter, Place
 from pallas_kernels.persistent.steps import Attention
-from pallas_kernels.persistent.words import differ
 
 
 def prepare(place: Place, item: Part, length: jax.Array, newest: jax.Array, tables: Sequence[Any]) -> None:
@@ -71,22 +70,8 @@ class _Heads:
     def _columns(self, which: int, head: Value) -> list[Value]:
         """Of a head of the queries (0), keys (1) or values (2), as projected."""
         within = w.add(w.mul(head, w.integer(self.of.head_dim)), self.column)
-        column, base = w.add(within, w.integer(self.of.columns[which])), self.e.base(self.of.of)
-
-        def load() -> tuple[list[Value], Value]:
-            values, words = self.e.sums(base, self.of.of, self.row, column)
-            missing = differ(words, self.e.epoch)
-            if self.of.scaled is None:
-                return values, missing
-            squares, late = self.e.squares(self.of.scaled)
-            return values + squares, w.either(missing, late)
-
-        scaled = self.of.scaled is not None
-        values = self.e.wait(load, 4 + (self.e.plan.batch if scaled else 0))
-        values, squares = values[:4], values[4:]
-        if scaled:
-            root = self.e.by_row(self.row, [self.e.root(total) for total in squares])
-            values = [w.mul_f(v, root) for v in values]
+        column = w.add(within, w.integer(self.of.columns[which]))
+        values = self.e.columns(self.of.of, self.of.scaled, self.row, column)
         if self.of.biases is not None:
             bias = w.load_bf16(self.e.operand(self.of.biases[which]), w.mul(within, w.integer(2)))
             values = [w.add_f(v, b) for v, b in zip(values, bias, strict=True)]

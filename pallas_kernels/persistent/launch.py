@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import Attention, Collect, Step
+from pallas_kernels.persistent.steps import CHUNK, Attention, Collect, Step
 from pallas_kernels.persistent.words import Patience, differ, load_word, load_words, until_written
 
 # Bytes of the small shared buffer.
@@ -159,6 +159,25 @@ class Emitter:
             parts.append(load_words(base, w.mul(at, w.integer(4))))
         found = [w.total(list(four)) for four in zip(*map(w.floats, parts), strict=True)]
         return found, [word for part in parts for word in part]
+
+    def columns(self, step: int, scaled: int | None, row: Value, column: Value) -> list[Value]:
+        """Four columns of a phase's output once they are written, normed if ``scaled`` names the phase whose norm is to be done."""
+        base = self.base(step)
+
+        def load() -> tuple[list[Value], Value]:
+            values, words = self.sums(base, step, row, column)
+            missing = differ(words, self.epoch)
+            if scaled is None:
+                return values, missing
+            squares, late = self.squares(scaled)
+            return values + squares, w.either(missing, late)
+
+        found = self.wait(load, CHUNK + (0 if scaled is None else self.plan.batch))
+        values, squares = found[:CHUNK], found[CHUNK:]
+        if not squares:
+            return values
+        root = self.by_row(row, [self.root(total) for total in squares])
+        return [w.mul_f(value, root) for value in values]
 
     def by_row(self, row: Value, values: list[Value]) -> Value:
         """The row-th of values."""

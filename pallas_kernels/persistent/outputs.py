@@ -8,7 +8,7 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.launch import Emitter, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
-from pallas_kernels.persistent.words import differ, store_word
+from pallas_kernels.persistent.words import store_word
 
 
 def store_words(place: Place, products: Any, split: jax.Array, row: jax.Array) -> None:
@@ -41,26 +41,13 @@ def collect(place: Place, output: Any) -> None:
     total = plan.batch * of_row
 
     def body(e: Emitter, scalars: Any, refs: list[Value], arrays: Any) -> None:
-        mine, base = w.add(w.mul(w.program(), w.integer(THREADS)), w.thread()), e.base(step.of)
+        mine = w.add(w.mul(w.program(), w.integer(THREADS)), w.thread())
 
         def turn(number: Value, _: Any) -> list[Value]:
             chunk = w.add(mine, w.mul(number, w.integer(plan.programs * THREADS)))
             real, chunk = w.below(chunk, w.integer(total)), w.smaller(chunk, w.integer(total - 1))
             row, column = w.quotient(chunk, of_row), w.mul(w.remainder(chunk, of_row), w.integer(CHUNK))
-
-            def load() -> tuple[list[Value], Value]:
-                values, words = e.sums(base, step.of, row, column)
-                missing = differ(words, e.epoch)
-                if step.scaled is None:
-                    return values, missing
-                squares, late = e.squares(step.scaled)
-                return values + squares, w.either(missing, late)
-
-            found = e.wait(load, CHUNK + (0 if step.scaled is None else plan.batch))
-            values, squares = found[:CHUNK], found[CHUNK:]
-            if squares:
-                root = e.by_row(row, [e.root(total) for total in squares])
-                values = [w.mul_f(v, root) for v in values]
+            values = e.columns(step.of, step.scaled, row, column)
             for i, value in enumerate(values):
                 at = w.add(column, w.integer(i))
                 offset = w.mul(w.add(at, w.mul(row, w.integer(step.columns))), w.integer(4))

@@ -80,47 +80,47 @@ class Plan:
         yield from ((number, 0) for number in range(self.in_layer, len(self.steps)))
 
     @functools.cached_property
-    def _arrays(self) -> dict[tuple[str, int], tuple[int, int]]:
-        """(kind, step) -> first word and size of its arrays: those of a layer from 0 on, those of the head behind both layers'."""
-        found: dict[tuple[str, int], tuple[int, int]] = {}
-        end = 0
+    def _offsets(self) -> dict[tuple[str, int], int]:
+        """(kind, step) -> first word: arrays of a layer from 0 on, those of the head behind both layers'."""
+        found, end = {}, 0
         for number in range(len(self.steps)):
-            if number == self.in_layer:
-                end *= 2
+            end = 2 * self.layer_words if number == self.in_layer else end
             for kind, size in self._sizes(number).items():
-                found[kind, number] = end, size
-                end += -(-size // CHUNK) * CHUNK
-        found["all", -1] = 0, end
+                found[kind, number], end = end, end + size
         return found
 
     def _sizes(self, number: int) -> dict[str, int]:
+        """Words of a step's arrays by kind, each a whole number of what is read at once."""
         step = self.steps[number]
         if isinstance(step, Collect):
             return {}
         if isinstance(step, Attention):
             heads = step.parts * self.batch * step.heads
-            return {"sums": heads * step.head_dim, "weights": heads}
-        found = {"sums": step.splits * self.batch * step.padded_rows}
-        if step.source.kind == "stream":
-            found |= {"squares": self.batch * step.splits, "stream": self.batch * self.width}
-        return found
+            found = {"sums": heads * step.head_dim, "weights": heads}
+        else:
+            found = {"sums": step.splits * self.batch * step.padded_rows}
+            if step.source.kind == "stream":
+                found |= {"squares": self.batch * step.splits, "stream": self.batch * self.width}
+        return {kind: -(-size // CHUNK) * CHUNK for kind, size in found.items()}
 
     def offset(self, kind: str, step: int) -> int:
         """First word of one of a step's arrays: its partial "sums" [splits, batch, padded rows] or, of an attention, [parts, batch,
         heads * head_dim], and log-"weights" of the parts [parts, batch, heads]; of a stream its "squares" [batch, splits] and the
         "stream" itself [batch, width]."""
-        return self._arrays[kind, step][0]
+        return self._offsets[kind, step]
 
     @functools.cached_property
     def layer_words(self) -> int:
         """Words of a layer. Layers take turns in two such arrays, behind which those of the head lie."""
-        sizes = [size for number in range(self.in_layer) for size in self._sizes(number).values()]
-        return sum(-(-size // CHUNK) * CHUNK for size in sizes)
+        return self._words_of(range(self.in_layer))
 
     @property
     def words(self) -> int:
         """In all."""
-        return self._arrays["all", -1][1]
+        return 2 * self.layer_words + self._words_of(range(self.in_layer, len(self.steps)))
+
+    def _words_of(self, steps: range) -> int:
+        return sum(size for number in steps for size in self._sizes(number).values())
 
     @staticmethod
     def epoch(layer: int) -> int:
