@@ -128,15 +128,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     out: Path = parsed.out or jobs.results_folder(device["device"]) / "decode.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{device['device']}, reads {device['bandwidth'] / 1e12:.3f} TB/s; rows go to {out}", flush=True)
     rows, left_out = [], []
     todo = plan(cases, ours, peers, device, deadline)
     for row in measured(todo, parsed.case_limit, device["backend"], left_out):
         row = {"device": device["device"], **row}
         rows.append(row)
-        with out.open("a", encoding="utf-8") as file:
-            print(json.dumps(row), file=file)
+        jobs.append_row(out, row)
     print(*map(line, rows), sep="\n")
     if left_out:
         print(f"Left out, {parsed.budget:.0f} s were spent, most important first:", *left_out, sep="\n  ")

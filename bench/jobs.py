@@ -27,6 +27,13 @@ def results_folder(device: str) -> Path:
     return HERE / "results" / device.lower().replace(" ", "_")
 
 
+def append_row(file: Path, row: Mapping[str, Any]) -> None:
+    """Adds a row to a file of them, which need not exist."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as lines:
+        print(json.dumps(row), file=lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """Cases of one model for one implementation.

@@ -4,7 +4,6 @@ Takes a profile of the engine's decode step, with command buffers on, as they ar
 to bench/results/<device>/kernels.jsonl, and prints a table.
 """
 
-import argparse
 import collections
 import dataclasses
 import gzip
@@ -21,7 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jobs import results_folder
+from jobs import append_row
+from one_shape import options, rows_file
 
 from flashsvd_jax.benchmark import provenance, random_weights, read_bandwidth
 from flashsvd_jax.engine import Engine
@@ -129,25 +129,16 @@ def measure(model: str, ratio: float, batch: int, context: int, bandwidth: float
 
 def main() -> int:
     """Runs the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="llama-2-7b")
-    parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--out", type=Path, help="bench/results/<device>/kernels.jsonl if not given")
-    parsed = parser.parse_args()
+    parsed = options(__doc__).parse_args()
     # Read when XLA starts: a profile would otherwise be of kernels that are sent one by one.
     os.environ["XLA_FLAGS"] = f"{GRAPHS_IN_PROFILES} {os.environ.get('XLA_FLAGS', '')}"
-    if jax.default_backend() != "gpu":
-        print("error: kernels are timed on a GPU", file=sys.stderr)
+    out = rows_file(parsed.out)
+    if out is None:
         return 1
     rows = measure(parsed.model, parsed.ratio, parsed.batch, parsed.context, read_bandwidth())
-    out: Path = parsed.out or results_folder(jax.devices()[0].device_kind) / "kernels.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("a", encoding="utf-8") as file:
-        for row in rows:
-            print(json.dumps(row), file=file)
-            print(f"{row['kernel']:<28} {row['us']:8.2f} us, floor {row['floor_us'] or 0:8.2f} us")
+    for row in rows:
+        append_row(out, row)
+        print(f"{row['kernel']:<28} {row['us']:8.2f} us, floor {row['floor_us'] or 0:8.2f} us")
     print(
         f"{'a layer':<28} {sum(row['us'] for row in rows):8.2f} us, floor {sum(row['floor_us'] or 0 for row in rows):8.2f} us"
     )

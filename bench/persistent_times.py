@@ -5,23 +5,22 @@ copies" the chain of waits and products alone. Appends a row a variant (suite "p
 bench/results/<device>/kernels.jsonl, and prints a table.
 """
 
-import argparse
 import contextlib
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jobs import results_folder
+from jobs import append_row
+from one_shape import options, rows_file
 
 from flashsvd_jax.benchmark import bytes_per_token, provenance, random_weights, read_bandwidth
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.kv_cache import KVCache, empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
@@ -106,30 +105,24 @@ def microseconds(step: Any, weights: DecoderWeights, cache: KVCache, position: i
 
 def main() -> int:
     """Runs the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="llama-2-7b")
-    parser.add_argument("--ratio", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=512)
+    parser = options(__doc__)
     parser.add_argument("--variants", default=",".join(VARIANTS), metavar="NAME,..", help="all if not given")
-    parser.add_argument("--out", type=Path, help="bench/results/<device>/kernels.jsonl if not given")
     parsed = parser.parse_args()
-    if jax.default_backend() != "gpu":
-        print("error: kernels are timed on a GPU", file=sys.stderr)
+    out = rows_file(parsed.out)
+    if out is None:
         return 1
     config = shape_config(parsed.model, parsed.ratio)
     weights, bandwidth = random_weights(config), read_bandwidth()
-    cache = empty_cache(config, parsed.batch, -(-(parsed.context + 1) // 64) * 64, jnp.dtype(jnp.bfloat16))
+    cache = empty_cache(
+        config, parsed.batch, -(-(parsed.context + 1) // CACHE_UNIT) * CACHE_UNIT, jnp.dtype(jnp.bfloat16)
+    )
     floor = 1e6 * bytes_per_token(config, weights, parsed.batch, parsed.context) / bandwidth
-    out: Path = parsed.out or results_folder(jax.devices()[0].device_kind) / "kernels.jsonl"
-    out.parent.mkdir(parents=True, exist_ok=True)
     common = {"suite": "persistent", "model": parsed.model, "ratio": parsed.ratio, "batch": parsed.batch}
     common |= {"context": parsed.context, "floor_us": round(floor, 1), "jax": jax.__version__} | provenance()
     for name in parsed.variants.split(","):
         step = compile_step(config, weights, cache, VARIANTS[name])
         us, cache = microseconds(step, weights, cache, parsed.context - 1)
-        with out.open("a", encoding="utf-8") as file:
-            print(json.dumps(common | {"variant": name, "us": round(us, 1)}), file=file)
+        append_row(out, common | {"variant": name, "us": round(us, 1)})
         print(f"{name:<24} {us:8.1f} us, floor {floor:8.1f} us", flush=True)
     return 0
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from cut_models import first_layers
 
 from flashsvd_jax.engine import Engine, check_stall
 from flashsvd_jax.errors import KernelError, RequestError
-from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.weights import build_weights
 from flashsvd_jax.sampling import SamplingParams
@@ -34,11 +34,7 @@ def test_on_a_cpu_it_is_xla_and_the_engine_says_why(tiny: Any) -> None:
 
 
 def test_interpreted_kernels_give_the_tokens_of_plain_xla() -> None:
-    config = shape_config("tiny", 0.5)
-    ranks = {site: rank for site, rank in config.factorization.rank_by_site.items() if site.startswith("layers_0.")}
-    config = dataclasses.replace(
-        config, num_layers=1, windows=(None,), vocab_size=64, factorization=Factorization.of(ranks)
-    )
+    config = first_layers(shape_config("tiny", 0.5), 1, vocab_size=64)
     keys = iter(jax.random.split(jax.random.key(0), 100))
     specs = schema(config)
     weights = build_weights(

@@ -18,6 +18,7 @@ from kernel_cases import (
     product_exact,
     relative_error,
 )
+from persistent_faults import skip_unless_hopper
 
 from converters import convert
 from flashsvd_jax import SamplingParams, batch_generate, load
@@ -26,7 +27,7 @@ from flashsvd_jax.bundled import COMPRESSED, DENSE
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import attend_cached, prefer, project, record, target
+from pallas_kernels import attend_cached, prefer, project, record
 
 pytestmark = pytest.mark.gpu
 
@@ -80,14 +81,10 @@ def test_attend_cached(name: str, dtype: str) -> None:
         np.testing.assert_array_equal(got, again)
 
 
-def skip_unless_served(name: str) -> None:
-    if name == "persistent" and target().capability != (9, 0):
-        pytest.skip("the persistent kernel is written for compute capability 9.0")
-
-
 @pytest.mark.parametrize("name", ["products", "persistent"])
 def test_the_bundled_model_says_the_same_with_and_without_kernels(name: str, tmp_path: Path) -> None:
-    skip_unless_served(name)
+    if name == "persistent":
+        skip_unless_hopper()
     prompt = ["def area(width, height):\n    return"]
     convert(COMPRESSED, tmp_path / "model", base=DENSE, progress=False)
     texts = {}
@@ -103,7 +100,8 @@ def test_the_bundled_model_says_the_same_with_and_without_kernels(name: str, tmp
 
 @pytest.mark.parametrize("name", ["products", "persistent"])
 def test_logits_of_a_7b_model_are_as_near_to_float32_as_those_of_plain_xla(name: str) -> None:
-    skip_unless_served(name)
+    if name == "persistent":
+        skip_unless_hopper()
     config = shape_config("llama-2-7b", 0.5)
     weights = random_weights(config)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 65)).astype(np.int32)

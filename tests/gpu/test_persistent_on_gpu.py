@@ -3,25 +3,21 @@
 A kernel that spins ends by itself after seconds, but run this under `timeout` all the same.
 """
 
-import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cut_models import first_layers
 from decoder_cases import DecoderCase
 from kernel_cases import relative_error
+from persistent_faults import forgetting, skip_unless_hopper
 
 from flashsvd_jax import SamplingParams, batch_generate
 from flashsvd_jax.benchmark import random_weights
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError
-from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.model import Model
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import decode_layers
-from pallas_kernels.persistent import kernel, words
 
 pytestmark = pytest.mark.gpu
 
@@ -41,8 +37,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def hopper() -> None:
-    if getattr(jax.devices()[0], "compute_capability", "") != "9.0":
-        pytest.skip("the kernel is written for compute capability 9.0")
+    skip_unless_hopper()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,37 +55,17 @@ def test_layers_against_float32(name: str) -> None:
     assert all(bool(same(got, run(*arguments))) for _ in range(20))
 
 
-def test_a_wait_in_vain_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = kernel.store_words
-
-    def forget(launch: Any, step: int, *rest: Any) -> None:
-        if step != 3:
-            store(launch, step, *rest)
-
-    monkeypatch.setattr(kernel, "store_words", forget)
-    monkeypatch.setattr(words, "SPINS", 20_000)
+def test_a_wait_in_vain_ends_and_says_so() -> None:
     arguments = CASES["low rank"].arguments()
-    got = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))(*arguments)
+    with forgetting(3):
+        got = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))(*arguments)
     kind, step, block, epoch = np.asarray(got.stall).tolist()
     assert (kind, step) != (0, 0) and kind == 1 and 0 <= block < 128 and 2 <= epoch <= 5
     assert np.isnan(np.asarray(got.logits)).any()
 
 
-def two_layers() -> ModelConfig:
-    """Llama-2-7B at ratio 0.5, cut off after two layers."""
-    config = shape_config("llama-2-7b", 0.5)
-    ranks = {
-        site: r for site, r in config.factorization.rank_by_site.items() if site.startswith(("layers_0.", "layers_1."))
-    }
-    return dataclasses.replace(
-        config, num_layers=2, windows=(None, None), vocab_size=2048, factorization=Factorization.of(ranks)
-    )
-
-
-def test_a_model_says_the_same_as_with_the_other_kernels_and_a_stall_is_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    config = two_layers()
+def test_a_model_says_the_same_as_with_the_other_kernels_and_a_stall_is_an_error() -> None:
+    config = first_layers(shape_config("llama-2-7b", 0.5), 2, vocab_size=2048)
     weights = random_weights(config)
     params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     prompts, tokens = [[1, 2, 3], list(range(70))], {}
@@ -100,7 +75,5 @@ def test_a_model_says_the_same_as_with_the_other_kernels_and_a_stall_is_an_error
         assert set(model.engine(2).kernels_used["decode_layers"]) == {kernels}
     agree = np.mean(np.array(tokens["products"]) == np.array(tokens["persistent"]))
     assert agree > 0.9  # rounding differs: a near tie of random weights may fall the other way, and the rest with it
-    monkeypatch.setattr(kernel, "store_words", lambda *arguments: None)
-    monkeypatch.setattr(words, "SPINS", 20_000)
-    with pytest.raises(KernelError, match="gave up waiting"):
+    with forgetting(None), pytest.raises(KernelError, match="gave up waiting"):
         batch_generate(Model(config, weights, max_length=192, kernels="persistent"), prompts, params)

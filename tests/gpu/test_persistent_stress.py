@@ -7,9 +7,9 @@ import os
 import random
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from persistent_faults import skip_unless_hopper
 
 from converters import convert
 from flashsvd_jax import SamplingParams, load
@@ -45,8 +45,7 @@ def tokens(engine: Engine, request: Request, blocks: int | None = None) -> np.nd
 
 
 def test_no_bit_changes_in_many_steps(tmp_path: Path) -> None:
-    if jax.devices()[0].compute_capability != "9.0":
-        pytest.skip("the persistent kernel is written for compute capability 9.0")
+    skip_unless_hopper()
     convert(COMPRESSED, tmp_path / "model", base=DENSE, progress=False)
     rng, engines = random.Random(0), []
     for batch, longest in ((1, 500), (4, 190)):

@@ -1,14 +1,13 @@
 """The engine's decode step at the widths of published models, two layers deep, with shapes for weights."""
 
-import dataclasses
 from typing import Any
 
 import jax
+from cut_models import first_layers
 from h200_target import as_on_h200, on_h200
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
-from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import abstract_params, flatten
 from flashsvd_jax.shapes import shape_config
@@ -27,13 +26,7 @@ def two_layers(name: str, kind: str) -> ModelConfig:
     """A published shape cut to two layers: "dense", "low-rank" at ratio 0.5, or "mixed", where some sites are left dense."""
     config = shape_config(name, 1.0 if kind == "dense" else 0.5)
     dense = _DENSE_AMONG_LOW_RANK if kind == "mixed" else ()
-    ranks = {
-        site: rank
-        for site, rank in config.factorization.rank_by_site.items()
-        if int(site.split(".")[0].removeprefix("layers_")) < LAYERS and not site.startswith(dense)
-    }
-    cut = {"num_layers": LAYERS, "windows": config.windows[:LAYERS], "factorization": Factorization.of(ranks)}
-    return dataclasses.replace(config, **cut)
+    return first_layers(config, LAYERS, dense)
 
 
 def lower_decode(name: str, kind: str, batch: int, max_length: int, kernels: str = "auto") -> Any:
