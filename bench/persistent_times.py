@@ -61,6 +61,7 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "2 tiles in flight": ((ring, "TILES_IN_FLIGHT", 2),),
     "4 tiles in flight": ((ring, "TILES_IN_FLIGHT", 4),),
     "5 tiles in flight": ((ring, "TILES_IN_FLIGHT", 5),),
+    "6 tiles in flight": ((ring, "TILES_IN_FLIGHT", 6),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),

@@ -21,7 +21,7 @@ from pallas_kernels.persistent.outputs import collect
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
 from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase
-from pallas_kernels.persistent.words import SPINS
+from pallas_kernels.persistent.words import SPINS, STALL_INTEGERS
 
 
 def run_layers(
@@ -48,7 +48,7 @@ def run_layers(
     for values, column in columns.items():
         numbers[:, column] = values
     words = jax.new_ref(jnp.zeros((plan.words,), jnp.int32))
-    stall = jax.new_ref(jnp.zeros((4,), jnp.int32))
+    stall = jax.new_ref(jnp.zeros((STALL_INTEGERS,), jnp.int32))
     operands = [maps, addresses, x, *tables, lengths, jnp.asarray(numbers), words, stall, *given]
 
     def decode_layers(*refs: Any) -> None:

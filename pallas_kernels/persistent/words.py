@@ -17,6 +17,9 @@ from pallas_kernels.persistent.code import Value
 SPINS = 2_000_000
 """Attempts to read a word before a program goes on without it: seconds, where the longest wait is microseconds."""
 
+STALL_INTEGERS = 4
+"""What a wait in vain writes."""
+
 
 def load_words(base: Value, offset: Value) -> list[Value]:
     """Four words, past any cache of this core."""
