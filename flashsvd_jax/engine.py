@@ -1,7 +1,8 @@
-"""The compiled steps of generation and the loop that drives them.
+"""What drives the compiled steps of generation.
 
 Every shape is fixed: a batch size, a cache length, a few prompt lengths (buckets), and a number of tokens per dispatch. Prompts,
-lengths, positions and sampling options are arrays, so after one call of a bucket nothing is compiled again.
+lengths, positions and sampling options are arrays, so after one call of a bucket nothing is compiled again. Calls whose requests
+are all greedy decode with a step of their own, which is compiled when the first of them comes.
 
     prompt  |--- chunk ---|--- chunk ---|- bucket -|        `prefill` from position 0, `extend` for what follows
     cache   |=============|=============|======....|        slots past a prompt's end hold padding, masked until overwritten
@@ -17,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flashsvd_jax import decode_loop, prompt_steps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
-from flashsvd_jax.kv_cache import KVCache, empty_cache
-from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
-from flashsvd_jax.sampling.device import Sampled, SamplingArrays, TokenCounts, sample, sampling_arrays
+from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
-from pallas_kernels import implementation_names, power_of_two, prefer, record, target
+from flashsvd_jax.sequences import DecodeState, Requests
+from pallas_kernels import implementation_names, power_of_two, prefer, record
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
@@ -35,35 +36,12 @@ PREFILL_CHUNK = 1024
 DECODE_CHUNK = 8
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Where every sequence of a batch stands. Donated to each step, so the cache is updated in place."""
-
-    cache: KVCache
-    token: jax.Array  # int32 [batch], chosen last; not in the cache yet
-    length: jax.Array  # int32 [batch], tokens in the cache
-    generated: jax.Array  # int32 [batch], tokens chosen so far
-    done: jax.Array  # bool [batch]
-    counts: TokenCounts
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Requests:
-    """What each sequence of a batch asks for."""
-
-    prompt_length: jax.Array  # int32 [batch]
-    max_tokens: jax.Array  # int32 [batch]; 0 for a row that only fills the batch
-    options: SamplingArrays
-
-
 @dataclasses.dataclass(frozen=True)
 class TokenBlock:
     """Tokens of one dispatch on the host: int32 [steps, batch], -1 where a sequence had ended; log-probabilities likewise."""
 
     tokens: np.ndarray
-    sampled: Sampled  # still on the device; copied only where log-probabilities are wanted
+    sampled: Sampled | None  # still on the device, and copied where log-probabilities are wanted; None where none are
 
 
 def check_kernels(name: str) -> None:
@@ -125,11 +103,11 @@ class Engine:
         self.cache_slots = -(-max_length // unit) * unit
         self.kernels_used: Record = {}
         self._preferred = None if kernels == "auto" else kernels
-        self._prefill = jax.jit(self._choosing(partial(_prefill, config, self.cache_slots)))
-        self._extend = jax.jit(self._choosing(partial(_extend, config)), donate_argnums=1)
-        self._decode = jax.jit(
-            self._choosing(partial(_decode, config, decode_chunk)), donate_argnums=1, compiler_options=_loop_options()
-        )
+        self._prefill = jax.jit(self._choosing(partial(prompt_steps.prefill, config, self.cache_slots)))
+        self._extend = jax.jit(self._choosing(partial(prompt_steps.extend, config)), donate_argnums=1)
+        in_graph = partial(jax.jit, donate_argnums=1, compiler_options=decode_loop.loop_options())
+        self._decode_greedily = in_graph(self._choosing(partial(decode_loop.decode_greedily, config, decode_chunk)))
+        self._decode = in_graph(self._choosing(partial(decode_loop.decode, config, decode_chunk)))
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
         """Yields the tokens of each dispatch, the first after the prompts are processed.
@@ -143,13 +121,14 @@ class Engine:
           KernelError: a kernel gave up waiting for other parts of itself.
         """
         requests = self._requests(prompts, params)
+        decode = self._decode if wants_more_than_greedy(requests.options) else self._decode_greedily
         state, block = self._process_prompts(prompts, requests)
-        pending: list[tuple[jax.Array, Sampled, jax.Array | None]] = [(*block, None)]
+        pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(*block, None)]
         steps_left = int(np.max(requests.max_tokens)) - 1
         while pending:
             # The next dispatch goes out before the last is read, so that the device never waits for the host.
             if steps_left > 0:
-                state, *ahead = self._decode(self.weights, state, requests)
+                state, *ahead = decode(self.weights, state, requests)
                 steps_left -= self.decode_chunk
                 pending.append(tuple(ahead))
             tokens, sampled, stall = pending.pop(0)
@@ -166,13 +145,15 @@ class Engine:
         tail = [min(max(power_of_two(rest), SMALLEST_BUCKET), self.prefill_chunk, self.cache_slots)] if rest else []
         return [self.prefill_chunk] * whole + tail
 
-    def lower_decode(self) -> Any:
-        """The decode step lowered for its shapes, for memory and kernel analysis."""
+    def lower_decode(self, *, greedy: bool = True) -> Any:
+        """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
         zeros = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
         requests = zeros(self._requests([[0]], [SamplingParams(max_tokens=1)]))
         tokens = jax.ShapeDtypeStruct((self.batch, self.buckets(1)[0]), jnp.int32)
-        state, _, _ = jax.eval_shape(partial(_prefill, self.config, self.cache_slots), self.weights, tokens, requests)
-        return self._decode.lower(self.weights, state, requests)
+        prefill = partial(prompt_steps.prefill, self.config, self.cache_slots)
+        state, _, _ = jax.eval_shape(prefill, self.weights, tokens, requests)
+        decode = self._decode_greedily if greedy else self._decode
+        return decode.lower(self.weights, state, requests)
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""
@@ -230,98 +211,3 @@ class Engine:
             )
             start += bucket
         return state, (tokens, sampled)
-
-
-def _prefill(
-    config: ModelConfig, slots: int, weights: DecoderWeights, tokens: jax.Array, requests: Requests
-) -> tuple[DecodeState, jax.Array, Sampled]:
-    """Prompts' first tokens [batch, bucket] into a new cache; the first output token of those that end here."""
-    batch = tokens.shape[0]
-    cache = empty_cache(config, batch, slots, weights.embedding.dtype)
-    cache, x = decoder.prefill(config, weights, cache, tokens, requests.prompt_length)
-    nothing = jnp.zeros((batch, config.vocab_size), jnp.int32)
-    counts = _count_prompt(TokenCounts(nothing.astype(bool), nothing), tokens, jnp.int32(0), requests.prompt_length)
-    zeros = jnp.zeros((batch,), jnp.int32)
-    state = DecodeState(cache, zeros, requests.prompt_length, zeros, requests.max_tokens == 0, counts)
-    return _first_token(config, weights, state, x, jnp.int32(0), requests)
-
-
-def _extend(
-    config: ModelConfig, weights: DecoderWeights, state: DecodeState, tokens: jax.Array, start: jax.Array, requests: Requests,
-    earlier: jax.Array, earlier_sampled: Sampled,
-) -> tuple[DecodeState, jax.Array, Sampled]:  # fmt: skip
-    """Prompts' next tokens [batch, bucket] from position ``start`` on; keeps the first tokens found in earlier chunks."""
-    cache, x = decoder.extend(config, weights, state.cache, tokens, start, requests.prompt_length)
-    counts = _count_prompt(state.counts, tokens, start, requests.prompt_length)
-    state = dataclasses.replace(state, cache=cache, counts=counts)
-    state, found, sampled = _first_token(config, weights, state, x, start, requests)
-    here = found >= 0
-    pick: Callable[[jax.Array, jax.Array], jax.Array] = lambda new, old: jnp.where(  # noqa: E731
-        here.reshape(here.shape + (1,) * (new.ndim - 2)), new, old
-    )
-    return state, pick(found, earlier), jax.tree.map(pick, sampled, earlier_sampled)
-
-
-def _decode(
-    config: ModelConfig, steps: int, weights: DecoderWeights, state: DecodeState, requests: Requests
-) -> tuple[DecodeState, jax.Array, Sampled, jax.Array]:
-    """``steps`` tokens for every sequence: int32 [steps, batch], -1 where a sequence has ended. Last comes a stall, if any."""
-
-    def step(state: DecodeState, _: None) -> tuple[DecodeState, tuple[jax.Array, Sampled, jax.Array]]:
-        cache, logits, stall = decoder.decode(config, weights, state.cache, state.token, state.length)
-        state = dataclasses.replace(state, cache=cache, length=jnp.where(state.done, state.length, state.length + 1))
-        state, token, sampled = _choose(state, logits, ~state.done, requests)
-        return state, (token, sampled, stall)
-
-    state, (tokens, sampled, stalls) = jax.lax.scan(step, state, length=steps)
-    return state, tokens, sampled, stalls[jnp.argmax(stalls[:, 0])]
-
-
-def _loop_options() -> dict[str, Any] | None:
-    """XLA options that make the loop over tokens part of the CUDA graph of its steps, so that the host sends one graph a dispatch.
-
-    A loop by itself is sent step by step: 2.53 ms a token in place of 2.41 (H200, Llama-2-7B at ratio 0.5; bench/NOTES.md). The
-    names are XLA's default ones and WHILE; a lone loop is below the default size of a graph.
-    """
-    if target().platform != "cuda" or target().interpret:
-        return None
-    kinds = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
-    return {"xla_gpu_enable_command_buffer": kinds, "xla_gpu_graph_min_graph_size": 1}
-
-
-def _first_token(
-    config: ModelConfig, weights: DecoderWeights, state: DecodeState, x: jax.Array, start: jax.Array, requests: Requests
-) -> tuple[DecodeState, jax.Array, Sampled]:
-    """The first output token [1, batch] of prompts whose last token is among hidden states x [batch, bucket, embed]."""
-    last = requests.prompt_length - 1 - start
-    inside = (last >= 0) & (last < x.shape[1])
-    at = jnp.clip(last, 0, x.shape[1] - 1)
-    logits = decoder.head_logits(config, weights, jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])
-    state, token, sampled = _choose(state, logits, inside & ~state.done, requests)
-    return state, token[None], jax.tree.map(lambda a: a[None], sampled)
-
-
-def _choose(
-    state: DecodeState, logits: jax.Array, active: jax.Array, requests: Requests
-) -> tuple[DecodeState, jax.Array, Sampled]:
-    """Samples a token for the active sequences and ends those that reach a stop token or their limit."""
-    with jax.named_scope("sample"):
-        sampled = sample(logits, requests.options, state.counts, state.generated)
-    token = jnp.where(active, sampled.token, state.token)
-    generated = state.generated + active
-    stopped = (token[:, None] == requests.options.stop_ids).any(axis=1)
-    ended = active & (stopped | (generated >= requests.max_tokens))
-    rows = jnp.arange(token.shape[0])
-    in_output = state.counts.in_output.at[rows, token].add(active.astype(jnp.int32), unique_indices=True)
-    counts = dataclasses.replace(state.counts, in_output=in_output)
-    state = dataclasses.replace(state, token=token, generated=generated, done=state.done | ended, counts=counts)
-    return state, jnp.where(active, token, -1), sampled
-
-
-def _count_prompt(counts: TokenCounts, tokens: jax.Array, start: jax.Array, lengths: jax.Array) -> TokenCounts:
-    """Marks the prompt's tokens; padding is given an index outside the vocabulary, which a scatter drops."""
-    positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    vocab = counts.in_prompt.shape[1]
-    columns = jnp.where(positions < lengths[:, None], tokens, vocab)
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    return dataclasses.replace(counts, in_prompt=counts.in_prompt.at[rows, columns].set(True, mode="drop"))

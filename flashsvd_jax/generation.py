@@ -234,7 +234,9 @@ class _Row:
 
 
 def _logprob(block: TokenBlock, step: int, row: int, token: int, best: int) -> TokenLogprob:
-    ids = np.asarray(block.sampled.top_ids)[step, row, :best].tolist()
-    values = np.asarray(block.sampled.top_logprobs)[step, row, :best].tolist()
+    sampled = block.sampled
+    assert sampled is not None  # it is None where nobody wants log-probabilities
+    ids = np.asarray(sampled.top_ids)[step, row, :best].tolist()
+    values = np.asarray(sampled.top_logprobs)[step, row, :best].tolist()
     top = {i: v for i, v in zip(ids, values, strict=True) if i >= 0}
-    return TokenLogprob(token, float(np.asarray(block.sampled.logprob)[step, row]), top)
+    return TokenLogprob(token, float(np.asarray(sampled.logprob)[step, row]), top)

@@ -130,9 +130,17 @@ def extend(
     return cache, x
 
 
+def rotations_ahead(config: ModelConfig, positions: jax.Array, steps: int) -> jax.Array:
+    """What `decode` takes as ``rotations`` at ``steps`` positions one after the other, the first int32 [batch]: [steps, ...]."""
+    ahead = (positions + jnp.arange(steps, dtype=jnp.int32)[:, None]).reshape(-1)
+    cos, sin = rotary_tables(config.rope, config.head_dim, ahead[:, None], ahead + 1)
+    return jax.lax.complex(cos, sin).reshape(steps, positions.shape[0], 1, -1)
+
+
 def decode(
-    config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array
-) -> tuple[KVCache, jax.Array, jax.Array]:
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array,
+    rotations: jax.Array | None = None,
+) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
     """One more token of each sequence.
 
     Args:
@@ -141,15 +149,17 @@ def decode(
       cache: holds the positions before.
       tokens: int32 [batch].
       positions: int32 [batch], of these tokens.
+      rotations: of `rotations_ahead`, complex64 [batch, 1, head_dim // 2]; computed if not given.
 
     Returns:
       The cache, float32 logits [batch, vocab], and what `pallas_kernels.Decoded` calls the stall.
     """
-    tables = rotary_tables(config.rope, config.head_dim, positions[:, None], positions + 1)
+    if rotations is None:
+        rotations = rotations_ahead(config, positions, 1)[0]
     norm = Norm(weights.norm, config.rms_norm_eps)
     done = decode_layers(
-        weights.embedding[tokens[:, None]], _layers(config, weights), norm, _head(weights), cache.keys, cache.values, *tables,
-        positions,
+        weights.embedding[tokens[:, None]], _layers(config, weights), norm, _head(weights), cache.keys, cache.values,
+        rotations.real, rotations.imag, positions,
     )  # fmt: skip
     return KVCache(done.keys, done.values), done.logits, done.stall
 

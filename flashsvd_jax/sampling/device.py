@@ -1,6 +1,7 @@
-"""Choosing tokens on the device. Every option is an array, so no value of any of them compiles anything anew."""
+"""Choosing tokens on the device. Every option is an array: what is compiled serves any values of them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax.errors import RequestError
+from flashsvd_jax.sampling.counts import TokenCounts
 from flashsvd_jax.sampling.params import MAX_LOGPROBS, MAX_STOP_IDS, MIN_TEMPERATURE, SamplingParams
+
+_TILE = 8192  # of logits; few enough for XLA to reduce them in one block
 
 
 @jax.tree_util.register_dataclass
@@ -27,15 +31,6 @@ class SamplingArrays:
     seed: jax.Array  # uint32 [batch, 2]
     stop_ids: jax.Array  # int32 [batch, MAX_STOP_IDS]; -1 where unused
     wants_logprobs: jax.Array  # bool [batch]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenCounts:
-    """What the penalties depend on."""
-
-    in_prompt: jax.Array  # bool [batch, vocab]
-    in_output: jax.Array  # int32 [batch, vocab]
 
 
 @jax.tree_util.register_dataclass
@@ -98,19 +93,51 @@ def sample(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step
       counts: tokens seen so far.
       step: int32 [batch], how many tokens each sequence has generated; with the seed it determines the draw.
     """
-    # One condition on the way of a greedy batch: each costs a step several microseconds, whichever branch it takes.
-    plain = ~(_any_penalty(options) | jnp.any(options.temperature > 0) | jnp.any(options.wants_logprobs))
-    return jax.lax.cond(plain, _sample_greedily, _sample_with_options, logits, options, counts, step)
+    return jax.lax.cond(
+        wants_more_than_greedy(options), sample_with_options, _sample_greedily, logits, options, counts, step
+    )
+
+
+def wants_more_than_greedy(options: SamplingArrays) -> jax.Array:
+    """bool []: whether some sequence wants a draw, a penalty or log-probabilities. Numpy's if the options are of numpy."""
+    return ((options.temperature > 0) | _penalised(options) | options.wants_logprobs).any()
+
+
+def best_token(logits: jax.Array) -> jax.Array:
+    """The index of the largest of the logits [batch, vocab], as `jnp.argmax` has it: of equal ones the first, of any NaN too.
+
+    XLA makes two launches of a reduction over so many. This is one, of the best of each tile, and what compares those few is part
+    of whatever uses the result.
+    """
+    batch, vocab = logits.shape
+    tiles = -(-vocab // _TILE)
+    width = -(-vocab // tiles)
+    padded = jnp.pad(logits, ((0, 0), (0, tiles * width - vocab)), constant_values=-jnp.inf)
+    number = jax.lax.broadcasted_iota(jnp.int32, padded.shape, 1)
+    pairs = padded.reshape(batch, tiles, width), number.reshape(batch, tiles, width)
+    worst = jnp.float32(-jnp.inf), jnp.int32(tiles * width)
+    values, indices = jax.lax.reduce(pairs, worst, _better, (2,))
+    return functools.reduce(_better, zip(values.T, indices.T, strict=True))[1]
+
+
+def _better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The larger of two values with its index; that of the lower index if they are equal."""
+    (value, index), (other, at) = a, b
+    nan, other_nan = jnp.isnan(value), jnp.isnan(other)
+    equal = (value == other) | (nan & other_nan)
+    first = (value > other) | (nan & ~other_nan) | (equal & (index < at))
+    return jnp.where(first, value, other), jnp.where(first, index, at)
 
 
 def _sample_greedily(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
-    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    token = best_token(logits)
     return Sampled(token, *_no_logprobs(logits, token))
 
 
-def _sample_with_options(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
-    penalised = jax.lax.cond(_any_penalty(options), _penalise, lambda x, *_: x, logits, options, counts)
-    greedy = jnp.argmax(penalised, axis=-1).astype(jnp.int32)
+def sample_with_options(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
+    """As `sample`, for batches in which some sequence is known to want more than the most likely token."""
+    penalised = jax.lax.cond(_penalised(options).any(), _penalise, lambda x, *_: x, logits, options, counts)
+    greedy = best_token(penalised)
     random = jax.lax.cond(jnp.any(options.temperature > 0), _draw, lambda *_: greedy, penalised, options, step)
     token = jnp.where(options.temperature > 0, random, greedy)
     wanted = jnp.any(options.wants_logprobs)
@@ -127,10 +154,9 @@ def filter_logits(logits: jax.Array, options: SamplingArrays) -> jax.Array:
     return jnp.where(scaled < best + jnp.log(options.min_p)[:, None], -jnp.inf, scaled)
 
 
-def _any_penalty(options: SamplingArrays) -> jax.Array:
-    return jnp.any(
-        (options.repetition_penalty != 1.0) | (options.presence_penalty != 0.0) | (options.frequency_penalty != 0.0)
-    )
+def _penalised(options: SamplingArrays) -> jax.Array:
+    """bool [batch]"""
+    return (options.repetition_penalty != 1.0) | (options.presence_penalty != 0.0) | (options.frequency_penalty != 0.0)
 
 
 def _penalise(logits: jax.Array, options: SamplingArrays, counts: TokenCounts) -> jax.Array:

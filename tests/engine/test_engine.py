@@ -17,7 +17,8 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.models.weights import weights_from_params
 from flashsvd_jax.sampling import SamplingParams
-from flashsvd_jax.sampling.device import TokenCounts, sample, sampling_arrays
+from flashsvd_jax.sampling.counts import TokenCounts
+from flashsvd_jax.sampling.device import sample, sampling_arrays
 from flashsvd_jax.schema import nest, schema
 
 Complete = Callable[[Engine, Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[int]]]

@@ -65,12 +65,12 @@ def test_a_kernel_that_gave_up_is_an_error_that_says_where() -> None:
 
 def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny.new_engine()
-    decode = engine._decode
+    decode = engine._decode_greedily
 
     def stalled(*arguments: Any) -> Any:
         *results, stall = decode(*arguments)
         return *results, stall.at[0].set(1)
 
-    monkeypatch.setattr(engine, "_decode", stalled)
+    monkeypatch.setattr(engine, "_decode_greedily", stalled)
     with pytest.raises(KernelError, match="gave up waiting"):
         list(engine.generate([[1, 2, 3]], [SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)]))

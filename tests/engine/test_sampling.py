@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from flashsvd_jax.sampling import SamplingParams
-from flashsvd_jax.sampling.device import Sampled, SamplingArrays, TokenCounts, filter_logits, sample, sampling_arrays
+from flashsvd_jax.sampling.counts import TokenCounts
+from flashsvd_jax.sampling.device import Sampled, SamplingArrays, filter_logits, sample, sampling_arrays
 from flashsvd_jax.sampling.params import MAX_LOGPROBS
 
 VOCAB, ROWS, DRAWS = 96, 64, 4096

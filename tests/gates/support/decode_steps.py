@@ -29,7 +29,9 @@ def two_layers(name: str, kind: str) -> ModelConfig:
     return first_layers(config, LAYERS, dense)
 
 
-def lower_decode(name: str, kind: str, batch: int, max_length: int, kernels: str = "auto") -> Any:
+def lower_decode(
+    name: str, kind: str, batch: int, max_length: int, kernels: str = "auto", *, greedy: bool = True
+) -> Any:
     """The step lowered as on an H200. Only in a process that describes one: the engine lowers for where its weights are."""
     config = two_layers(name, kind)
 
@@ -38,4 +40,4 @@ def lower_decode(name: str, kind: str, batch: int, max_length: int, kernels: str
 
     weights = on_h200(jax.eval_shape(build, abstract_params(config)))
     with as_on_h200():
-        return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode()
+        return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode(greedy=greedy)
