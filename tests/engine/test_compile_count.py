@@ -1,4 +1,4 @@
-"""What compiles, and when: one executable for each bucket of prompts and one to decode, whatever is asked of them."""
+"""What compiles, and when: one executable for each bucket of prompts, one to decode greedily, and one to decode otherwise."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from flashsvd_jax.sampling import SamplingParams
 Complete = Callable[[Engine, Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[int]]]
 
 SHORT = SamplingParams(max_tokens=3, seed=0)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=3)
 EVERYTHING = SamplingParams(
     temperature=0.7, top_k=9, top_p=0.8, min_p=0.01, repetition_penalty=1.2, presence_penalty=0.3, frequency_penalty=-0.4,
     seed=2**64 - 1, max_tokens=40, stop="never", stop_token_ids=[1, 2, 3], ignore_eos=True, logprobs=7,
@@ -41,6 +42,16 @@ def test_each_prompt_step_and_the_decode_step_compile_once(tiny: Any, complete: 
     assert run(17) == 1  # a further chunk
     assert [run(length) for length in (1, 40, 95)] == [0, 0, 0]
     assert run(20, EVERYTHING) == 0
+
+
+def test_greedy_calls_have_a_decode_step_of_their_own_and_compile_no_other(tiny: Any, complete: Complete) -> None:
+    engine = tiny.new_engine(batch=2)
+    run = lambda *params: compiled_by(lambda: complete(engine, [prompt(5)] * len(params), params))  # noqa: E731
+    assert run(GREEDY) == 2  # the prompt, and decoding
+    assert run(GREEDY, dataclasses.replace(GREEDY, stop_token_ids=[3], ignore_eos=True, max_tokens=30)) == 0
+    assert run(SHORT) == 1
+    others = [dataclasses.replace(GREEDY, **change) for change in ({"logprobs": 0}, {"presence_penalty": 0.1})]
+    assert [run(*params) for params in ([GREEDY, SHORT], others, [EVERYTHING], [GREEDY])] == [0, 0, 0, 0]
 
 
 def test_longer_chunks_have_a_bucket_for_each_power_of_two(tiny: Any, complete: Complete) -> None:

@@ -13,8 +13,9 @@ from compiled_decoder import full
 
 from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.engine import Engine, TokenBlock
-from flashsvd_jax.errors import RequestError
+from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import cache_bytes
+from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import weights_from_params
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.sampling.counts import TokenCounts
@@ -176,6 +177,66 @@ def test_a_stop_token_ends_its_row_and_no_other(
     ]
 
 
+def test_greedy_tokens_are_the_same_from_either_decode_step(tiny: Any, prompts: list[list[int]]) -> None:
+    """Who wants log-probabilities gets them from the step that serves every option."""
+    engine = tiny.engine(batch=4)
+    endless = dataclasses.replace(GREEDY, max_tokens=None)
+    stops = rows_of(list(engine.generate(prompts, [endless] * 4)))
+    for params in (
+        [GREEDY, dataclasses.replace(GREEDY, max_tokens=9), dataclasses.replace(GREEDY, max_tokens=1), endless],
+        [dataclasses.replace(endless, stop_token_ids=[row[place]]) for row, place in zip(stops, (3, 8, 9, 16), strict=True)],
+    ):  # fmt: skip
+        greedy = list(engine.generate(prompts, params))
+        every = list(engine.generate(prompts, [dataclasses.replace(p, logprobs=0) for p in params]))
+        assert [block.sampled is None for block in greedy] == [False, *[True] * (len(greedy) - 1)]
+        assert len(greedy) > 2
+        assert all(block.sampled is not None for block in every)
+        assert [block.tokens.tolist() for block in greedy] == [block.tokens.tolist() for block in every]
+
+
+def decode_with(monkeypatch: pytest.MonkeyPatch, stall: Callable[[jax.Array], jax.Array]) -> list[list[int]]:
+    """From now on decoders stall as told of their positions [batch]; fills the list with those of every step."""
+    steps: list[list[int]] = []
+    decode = decoder.decode
+
+    def observed(config: Any, weights: Any, cache: Any, tokens: jax.Array, positions: jax.Array, *rest: Any) -> Any:
+        jax.debug.callback(lambda at: steps.append(at.tolist()), positions, ordered=True)
+        cache, logits, _ = decode(config, weights, cache, tokens, positions, *rest)
+        return cache, logits, stall(positions)
+
+    monkeypatch.setattr(decoder, "decode", observed)
+    return steps
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
+def test_no_step_is_taken_once_all_rows_have_ended(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    steps = decode_with(monkeypatch, lambda at: jnp.zeros((4,), jnp.int32))
+    engine = tiny.new_engine(batch=2, decode_chunk=4)
+    params = [SamplingParams(temperature=temperature, max_tokens=n, seed=0, ignore_eos=True) for n in (7, 3)]
+    rows = rows_of(list(engine.generate([[1, 2, 3], [4] * 10], params)))
+    assert list(map(len, rows)) == [7, 3]
+    assert steps == [[3, 10], [4, 11], *([at, 12] for at in (5, 6, 7, 8))]
+    steps.clear()
+    stopping = [
+        dataclasses.replace(p, max_tokens=40, stop_token_ids=row[1:2]) for p, row in zip(params, rows, strict=True)
+    ]
+    rows = rows_of(list(engine.generate([[1, 2, 3], [4] * 10], stopping)))
+    assert len(steps) == max(map(len, rows)) - 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
+def test_the_first_stall_of_a_dispatch_is_told(tiny: Any, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    """Every step from position 5 on gives up, in another place each."""
+    stall = lambda at: jnp.where(at[0] < 5, 0, jnp.array([1, 7, 0, 2]) + at[0] * jnp.array([0, 0, 1, 0]))  # noqa: E731
+    steps = decode_with(monkeypatch, stall)
+    engine = tiny.new_engine()
+    with pytest.raises(KernelError, match="block 5, phase 7 of layer 0"):
+        list(engine.generate([[1, 2, 3]], [SamplingParams(temperature=temperature, max_tokens=8, ignore_eos=True)]))
+    assert steps == [[3], [4], [5]]
+
+
 def test_nothing_is_computed_long_after_all_rows_have_ended(
     tiny: Any, prompts: list[list[int]], greedy: list[list[int]]
 ) -> None:
@@ -316,11 +377,12 @@ def test_a_decode_step_needs_little_memory_beside_the_cache(batch: int) -> None:
     assert step.temp_size_in_bytes < 1.1 * cache / layers
 
 
+@pytest.mark.parametrize("greedy", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_decode_step_can_be_made_in_half_precision(tiny: Any, dtype: str) -> None:
+def test_a_decode_step_can_be_made_in_half_precision(tiny: Any, dtype: str, greedy: bool) -> None:
     """Traced only: what a step gives back must have the types of what it takes."""
     weights = jax.tree.map(lambda a: np.asarray(a).astype(jnp.dtype(dtype)), tiny.weights)
-    text = Engine(tiny.config, weights, batch=2, max_length=32).lower_decode().as_text()
+    text = Engine(tiny.config, weights, batch=2, max_length=32).lower_decode(greedy=greedy).as_text()
     assert {"bfloat16": "xbf16>", "float16": "xf16>"}[dtype] in text
 
 

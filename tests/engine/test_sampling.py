@@ -23,7 +23,14 @@ from transformers import (
 
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.sampling.counts import TokenCounts
-from flashsvd_jax.sampling.device import Sampled, SamplingArrays, filter_logits, sample, sampling_arrays
+from flashsvd_jax.sampling.device import (
+    Sampled,
+    SamplingArrays,
+    best_token,
+    filter_logits,
+    sample,
+    sampling_arrays,
+)
 from flashsvd_jax.sampling.params import MAX_LOGPROBS
 
 VOCAB, ROWS, DRAWS = 96, 64, 4096
@@ -33,6 +40,7 @@ TIE = 1e-6
 
 filtered = jax.jit(filter_logits)
 sampled = jax.jit(sample)
+best = jax.jit(best_token)
 many = settings(max_examples=10, deadline=None, derandomize=True)  # of ROWS rows each
 seeds = st.integers(0, 2**32 - 1)
 
@@ -233,6 +241,20 @@ def test_greedy_without_penalties_ignores_what_was_seen_and_every_filter() -> No
     seen = [[int(best)] * 5 for best in logits.argmax(1)]
     params = [SamplingParams(temperature=0.0, top_k=3, top_p=0.1, min_p=0.9, seed=row) for row in range(ROWS)]
     assert np.array_equal(draw(logits, params, seen, seen).token, logits.argmax(1))
+
+
+@many
+@given(seed=seeds)
+def test_the_best_token_is_the_first_of_the_largest_logits(seed: int) -> None:
+    """Also where equal ones are far from each other, or are NaN: vocabularies of less than a tile to a few."""
+    rng = np.random.default_rng(seed)
+    for vocab in (1, 100, 8192, 8193, 20_011):
+        logits = rng.normal(size=(6, vocab)).astype(np.float32)
+        for row, value in zip(logits[1:], (9.0, np.nan, -np.inf, np.inf), strict=False):
+            row[rng.integers(0, vocab, 3)] = value
+        logits[2, rng.integers(0, vocab)] = np.inf
+        logits[5] = -np.inf
+        assert np.array_equal(best(logits), logits.argmax(1)), vocab
 
 
 @pytest.mark.parametrize("by_seed", [True, False], ids=["seeds", "steps"])

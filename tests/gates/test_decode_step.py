@@ -1,7 +1,7 @@
-"""A token is one thing for the host to send, and moves neither weights nor cache: the engine's step compiled for an H200."""
+"""A dispatch is one thing for the host to send, and moves neither weights nor cache: the engine's steps compiled for an H200."""
 
 import pytest
-from cuda_compile import compile_lowered_by
+from cuda_compile import Compiled, compile_lowered_by
 from decode_steps import lower_decode, two_layers
 
 from flashsvd_jax.kv_cache import cache_bytes
@@ -12,15 +12,37 @@ SLOTS = 8192
 LOGIT_ROWS = 6
 WORDS = 160_000
 
+# Of a greedy step, beside the decoder's own kernels: embedding, rotation, best token, state and output; then what the kernels of
+# `decode_layers` are given, which is the position of the mask or, for the persistent one, its cleared words, stall and tensor maps.
+XLA_LAUNCHES = {"products": 6, "persistent": 8}
+
 KINDS = ("dense", "low-rank", "mixed")
 NAMES = ("llama-2-7b", "llama-3.1-8b")
-CASES = [*((name, kind, 1) for name in NAMES for kind in KINDS), *((name, "low-rank", 4) for name in NAMES)]
+PRODUCTS = [*((name, kind, 1) for name in NAMES for kind in KINDS), *((name, "low-rank", 4) for name in NAMES)]
+PERSISTENT = [("llama-2-7b", "low-rank", 1), ("llama-3.1-8b", "low-rank", 4)]
+CASES = [*((*case, "products") for case in PRODUCTS), *((*case, "persistent") for case in PERSISTENT)]
 
 
-@pytest.mark.parametrize(("name", "kind", "batch"), CASES)
-def test_a_token_is_one_command_buffer_and_copies_nothing(name: str, kind: str, batch: int) -> None:
+def compiled_step(name: str, kind: str, batch: int, kernels: str, greedy: bool) -> Compiled:
     config = two_layers(name, kind)
-    compiled = compile_lowered_by(lower_decode, name, kind, batch, SLOTS)
-    assert [thunk.kind for thunk in compiled.loop_body()] == ["kCommandBuffer"]
+    compiled = compile_lowered_by(lower_decode, name, kind, batch, SLOTS, kernels, greedy=greedy)
+    assert [thunk.kind for thunk in compiled.thunks] == ["kCommandBuffer"]
     assert compiled.temp_bytes <= batch * (LOGIT_ROWS * config.vocab_size + 2 * WORDS) * 4
     assert compiled.alias_bytes >= cache_bytes(config, batch, SLOTS)
+    return compiled
+
+
+@pytest.mark.parametrize(("name", "kind", "batch", "kernels"), CASES)
+def test_a_greedy_dispatch_is_one_command_buffer_with_few_launches(
+    name: str, kind: str, batch: int, kernels: str
+) -> None:
+    body = [inner for thunk in compiled_step(name, kind, batch, kernels, True).loop_body() for inner in thunk.walk()]
+    assert {thunk.kind for thunk in body} <= {"kCustomKernel", "kCustomCall"}  # no condition, no copy
+    launches = [thunk.kernel.name for thunk in body if thunk.kernel and "fusion" in thunk.kernel.name]
+    assert 5 <= len(launches) <= XLA_LAUNCHES[kernels], launches
+
+
+@pytest.mark.parametrize(("name", "kind", "batch", "kernels"), [*CASES[:1], *CASES[-2:]])
+def test_a_dispatch_with_options_is_one_command_buffer_too(name: str, kind: str, batch: int, kernels: str) -> None:
+    body = compiled_step(name, kind, batch, kernels, False).loop_body()
+    assert "kConditional" in [thunk.kind for thunk in body]  # what nobody wants is not computed

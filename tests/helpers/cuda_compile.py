@@ -59,8 +59,9 @@ class Compiled:
         return [thunk.kernel for thunk in self.walk() if thunk.kernel is not None]
 
     def loop_body(self) -> list[Thunk]:
-        """What the host does in one turn of the program's only top-level loop."""
-        (loop,) = (thunk for thunk in self.thunks if thunk.kind == "kWhile")
+        """What is done in one turn of the program's only loop that lies in no other, be it part of a command buffer or not."""
+        inside = [inner for thunk in self.thunks for inner in (thunk, *thunk.parts.get("", []))]
+        (loop,) = (thunk for thunk in inside if thunk.kind == "kWhile")
         return loop.parts["body"]
 
 

@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.models.decoder import rotations_ahead
 from flashsvd_jax.rope import rotary_tables
 
 HEAD_DIM = 32
@@ -115,6 +116,17 @@ def test_frequencies_of_published_models(name: str) -> None:
 )
 def test_where_a_config_says_a_thing_twice_the_same_one_counts(fields: dict[str, Any]) -> None:
     assert_same_frequencies(raw_config(**fields), length=10)
+
+
+def test_rotations_ahead_are_those_of_every_step(scaling: dict[str, Any]) -> None:
+    """Sequences reach the length from which `dynamic` and `longrope` stretch at different steps."""
+    config = ModelConfig.from_hf(raw_config(**spell(scaling, "rope_parameters")))
+    start = np.array([MAX_POSITION - 4, 22, 0], np.int32)
+    ahead = np.asarray(rotations_ahead(config, start, 6))
+    for step, rotation in enumerate(ahead):
+        positions = start + np.int32(step)
+        cos, sin = rotary_tables(config.rope, config.head_dim, positions[:, None], positions + 1)
+        np.testing.assert_allclose(rotation, np.asarray(cos) + 1j * np.asarray(sin), rtol=0, atol=1e-6)
 
 
 def test_tables_at_many_positions_are_those_of_transformers() -> None:
