@@ -1,12 +1,12 @@
 """The compiled steps that decode: several tokens of every sequence in one dispatch, in a loop on the device.
 
 The loop is part of a CUDA graph. Whatever runs in its body beside the decoder costs a launch, about a microsecond however little
-it does, and a condition ten. So greedy requests have a loop of their own, without conditions, and its body is
+it does, and a condition more than ten. So greedy requests have a loop of their own, without conditions, with five launches a turn:
 
-    rotation, embedding | the decoder | best token of each tile, the state, tokens so far
+    rotation, embedding | the decoder | best token of each tile, the state, the tokens so far
 
-Rotations are computed before the loop and read with one launch. All of the state that changes has one shape and depends on one
-another, which is what makes XLA update it in one launch, in place. tests/gates counts them.
+Rotations are computed before the loop. The state that changes is of one shape, each part computed from the one before: only then
+does XLA update it in one launch, and in place. tests/gates counts launches.
 """
 
 from collections.abc import Callable

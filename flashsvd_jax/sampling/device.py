@@ -85,7 +85,8 @@ def sampling_arrays(
 def sample(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
     """Chooses a token for each sequence.
 
-    Greedy batches pay for an argmax alone: penalties, filters and log-probabilities run only where some sequence wants them.
+    Greedy batches pay for an argmax alone; an order of the tokens and log-probabilities are found only where some sequence wants
+    them.
 
     Args:
       logits: float32 [batch, vocab].
@@ -136,10 +137,9 @@ def _sample_greedily(logits: jax.Array, options: SamplingArrays, counts: TokenCo
 
 def sample_with_options(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
     """As `sample`, for batches in which some sequence is known to want more than the most likely token."""
-    penalised = jax.lax.cond(_penalised(options).any(), _penalise, lambda x, *_: x, logits, options, counts)
-    greedy = best_token(penalised)
-    random = jax.lax.cond(jnp.any(options.temperature > 0), _draw, lambda *_: greedy, penalised, options, step)
-    token = jnp.where(options.temperature > 0, random, greedy)
+    # Only what passes over the logits many times stands under a condition: a condition costs more than a pass or two.
+    penalised = _penalise(logits, options, counts)
+    token = jnp.where(options.temperature > 0, _draw(penalised, options, step), best_token(penalised))
     wanted = jnp.any(options.wants_logprobs)
     return Sampled(token, *jax.lax.cond(wanted, _logprobs, _no_logprobs, logits, token))
 
@@ -214,7 +214,7 @@ def _draw(logits: jax.Array, options: SamplingArrays, step: jax.Array) -> jax.Ar
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), step)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    return jnp.argmax(filter_logits(logits, options) + jax.vmap(noise)(options.seed, step), axis=-1).astype(jnp.int32)
+    return best_token(filter_logits(logits, options) + jax.vmap(noise)(options.seed, step))
 
 
 def _logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
