@@ -26,7 +26,7 @@ from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import prefer
-from pallas_kernels.persistent import building, code, copies, launch, plan, ring
+from pallas_kernels.persistent import building, code, copies, inputs, launch, loading, plan, ring
 
 CALLS, REPEATS = 20, 4
 Patch = tuple[Any, str, Any]
@@ -57,11 +57,13 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "as it is": (),
     "no waits": (NO_WAITS,),
     "no copies": (NO_COPIES,),
-    "no waits, no copies": (NO_WAITS, NO_COPIES),
+    "no waits or copies": (NO_WAITS, NO_COPIES),
+    "nothing fetched ahead": ((loading, "fetch_ahead", lambda *arguments: None),),
     "2 tiles in flight": ((ring, "TILES_IN_FLIGHT", 2),),
     "4 tiles in flight": ((ring, "TILES_IN_FLIGHT", 4),),
     "5 tiles in flight": ((ring, "TILES_IN_FLIGHT", 5),),
     "6 tiles in flight": ((ring, "TILES_IN_FLIGHT", 6),),
+    "64 words at once": ((inputs, "WORDS_IN_REGISTERS", 64),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),

@@ -58,7 +58,8 @@ class _Builder:
         phase = Phase(name, tuple(map(tuple, groups)), source)
         longest = max(group.k for layer in groups for group in layer)
         splits = splits_for(phase.padded_rows, longest, self.programs)
-        self.steps.append(dataclasses.replace(phase, splits=splits))
+        phase = dataclasses.replace(phase, splits=splits)
+        self.steps.append(dataclasses.replace(phase, pieces=phase.most_pieces(self.programs)))
         return len(self.steps) - 1
 
     def phase(self, step: int) -> Phase:

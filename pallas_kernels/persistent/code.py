@@ -250,6 +250,11 @@ def load_shared(base: Value, offset: Value) -> Value:
     return ptx("{ .reg .u32 o; add.u32 o, $1, $2; ld.shared.f32 $0, [o]; }", base, offset, results=[float_type()])[0]
 
 
+def load_shared_pointer(at: Value) -> Value:
+    """One 64-bit integer from shared memory."""
+    return ptx("ld.shared.u64 $0, [$1];", at, results=[ir.IntegerType.get_signless(64)])[0]
+
+
 def load_shared_integer(at: Value) -> Value:
     """One integer from shared memory."""
     return ptx("ld.shared.u32 $0, [$1];", at, results=[int_type()])[0]

@@ -5,10 +5,13 @@ from typing import Any
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
+from pallas_kernels.persistent.steps import HALF_TILE, TILE_BYTES, TILE_ROWS
 
 MAP_BYTES = 128
 """Of a tensor map."""
+
+MAPS_A_PROGRAM = 8
+"""That a program of the kernel that makes them writes."""
 
 
 def make_barrier(at: Value, arrivals: int) -> None:
@@ -48,6 +51,16 @@ def know_tensor_map(at: Value) -> None:
     w.ptx("fence.proxy.tensormap::generic.acquire.gpu [$0], 128;", at)
 
 
+def fetch_tensor_map(at: Value) -> None:
+    """Has a tensor map ready for copies to come."""
+    w.ptx("prefetch.tensormap [$0];", at)
+
+
+def fetch(at: Value) -> None:
+    """Brings a line of GPU memory into the cache that all cores share."""
+    w.ptx("prefetch.global.L2 [$0];", at)
+
+
 def check_address(address: Value, told: Value, stall: Value, index: int) -> None:
     """Writes (2, index, 0, 0) as the stall if both addresses differ."""
     code = "{ .reg .pred q; setp.ne.u64 q, $0, $1; @q st.global.v4.u32 [$2], {$3,$4,$5,$5}; }"
@@ -57,23 +70,30 @@ def check_address(address: Value, told: Value, stall: Value, index: int) -> None
 def write_tensor_maps(
     context: Any, template: Any, operands: Sequence[Any], sizes: Any, maps: Any, addresses: Any, scratch: Any
 ) -> None:
-    """Thread i of the grid writes the map and the address of operand i; see `tensor_maps`."""
-    mine = w.add(w.mul(w.program(), w.integer(THREADS)), w.thread())
-    pointer = w.pointer(operands[0])
-    for index, operand in enumerate(operands[1:], 1):
-        pointer = w.select(w.equal(mine, w.integer(index)), w.pointer(operand), pointer)
+    """Thread i of program p writes the map and the address of operand ``MAPS_A_PROGRAM * p + i``; see `tensor_maps`."""
+    number = w.add(w.mul(w.program(), w.integer(MAPS_A_PROGRAM)), w.thread())
+    mine = w.both(w.below(w.thread(), w.integer(MAPS_A_PROGRAM)), w.below(number, w.integer(len(operands))))
     place = w.add(w.shared_address(scratch), w.mul(w.thread(), w.integer(MAP_BYTES)))
+    # A branch for each program: to choose among all operands takes longer than the rest of the kernel.
+    for program, begin in enumerate(range(0, len(operands), MAPS_A_PROGRAM)):
+        with w.when(w.equal(w.program(), w.integer(program))):
+            few = [w.pointer(operand) for operand in operands[begin : begin + MAPS_A_PROGRAM]]
+            pointer = few[0]
+            for thread, other in enumerate(few[1:], 1):
+                pointer = w.select(w.equal(w.thread(), w.integer(thread)), other, pointer)
+            w.ptx("st.shared.u64 [$0], $1;", place, pointer)
+    pointer = w.load_shared_pointer(place)
     box, swizzle = (TILE_ROWS, HALF_TILE), 128
     _copy_map("ld.b64", context._get_tma_desc(template, (), None, box, swizzle, None), "st.shared.b64", place)
-    at = w.mul(mine, w.integer(8))
+    at = w.mul(w.smaller(number, w.integer(len(operands) - 1)), w.integer(8))
     rows = w.load_integer(w.address(sizes), at)
     columns = w.load_integer(w.address(sizes), w.add(at, w.integer(4)))
-    with w.when(w.below(mine, w.integer(len(operands)))):
+    with w.when(mine):
         _replace("global_address", "b64", place, "$1", pointer)
         _replace("global_dim", "b32", place, "0, $1", columns)
         _replace("global_dim", "b32", place, "1, $1", rows)
         _replace("global_stride", "b64", place, "0, s", columns)  # in bytes
-        out = w.offset_pointer(w.address(maps), w.mul(mine, w.integer(MAP_BYTES)))
+        out = w.offset_pointer(w.address(maps), w.mul(number, w.integer(MAP_BYTES)))
         _copy_map("ld.shared.b64", place, "st.global.b64", out)
         w.ptx("st.global.u64 [$0], $1;", w.offset_pointer(w.address(addresses), at), pointer)
     w.ptx("fence.proxy.tensormap::generic.release.gpu;")

@@ -7,6 +7,7 @@ together. What it finds is added up, divided by the norm's divisor where that is
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,12 +15,16 @@ import jax.numpy as jnp
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.columns import FourColumns, Output
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
 from pallas_kernels.persistent.words import differ, load_word, load_words, store_word
 
-WORDS_IN_REGISTERS = 64
+WORDS_IN_REGISTERS = 96
+
+Read = tuple[list[Value], list[Value]]
+"""Four columns, and the words they are made of."""
 
 
 def embed(launch: Launch, x: Any) -> None:
@@ -41,8 +46,8 @@ def embed(launch: Launch, x: Any) -> None:
             for i, value in enumerate(values):
                 stream = w.add(at, w.integer(plan.offset("stream", source.stream) + i))
                 store_word(base, w.mul(stream, w.integer(4)), value, e.epoch, real)
-                for split in range(added.splits):
-                    begin_ = plan.offset("sums", source.of) + split * plan.batch * added.padded_rows + i
+                for part in range(added.parts):
+                    begin_ = plan.offset("sums", source.of) + part * plan.batch * added.padded_rows + i
                     here = w.add(w.add(column, w.integer(begin_)), w.mul(row, w.integer(added.padded_rows)))
                     store_word(base, w.mul(here, w.integer(4)), w.number(0.0), e.epoch, real)
 
@@ -138,7 +143,7 @@ class _Loader:
         if isinstance(of, Attention):
             return of.parts * 5 // 4 + 1
         assert isinstance(of, Phase)
-        return of.splits + 1 if self.is_stream else 2 * of.splits if self.source.kind == "gated" else of.splits
+        return of.parts + 1 if self.is_stream else 2 * of.parts if self.source.kind == "gated" else of.parts
 
     def _chunk(self, begin: Value, total: Value) -> _Chunk:
         """The thread's chunk; threads beyond the end repeat the last one."""
@@ -157,14 +162,15 @@ class _Loader:
         scaled = self.source.scaled
         gated = self.source.kind == "gated"
 
+        reads = [read for chunk in chunks for read in self._reads(chunk)]
+
         def load() -> tuple[list[Value], Value]:
             found: list[Value] = []
             missing = w.integer(0)
-            for chunk in chunks:
-                for half in (0, self.source.half) if gated else (0,):
-                    values, late = self._read(chunk, half)
-                    found += values
-                    missing = w.either(missing, late)
+            for read in reads:
+                values, words = read()
+                found += values
+                missing = w.either(missing, differ(words, self.told))
             if scaled is not None:
                 squares, late = self.e.squares(scaled)
                 found += squares
@@ -178,21 +184,28 @@ class _Loader:
         roots = [self.e.root(total) for total in found[columns:]]
         return [fours[i : i + lists] for i in range(0, len(fours), lists)], roots
 
-    def _read(self, chunk: _Chunk, half: int) -> tuple[list[Value], Value]:
+    def _reads(self, chunk: _Chunk) -> list[Callable[[], Read]]:
+        """What to load for a chunk: its columns, and where there is a gate what it gates."""
         of = self.plan.steps[self.source.of]
         if isinstance(of, Attention):
-            return self._read_attention(of, chunk)
-        column = w.add(chunk.column, w.integer(half)) if half else chunk.column
-        values, words = self.e.sums(self.base, self.source.of, chunk.row, column)
-        if self.is_stream:
-            at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
-            at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
-            stream = load_words(self.base, w.mul(at, w.integer(4)))
-            values = [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)]
-            words = words + stream
-        return values, differ(words, self.told)
+            return [lambda: self._read_attention(of, chunk)]
+        halves = [(0, chunk.column)]
+        if self.source.kind == "gated":
+            halves.append((1, w.add(chunk.column, w.integer(self.source.half))))
+        outputs = [
+            FourColumns(self.e, Output(self.source.of, group, self.source.behind), chunk.row, column)
+            for group, column in halves
+        ]
+        return [lambda: self._read_stream(outputs[0], chunk)] if self.is_stream else [output.load for output in outputs]
 
-    def _read_attention(self, of: Attention, chunk: _Chunk) -> tuple[list[Value], Value]:
+    def _read_stream(self, added: FourColumns, chunk: _Chunk) -> Read:
+        at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
+        at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
+        stream = load_words(self.base, w.mul(at, w.integer(4)))
+        values, words = added.load()
+        return [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)], words + stream
+
+    def _read_attention(self, of: Attention, chunk: _Chunk) -> Read:
         """Parts of the positions, weighed by what each has of the softmax."""
         head = w.quotient(chunk.column, of.head_dim)
         rows = [w.add(w.integer(part * self.plan.batch), chunk.row) for part in range(of.parts)]
@@ -209,7 +222,7 @@ class _Loader:
         ]
         words = [word for four in fours for word in four] + logs
         if of.parts == 1:
-            return w.floats(fours[0]), differ(words, self.told)
+            return w.floats(fours[0]), words
         largest = functools.reduce(w.max_f, w.floats(logs))
         shares = [w.power_of_two(w.sub_f(log, largest)) for log in w.floats(logs)]
         whole = w.total(shares)
@@ -217,7 +230,7 @@ class _Loader:
             w.div_f(w.total([w.mul_f(s, v) for s, v in zip(shares, column, strict=True)]), whole)
             for column in zip(*map(w.floats, fours), strict=True)
         ]
-        return values, differ(words, self.told)
+        return values, words
 
     def _combine(self, chunk: _Chunk, parts: list[list[Value]], roots: list[Value]) -> list[Value]:
         if roots:

@@ -25,19 +25,30 @@ class Team:
 
     Attributes:
       number: of the team.
-      start, programs: its first program, counted from the phase's first, and how many it has.
-      tiles: row tiles that it computes.
-      k_tiles: of each item.
-      x_start, k: the slice of the input that its items read.
+      start: its first program, counted from the phase's first.
+      sharers: programs that share the tiles of a split.
+      tiles: of a split.
+      k_tiles: of a row tile of a split.
+      x_start, k: the slice of the input that the team reads.
     """
 
     number: jax.Array
     start: jax.Array
-    programs: jax.Array
+    sharers: jax.Array
     tiles: jax.Array
     k_tiles: jax.Array
     x_start: jax.Array
     k: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A row tile, counted among its team's, or a piece of it: ``count`` of its tiles from the ``begin``-th on."""
+
+    row_tile: jax.Array
+    begin: jax.Array
+    count: jax.Array
+    piece: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +61,10 @@ class Rows:
 
 
 class PhaseItems:
-    """A program's items of a phase in one layer: ``count`` of them. Items go round the programs of a team."""
+    """A program's items of a phase in one layer: ``count`` of them, all of its ``team`` and ``split``.
+
+    ``is_first`` says whether it is the first of those who share the split's tiles.
+    """
 
     def __init__(self, place: Place, phase: Phase):
         self.phase, self.numbers = phase, _numbers(place)
@@ -59,14 +73,25 @@ class PhaseItems:
         for number in range(1, len(phase.teams)):
             other = self._team(number)
             self.team = _choose(turn >= other.start, other, self.team)
-        self._first = turn - self.team.start
-        items = self.team.tiles * phase.splits
-        self.count = lax.div(items - self._first + self.team.programs - 1, self.team.programs)
+        turn = turn - self.team.start
+        self.split, self._index = lax.rem(turn, phase.splits), lax.div(turn, phase.splits)
+        self.is_first = self._index == 0
+        index = jnp.minimum(self._index, self.team.sharers)
+        self._begin = lax.div(self.team.tiles * index, self.team.sharers)
+        index = jnp.minimum(self._index + 1, self.team.sharers)
+        self._end = lax.div(self.team.tiles * index, self.team.sharers)
+        self._first = lax.div(self._begin, self.team.k_tiles)
+        self.count = lax.div(self._end + self.team.k_tiles - 1, self.team.k_tiles) - self._first
+        self.count = jnp.where(self._end > self._begin, self.count, 0)
 
-    def tile(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(row tile among the team's, split) of the i-th item."""
-        item = self._first + i * self.team.programs
-        return lax.div(item, self.phase.splits), lax.rem(item, self.phase.splits)
+    def item(self, i: jax.Array) -> Item:
+        """The i-th."""
+        row_tile = self._first + i
+        tile = row_tile * self.team.k_tiles
+        begin = jnp.maximum(self._begin, tile)
+        end = jnp.minimum(self._end, tile + self.team.k_tiles)
+        first_sharer = lax.div((tile + 1) * self.team.sharers - 1, self.team.tiles)
+        return Item(row_tile, begin - tile, end - begin, self._index - first_sharer)
 
     def rows(self, row_tile: jax.Array) -> Rows:
         """Of one of the team's row tiles."""
@@ -85,7 +110,7 @@ class PhaseItems:
         return found
 
     def _team(self, number: int) -> Team:
-        fields = ("start", "programs", "tiles", "k_tiles", "x_start", "k")
+        fields = ("start", "sharers", "tiles", "k_tiles", "x_start", "k")
         return Team(jnp.int32(number), *(self.numbers[f"{field} {number}"] for field in fields))
 
 
@@ -96,7 +121,7 @@ class AttentionItems:
         self._attention, self._programs = attention, place.launch.plan.programs
         self.window = _numbers(place)["window"]
         self._first = _turn(place)
-        self.count = lax.div(attention.items(0) - self._first + self._programs - 1, self._programs)
+        self.count = lax.div(attention.items - self._first + self._programs - 1, self._programs)
 
     def part(self, i: jax.Array) -> Part:
         """The i-th item."""
@@ -115,7 +140,7 @@ def _numbers(place: Place) -> dict[str, jax.Array]:
 def _turn(place: Place) -> jax.Array:
     """Number of this program counted from the one that a step begins with."""
     plan = place.launch.plan
-    begin = place.launch.number(plan.first_items[place.step], place.layer)
+    begin = place.launch.number(plan.first_programs[place.step], place.layer)
     return lax.rem(lax.axis_index("program") + plan.programs - begin, plan.programs)
 
 

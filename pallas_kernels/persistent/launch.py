@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import CHUNK, Attention, Collect, Step
-from pallas_kernels.persistent.words import Patience, differ, load_word, load_words, until_written
+from pallas_kernels.persistent.steps import Attention, Collect, Step
+from pallas_kernels.persistent.words import Patience, differ, load_word, until_written
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
@@ -55,14 +55,18 @@ class Launch:
         """One of ``values``, a number for each layer, as a scalar."""
         if len(set(values)) == 1:
             return jnp.int32(values[0])
-        column, width = self.columns[tuple(values)], max(self.columns.values()) + 1
 
         @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=_INTEGER)
         def load(context: Any, numbers: Any, layer: Any) -> Any:
-            at = w.add(w.mul(w.scalar(layer), w.integer(width)), w.integer(column))
-            return w.splat(w.load_integer(w.address(numbers), w.mul(at, w.integer(4))))
+            return w.splat(load_number(self, w.address(numbers), w.scalar(layer), values))
 
         return load(self.numbers, layer)
+
+
+def load_number(launch: Launch, numbers: Value, layer: Value, values: Sequence[int]) -> Value:
+    """Emits the loading of a layer's number of ``values``, which differ, from the table at ``numbers``."""
+    column, width = launch.columns[tuple(values)], max(launch.columns.values()) + 1
+    return w.load_integer(numbers, w.mul(w.add(w.mul(layer, w.integer(width)), w.integer(column)), w.integer(4)))
 
 
 _INTEGER = plgpu.ShapeDtypeStruct((), jnp.int32, layout=w.SCALAR(()))  # pyright: ignore
@@ -78,7 +82,7 @@ def varying(plan: Plan) -> dict[tuple[int, ...], int]:
 
 
 def _all_numbers(plan: Plan) -> list[tuple[int, ...]]:
-    return [*plan.first_items, *(values for step in plan.steps for values in numbers_of(plan, step).values())]
+    return [*plan.first_programs, *(values for step in plan.steps for values in numbers_of(plan, step).values())]
 
 
 def numbers_of(plan: Plan, step: Step) -> dict[str, tuple[int, ...]]:
@@ -89,16 +93,18 @@ def numbers_of(plan: Plan, step: Step) -> dict[str, tuple[int, ...]]:
         return {"window": step.windows}
     layers, found = range(len(step.layers)), {}
     sizes = [step.team_programs(layer, plan.programs) for layer in layers]
+    sharers = [step.sharers(layer, plan.programs) for layer in layers]
     for team, (first_group, *_) in enumerate(step.teams):
         found[f"tiles {team}"] = tuple(step.team_tiles(team, layer) for layer in layers)
         found[f"k_tiles {team}"] = tuple(step.k_tiles(team, layer) for layer in layers)
-        found[f"programs {team}"] = tuple(of_layer[team] for of_layer in sizes)
+        found[f"sharers {team}"] = tuple(of_layer[team] for of_layer in sharers)
         found[f"start {team}"] = tuple(sum(of_layer[:team]) for of_layer in sizes)
         for field in ("x_start", "k"):
             found[f"{field} {team}"] = tuple(getattr(groups[first_group], field) for groups in step.layers)
     for i in range(len(step.layers[0])):
         for field in ("row_tiles", "row_start"):
             found[f"{field} {i}"] = tuple(getattr(groups[i], field) for groups in step.layers)
+        found[f"shift {i}"] = tuple(step.tile_shift(i, layer) for layer in layers)
     return found
 
 
@@ -111,6 +117,7 @@ class Emitter:
     words: Value
     stall: Value
     addresses: Value
+    numbers: Value
     small: Value
     activations: Value
     layer: Value
@@ -149,35 +156,12 @@ class Emitter:
         mean = w.mul_f(squares, w.number(1.0 / self.plan.width))
         return w.inverse_root(w.add_f(mean, w.number(self.launch.eps)))
 
-    def sums(self, base: Value, step: int, row: Value, column: Value) -> tuple[list[Value], list[Value]]:
-        """Four columns of a phase's output so far, and the words that they are the sum of."""
-        phase = self.plan.steps[step]
-        parts = []
-        for split in range(phase.splits):  # pyright: ignore[reportAttributeAccessIssue]
-            begin = self.plan.offset("sums", step) + split * self.plan.batch * phase.padded_rows  # pyright: ignore
-            at = w.add(w.add(column, w.integer(begin)), w.mul(row, w.integer(phase.padded_rows)))  # pyright: ignore
-            parts.append(load_words(base, w.mul(at, w.integer(4))))
-        found = [w.total(list(four)) for four in zip(*map(w.floats, parts), strict=True)]
-        return found, [word for part in parts for word in part]
-
-    def columns(self, step: int, scaled: int | None, row: Value, column: Value) -> list[Value]:
-        """Four columns of a phase's output once they are written, normed if ``scaled`` names the phase whose norm is to be done."""
-        base = self.base(step)
-
-        def load() -> tuple[list[Value], Value]:
-            values, words = self.sums(base, step, row, column)
-            missing = differ(words, self.epoch)
-            if scaled is None:
-                return values, missing
-            squares, late = self.squares(scaled)
-            return values + squares, w.either(missing, late)
-
-        found = self.wait(load, CHUNK + (0 if scaled is None else self.plan.batch))
-        values, squares = found[:CHUNK], found[CHUNK:]
-        if not squares:
-            return values
-        root = self.by_row(row, [self.root(total) for total in squares])
-        return [w.mul_f(value, root) for value in values]
+    def number(self, values: Sequence[int], behind: int = 0) -> Value:
+        """As `Launch.number`, of this layer or the one before; the first is its own."""
+        if len(set(values)) == 1:
+            return w.integer(values[0])
+        layer = w.select(w.below(self.layer, w.integer(behind)), self.layer, w.sub(self.layer, w.integer(behind)))
+        return load_number(self.launch, self.numbers, layer, values)
 
     def by_row(self, row: Value, values: list[Value]) -> Value:
         """The row-th of values."""
@@ -206,19 +190,19 @@ class Place:
     ) -> Any:
         """Emits ``body(emitter, scalars, addresses of refs, arrays)``; arrays are [64, 8] as products leave them."""
         launch = self.launch
-        types = [plgpu.RefType()] * 4 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
+        types = [plgpu.RefType()] * 5 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
         types += [w.SCALAR(())] * (1 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
 
         @w.emitted(*types, returns=returns)
         def code(context: Any, *values: Any) -> Any:
-            words, stall, addresses, small, *rest = values
+            words, stall, addresses, numbers, small, *rest = values
             given, (activations, layer, *rest) = rest[: len(refs)], rest[len(refs) :]
             emitter = Emitter(
-                launch, self.step, w.address(words), w.address(stall), w.address(addresses), w.shared_address(small),
-                w.shared_address(activations), w.scalar(layer),
+                launch, self.step, w.address(words), w.address(stall), w.address(addresses), w.address(numbers),
+                w.shared_address(small), w.shared_address(activations), w.scalar(layer),
             )  # fmt: skip
-            numbers = [w.scalar(value) for value in rest[: len(scalars)]]
-            return body(emitter, numbers, [w.address(ref) for ref in given], rest[len(scalars) :])
+            found = [w.scalar(value) for value in rest[: len(scalars)]]
+            return body(emitter, found, [w.address(ref) for ref in given], rest[len(scalars) :])
 
-        fixed = (launch.words, launch.stall, launch.addresses, launch.small)
+        fixed = (launch.words, launch.stall, launch.addresses, launch.numbers, launch.small)
         return code(*fixed, *refs, launch.activations, self.layer, *scalars, *arrays)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.persistent.ahead import fetch_ahead
 from pallas_kernels.persistent.attend import span
 from pallas_kernels.persistent.items import AttentionItems, PhaseItems
 from pallas_kernels.persistent.launch import Place
@@ -16,6 +17,7 @@ from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Phase
 def load_step(place: Place, ring: Ring, lengths: Any, tiles: jax.Array) -> jax.Array:
     """Loads the tiles of this program's items of a step; gives the number of tiles so far."""
     step = place.launch.plan.steps[place.step]
+    fetch_ahead(place, ring)
     if isinstance(step, Attention):
         return _load_cache(place, step, ring, lengths, tiles)
     return _load_weights(place, step, ring, tiles) if isinstance(step, Phase) else tiles
@@ -23,16 +25,17 @@ def load_step(place: Place, ring: Ring, lengths: Any, tiles: jax.Array) -> jax.A
 
 def _load_weights(place: Place, phase: Phase, ring: Ring, tiles: jax.Array) -> jax.Array:
     items, first_operand = PhaseItems(place, phase), place.layer * place.launch.plan.operands
-    k_tiles = items.team.k_tiles
+    first_column = items.split * items.team.k_tiles
 
     def load_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
-        row_tile, split = items.tile(i)
-        rows = items.rows(row_tile)
+        item = items.item(i)
+        rows = items.rows(item.row_tile)
 
         def load_tile(k: jax.Array, tiles: jax.Array) -> jax.Array:
-            return ring.load(first_operand + rows.weight, rows.row, (split * k_tiles + k) * TILE_K, tiles)
+            column = (first_column + item.begin + k) * TILE_K
+            return ring.load(first_operand + rows.weight, rows.row, column, tiles)
 
-        return lax.fori_loop(0, k_tiles, load_tile, tiles)
+        return lax.fori_loop(0, item.count, load_tile, tiles)
 
     return lax.fori_loop(0, items.count, load_item, tiles)
 

@@ -13,7 +13,7 @@ from pallas_kernels.persistent import attend
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.heads import prepare
 from pallas_kernels.persistent.inputs import fill
-from pallas_kernels.persistent.items import AttentionItems, PhaseItems
+from pallas_kernels.persistent.items import AttentionItems, Item, PhaseItems
 from pallas_kernels.persistent.launch import Place
 from pallas_kernels.persistent.outputs import store_words
 from pallas_kernels.persistent.ring import Ring
@@ -31,19 +31,17 @@ def multiply_step(place: Place, ring: Ring, tiles: jax.Array) -> jax.Array:
 
     @pl.when(items.count > 0)
     def _() -> None:
-        # A team's programs are a multiple of the splits, so all items of this program have the same one.
-        row_tile, split = items.tile(jnp.int32(0))
-        fill(place, items.team, split, (row_tile == 0).astype(jnp.int32))
+        fill(place, items.team, items.split, items.is_first.astype(jnp.int32))
         plgpu.commit_smem()
 
     def multiply_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
-        row_tile, split = items.tile(i)
+        item = items.item(i)
 
         def with_sums(even: Any, odd: Any) -> jax.Array:
-            end = _products(place.launch.activations, ring, items.team.k_tiles, tiles, (even, odd))
+            end = _products(place.launch.activations, ring, item, tiles, (even, odd))
             products = even[...] + odd[...]
             ring.give_back(end - 1)
-            store_words(place, products, split, items.rows(row_tile).output)
+            store_words(place, products, items.split * phase.pieces + item.piece, items.rows(item.row_tile).output)
             return end
 
         return pl.run_scoped(with_sums, *[_SUMS] * 2)
@@ -51,15 +49,18 @@ def multiply_step(place: Place, ring: Ring, tiles: jax.Array) -> jax.Array:
     return lax.fori_loop(0, items.count, multiply_item, tiles)
 
 
-def _products(activations: Any, ring: Ring, count: jax.Array, tiles: jax.Array, sums: tuple[Any, Any]) -> jax.Array:
-    """Adds up weight tiles times activations. Two sums, so that no instruction waits for the one before; a slot is given back one
-    tile late, when its instructions are known to have ended. The last one is left to the caller."""
+def _products(activations: Any, ring: Ring, item: Item, tiles: jax.Array, sums: tuple[Any, Any]) -> jax.Array:
+    """Adds up an item's weight tiles times activations.
+
+    Two sums, so that no instruction waits for the one before; a slot is given back one tile late, when its instructions are known
+    to have ended. The last one is left to the caller.
+    """
 
     def multiply_tile(k: jax.Array, tiles: jax.Array) -> jax.Array:
         slot = ring.slot(tiles)
         ring.await_tile(tiles)
         for half, columns in enumerate(_HALVES):
-            plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[k, :, columns].T)
+            plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[item.begin + k, :, columns].T)
         plgpu.wgmma_wait(2)
 
         @pl.when(k > 0)
@@ -68,7 +69,7 @@ def _products(activations: Any, ring: Ring, count: jax.Array, tiles: jax.Array, 
 
         return tiles + 1
 
-    return lax.fori_loop(0, count, multiply_tile, tiles)
+    return lax.fori_loop(0, item.count, multiply_tile, tiles)
 
 
 def attend_step(place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, tiles: jax.Array) -> jax.Array:

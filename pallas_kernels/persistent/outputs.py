@@ -6,20 +6,21 @@ import jax
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.columns import Output, columns
 from pallas_kernels.persistent.launch import Emitter, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
 from pallas_kernels.persistent.words import store_word
 
 
-def store_words(place: Place, products: Any, split: jax.Array, row: jax.Array) -> None:
-    """Emits the storing of products [64, 8] as partial sums of a phase, from output row ``row`` on."""
+def store_words(place: Place, products: Any, part: jax.Array, row: jax.Array) -> None:
+    """Emits the storing of products [64, 8] as the ``part``-th partial sums of a phase, from output row ``row`` on."""
     plan = place.launch.plan
     phase = plan.steps[place.step]
     assert isinstance(phase, Phase)
 
     def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> None:
-        (split, row), base = scalars, e.base(place.step)
-        begin = w.add(w.mul(split, w.integer(plan.batch * phase.padded_rows)), row)
+        (part, row), base = scalars, e.base(place.step)
+        begin = w.add(w.mul(part, w.integer(plan.batch * phase.padded_rows)), row)
         begin = w.add(begin, w.integer(plan.offset("sums", place.step)))
 
         def one(value: Any, index: Any) -> None:
@@ -29,7 +30,7 @@ def store_words(place: Place, products: Any, split: jax.Array, row: jax.Array) -
 
         arrays[0].foreach(one)
 
-    place.emit(body, [split, row], arrays=[products])
+    place.emit(body, [part, row], arrays=[products])
 
 
 def collect(place: Place, output: Any) -> None:
@@ -47,7 +48,7 @@ def collect(place: Place, output: Any) -> None:
             chunk = w.add(mine, w.mul(number, w.integer(plan.programs * THREADS)))
             real, chunk = w.below(chunk, w.integer(total)), w.smaller(chunk, w.integer(total - 1))
             row, column = w.quotient(chunk, of_row), w.mul(w.remainder(chunk, of_row), w.integer(CHUNK))
-            values = e.columns(step.of, step.scaled, row, column)
+            values = columns(e, Output(step.of), step.scaled, row, column)
             for i, value in enumerate(values):
                 at = w.add(column, w.integer(i))
                 offset = w.mul(w.add(at, w.mul(row, w.integer(step.columns))), w.integer(4))

@@ -1,12 +1,14 @@
 """What a persistent launch computes, as data: the order of its steps, who takes which items, and where their results lie.
 
-Pure arithmetic on integers, used by the kernel as it is traced and by the tests that check the protocol.
+Arithmetic on integers, used by the kernel as it is traced and by the tests that check the protocol.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+
+import numpy as np
 
 from pallas_kernels.persistent.steps import (
     CHUNK,
@@ -61,16 +63,21 @@ class Plan:
         return (SHARED_MEMORY - _SMALL - self.activation_tiles * 8 * TILE_K * 2) // TILE_BYTES
 
     @functools.cached_property
-    def first_items(self) -> tuple[tuple[int, ...], ...]:
-        """Of every step, and each layer that it has: the program that takes its first item; the next program takes the next.
+    def first_programs(self) -> tuple[tuple[int, ...], ...]:
+        """Of every step, and each layer that it has: the program that it begins with, for which its work counts from.
 
-        Each begins with the program after the one that took the last item before, so that no program gets more than others.
+        So chosen that who has had most gets least: what is over after sharing out would otherwise go to the same programs always.
         """
         found: list[list[int]] = [[] for _ in self.steps]
-        total = 0
+        turns = (
+            np.arange(self.programs) - np.arange(self.programs)[:, None]
+        ) % self.programs  # of a program, by the first
+        load = np.zeros(self.programs, np.int64)
         for number, layer in self.in_order():
-            found[number].append(total % self.programs)
-            total += self.steps[number].items(layer)
+            work = np.array(self.steps[number].work(layer, self.programs))[turns]
+            first = int((work @ load).argmin())
+            load += work[first]
+            found[number].append(first)
         return tuple(map(tuple, found))
 
     def in_order(self) -> Iterator[tuple[int, int]]:
@@ -98,15 +105,18 @@ class Plan:
             heads = step.parts * self.batch * step.heads
             found = {"sums": heads * step.head_dim, "weights": heads}
         else:
-            found = {"sums": step.splits * self.batch * step.padded_rows}
+            found = {"sums": step.parts * self.batch * step.padded_rows}
             if step.source.kind == "stream":
                 found |= {"squares": self.batch * step.splits, "stream": self.batch * self.width}
         return {kind: -(-size // CHUNK) * CHUNK for kind, size in found.items()}
 
     def offset(self, kind: str, step: int) -> int:
-        """First word of one of a step's arrays: its partial "sums" [splits, batch, padded rows] or, of an attention, [parts, batch,
-        heads * head_dim], and log-"weights" of the parts [parts, batch, heads]; of a stream its "squares" [batch, splits] and the
-        "stream" itself [batch, width]."""
+        """First word of one of a step's arrays.
+
+        Its partial "sums" [splits, pieces, batch, padded rows] or, of an attention, [parts, batch, heads * head_dim], and
+        log-"weights" of the parts [parts, batch, heads]; of a stream its "squares" [batch, splits] and the "stream" itself
+        [batch, width].
+        """
         return self._offsets[kind, step]
 
     @functools.cached_property

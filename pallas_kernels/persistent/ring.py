@@ -73,6 +73,17 @@ class Ring:
 
         emit(self.maps)
 
+    def fetch_map(self, operand: jax.Array) -> None:
+        """Has an operand's tensor map ready for copies to come."""
+
+        @w.emitted(plgpu.RefType(), w.SCALAR(()))
+        def emit(context: Any, maps: Any, operand: Any) -> None:
+            at = w.offset_pointer(w.address(maps), w.mul(w.scalar(operand), w.integer(copies.MAP_BYTES)))
+            with w.when(w.equal(w.thread(), w.integer(0))):
+                copies.fetch_tensor_map(at)
+
+        emit(self.maps, operand)
+
     def load(self, operand: jax.Array, row: jax.Array, column: jax.Array, tiles: jax.Array) -> jax.Array:
         """Starts the copy of the next tile, once its slot is free and not too many are on their way. Gives the number of tiles."""
 

@@ -68,18 +68,43 @@ class Source:
     scale: int = 0
 
 
+def share(tiles: int, sharers: int, index: int) -> range:
+    """The tiles of one of those who share them: as many as the others have, but for one."""
+    return range(tiles * index // sharers, tiles * (index + 1) // sharers)
+
+
+def sharer(tiles: int, sharers: int, tile: int) -> int:
+    """Who has a tile."""
+    return ((tile + 1) * sharers - 1) // tiles
+
+
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One product. ``splits`` programs share a row tile, each over its part of the contraction axis.
+    """One product.
 
-    ``layers`` holds its groups in every layer, which differ in sizes alone; the head has one. Programs divide into teams, one for
-    each slice of the input that is read, so that no program needs more than a part of one slice.
+    Programs divide into teams, one for each slice of the input that is read, and the programs of a team into ``splits``, each with
+    a part of the contraction axis, so that none needs more than a part of one slice. The weight tiles of a split, row tile after
+    row tile, are shared out evenly. Where a share ends within a row tile, the next program adds up the rest of it: the row tile
+    has ``pieces``, whose sums are added by who reads them.
+
+    Attributes:
+      name: of the projection, and which of its products.
+      layers: its groups in every layer, which differ in sizes alone; the head has one.
+      source: what its input is made of.
+      splits: of the contraction axis.
+      pieces: the most that a row tile of a split has.
     """
 
     name: str
     layers: tuple[tuple[Group, ...], ...]
     source: Source
     splits: int = 1
+    pieces: int = 1
+
+    @property
+    def parts(self) -> int:
+        """Partial sums that a column may have."""
+        return self.splits * self.pieces
 
     @functools.cached_property
     def teams(self) -> tuple[tuple[int, ...], ...]:
@@ -92,31 +117,60 @@ class Phase:
         return sum(group.row_tiles for group in self.layers[layer])
 
     def team_tiles(self, team: int, layer: int) -> int:
-        """Row tiles of a team."""
-        return sum(self.layers[layer][i].row_tiles for i in self.teams[team])
+        """Weight tiles of one of a team's splits."""
+        return sum(self.layers[layer][i].row_tiles for i in self.teams[team]) * self.k_tiles(team, layer)
 
     def k_tiles(self, team: int, layer: int) -> int:
-        """Of a team's items."""
+        """Weight tiles of a row tile of one of a team's splits."""
         return -(-self.layers[layer][self.teams[team][0]].k // (TILE_K * self.splits))
 
     def team_programs(self, layer: int, programs: int) -> tuple[int, ...]:
-        """How many programs each team has: a multiple of the splits, more where the slowest of them has most to do."""
+        """How many programs each team has: a multiple of the splits, more where each of them has most to do."""
         sizes = [self.splits] * len(self.teams)
-        work = [(self.team_tiles(t, layer) * self.splits, self.k_tiles(t, layer)) for t in range(len(self.teams))]
         for _ in range(sum(sizes), programs, self.splits):
-            slowest = max(
-                range(len(sizes)), key=lambda t: (-(-work[t][0] // sizes[t]) * work[t][1], work[t][0] / sizes[t])
-            )
-            sizes[slowest] += self.splits
+            busiest = max(range(len(sizes)), key=lambda t: self.team_tiles(t, layer) / sizes[t])
+            sizes[busiest] += self.splits
         return tuple(sizes)
+
+    def sharers(self, layer: int, programs: int) -> tuple[int, ...]:
+        """How many programs share the tiles of a split, in each team."""
+        sizes = self.team_programs(layer, programs)
+        return tuple(min(size // self.splits, self.team_tiles(team, layer)) for team, size in enumerate(sizes))
+
+    def most_pieces(self, programs: int) -> int:
+        """Into how many pieces the sharing out divides a row tile."""
+        found = 1
+        for layer in range(len(self.layers)):
+            for team, sharers in enumerate(self.sharers(layer, programs)):
+                tiles, k_tiles = self.team_tiles(team, layer), self.k_tiles(team, layer)
+                for begin in range(0, tiles, k_tiles):
+                    first, last = (sharer(tiles, sharers, tile) for tile in (begin, begin + k_tiles - 1))
+                    found = max(found, last - first + 1)
+        return found
+
+    def work(self, layer: int, programs: int) -> list[int]:
+        """Weight tiles that each program has, counted from the one that the phase begins with."""
+        found = [0] * programs
+        begin = 0
+        for team, (size, sharers) in enumerate(
+            zip(self.team_programs(layer, programs), self.sharers(layer, programs), strict=True)
+        ):
+            for index in range(sharers):
+                mine = len(share(self.team_tiles(team, layer), sharers, index))
+                at = begin + index * self.splits
+                found[at : at + self.splits] = [mine] * self.splits
+            begin += size
+        return found
+
+    def tile_shift(self, group: int, layer: int) -> int:
+        """What to add to a row tile's number in the output to get its number among its team's, of the rows of a group."""
+        (team,) = (team for team in self.teams if group in team)
+        return -sum(self.layers[layer][i].row_tiles for i in range(group) if i not in team)
 
     @functools.cached_property
     def padded_rows(self) -> int:
         """Columns of an output array, of the layer that has most: every group begins at a whole tile."""
         return max(self.row_tiles(layer) for layer in range(len(self.layers))) * TILE_ROWS
-
-    def items(self, layer: int) -> int:
-        return self.row_tiles(layer) * self.splits
 
     @functools.cached_property
     def activation_tiles(self) -> int:
@@ -137,9 +191,10 @@ class Collect:
     scaled: int | None
     activation_tiles: int = 0
 
-    def items(self, layer: int) -> int:
+    def work(self, layer: int, programs: int) -> list[int]:
+        """None that would come in tiles."""
         del layer
-        return 0
+        return [0] * programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +230,14 @@ class Attention:
         """Heads that read one kv head."""
         return self.heads // self.kv_heads
 
-    def items(self, layer: int) -> int:
-        del layer
+    @property
+    def items(self) -> int:
         return self.batch * self.kv_heads * self.parts
+
+    def work(self, layer: int, programs: int) -> list[int]:
+        """The same, at the least: a tile of keys and one of values for every item."""
+        del layer
+        return [2 * -(-(self.items - turn) // programs) for turn in range(programs)]
 
     activation_tiles: int = 2  # queries, weights of the softmax
 

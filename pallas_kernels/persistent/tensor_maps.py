@@ -40,19 +40,19 @@ def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tupl
 
         emit(template, *given, sizes, maps, addresses, scratch)
 
-    programs = -(-count // THREADS)
+    padded = -(-count // THREADS) * THREADS
     call = plgpu.kernel(
         tensor_maps,
         out_type=(
-            jax.ShapeDtypeStruct((programs * THREADS, copies.MAP_BYTES // 4), jnp.int32),
-            jax.ShapeDtypeStruct((programs * THREADS, 2), jnp.int32),
+            jax.ShapeDtypeStruct((padded, copies.MAP_BYTES // 4), jnp.int32),
+            jax.ShapeDtypeStruct((padded, 2), jnp.int32),
         ),
-        grid=(programs,),
+        grid=(-(-count // copies.MAPS_A_PROGRAM),),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[plgpu.SMEM((THREADS * copies.MAP_BYTES // 4,), jnp.int32)],
     )
-    sizes = np.zeros((programs * THREADS, 2), np.int32)
+    sizes = np.zeros((padded, 2), np.int32)
     sizes[:count] = shapes
     template = jnp.zeros((TILE_ROWS, HALF_TILE), jnp.bfloat16)
     return call(template, *operands, sizes)

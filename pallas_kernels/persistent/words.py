@@ -21,10 +21,15 @@ STALL_INTEGERS = 4
 """What a wait in vain writes."""
 
 
-def load_words(base: Value, offset: Value) -> list[Value]:
-    """Four words, past any cache of this core."""
-    code = w.at_offset("$4", "$5") + "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [a]; }"
-    return w.ptx(code, base, offset, results=[w.int_type()] * 4)
+def load_words(base: Value, offset: Value, there: Value | None = None, epoch: Value | None = None) -> list[Value]:
+    """Four words, past any cache of this core. If they are not ``there``, zeros of the epoch."""
+    if there is None:
+        code = w.at_offset("$4", "$5") + "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [a]; }"
+        return w.ptx(code, base, offset, results=[w.int_type()] * 4)
+    code = w.at_offset("$4", "$5") + ".reg .pred q; .reg .b32 v<4>; setp.ne.u32 q, $6, 0; "
+    code += " ".join(f"mov.b32 v{i}, $7;" for i in range(4)) + "@q ld.relaxed.gpu.global.v4.u32 {v0,v1,v2,v3}, [a]; "
+    code += " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
+    return w.ptx(code, base, offset, w.flag(there), epoch, results=[w.int_type()] * 4)
 
 
 def load_word(base: Value, offset: Value) -> Value:

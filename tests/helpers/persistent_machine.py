@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from persistent_models import EPS, items_of
+from persistent_models import EPS, Item, items_of, pieces_of
 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.plan import Plan
@@ -53,6 +53,7 @@ class Machine:
         (last,) = (step for step in plan.steps if isinstance(step, Collect))
         self.logits = np.full((plan.batch, last.columns), np.nan)
         self.new: dict[tuple[int, int, int, int], np.ndarray] = {}  # (layer, operand, sequence, kv head) -> [head_dim]
+        self.pieces: dict[tuple[int, int], np.ndarray] = {}  # (step, layer) -> of every row tile
         self.rows = np.arange(plan.batch)
         self.programs = {g: self.program(g) for g in range(plan.programs)}
 
@@ -110,22 +111,24 @@ class Machine:
         mine = columns[columns // 512 % plan.programs == g]
         self.write(epoch, plan.offset("stream", source.stream) + mine, self.x.ravel()[mine])
         row, column = divmod(mine, plan.width)
-        for split in range(plan.steps[source.of].splits):
-            self.write(epoch, self.sums_at(source.of, split, row, column), 0.0)
+        for part in range(plan.steps[source.of].parts):
+            self.write(epoch, self.sums_at(source.of, part, row, column), 0.0)
 
-    def sums_at(self, number: int, split: Any, row: Any, column: Any) -> Any:
+    def sums_at(self, number: int, part: Any, row: Any, column: Any) -> Any:
         padded = self.plan.steps[number].padded_rows
-        return self.plan.offset("sums", number) + (split * self.plan.batch + row) * padded + column
+        return self.plan.offset("sums", number) + (part * self.plan.batch + row) * padded + column
 
     # ------------------------------------------------------------------ products
 
-    def multiply(self, number: int, layer: int, own: int, items: list[tuple[int, int, int]]) -> Run:
+    def multiply(self, number: int, layer: int, own: int, items: list[Item]) -> Run:
         held, part = None, None
-        for team, row_tile, split in items:
+        for item in items:
             if held is None:
-                held, part = (yield from self.input(number, layer, own, team, split, row_tile == 0)), (team, split)
-            assert part == (team, split), "one program with two parts of an input"
-            self.product(number, layer, own, team, row_tile, split, held)
+                publishes = item.row_tile == item.begin == 0
+                held = yield from self.input(number, layer, own, item.team, item.split, publishes)
+                part = item.team, item.split
+            assert part == (item.team, item.split), "one program with two parts of an input"
+            self.product(number, layer, own, item, held)
             yield "moves"
 
     def input(self, number: int, layer: int, own: int, team: int, split: int, publishes: bool) -> Run:
@@ -171,9 +174,17 @@ class Machine:
 
     def sums(self, epoch: int, number: int, rows: np.ndarray, at: np.ndarray) -> Run:
         """[rows, columns] of a phase's output."""
-        splits = np.arange(self.plan.steps[number].splits)[:, None, None]
-        found = yield from self.read(epoch, self.sums_at(number, splits, rows[:, None], at))
-        return found.sum(0)
+        plan, phase = self.plan, self.plan.steps[number]
+        own = max(epoch - plan.epoch(0), 0) if number < plan.in_layer else 0
+        if (number, own) not in self.pieces:
+            self.pieces[number, own] = np.array(pieces_of(plan, number, own))
+        pieces = self.pieces[number, own][at // TILE_ROWS]
+        found = np.zeros((len(rows), len(at)))
+        for split, piece in itertools.product(range(phase.splits), range(phase.pieces)):
+            there = pieces > piece
+            words = self.sums_at(number, split * phase.pieces + piece, rows[:, None], at[there])
+            found[:, there] += yield from self.read(epoch, words)
+        return found
 
     def roots(self, epoch: int, number: int) -> Run:
         count = self.plan.steps[number].splits
@@ -192,20 +203,22 @@ class Machine:
         shares = np.exp2(logs - logs.max(0))
         return (values * shares).sum(0) / shares.sum(0)
 
-    def product(self, number: int, layer: int, own: int, team: int, row_tile: int, split: int, x: np.ndarray) -> None:
+    def product(self, number: int, layer: int, own: int, item: Item, x: np.ndarray) -> None:
         plan, phase = self.plan, self.plan.steps[number]
-        groups, of_team = phase.layers[own], phase.teams[team]
+        groups, of_team = phase.layers[own], phase.teams[item.team]
         ends = np.cumsum([groups[i].row_tiles for i in of_team])
-        place = int(np.searchsorted(ends, row_tile, side="right"))
+        place = int(np.searchsorted(ends, item.row_tile, side="right"))
         index = of_team[place]
-        group, within = groups[index], row_tile - int(ends[place]) + groups[index].row_tiles
+        group, within = groups[index], item.row_tile - int(ends[place]) + groups[index].row_tiles
         begin = group.row_start + within * TILE_ROWS
-        columns = slice(split * x.shape[1], (split + 1) * x.shape[1])
-        weight = self.operand(layer, group.weight)[begin : begin + TILE_ROWS, columns]
+        x = x[:, item.begin * TILE_K : item.end * TILE_K]
+        first = (item.split * phase.k_tiles(item.team, own) + item.begin) * TILE_K
+        weight = self.operand(layer, group.weight)[begin : begin + TILE_ROWS, first : first + x.shape[1]]
         y = np.zeros((plan.batch, TILE_ROWS))
         y[:, : weight.shape[0]] = x[:, : weight.shape[1]] @ weight.T
         row = (sum(other.row_tiles for other in groups[:index]) + within) * TILE_ROWS
-        at = self.sums_at(number, split, self.rows[:, None], row + np.arange(TILE_ROWS))
+        part = item.split * phase.pieces + item.piece
+        at = self.sums_at(number, part, self.rows[:, None], row + np.arange(TILE_ROWS))
         self.write(plan.epoch(layer), at, y)
 
     def collect(self, step: Collect, layer: int, g: int) -> Run:

@@ -1,8 +1,10 @@
 """Small decoders of every structure that the persistent kernel's plan must stand, and their plans."""
 
+import collections
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.persistent import building
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import Phase
+from pallas_kernels.persistent.steps import Phase, share
 
 EPS = 1e-5
 Ranks = tuple[int | None, ...]
@@ -112,16 +114,55 @@ def plan_of(arguments: tuple[Any, ...], programs: int) -> tuple[Plan, list[Any]]
     return building.plan_of(*arguments[:6], programs)
 
 
+class Item(NamedTuple):
+    """Of a phase: tiles ``begin`` to ``end`` of a row tile, counted among its team's."""
+
+    team: int
+    split: int
+    row_tile: int
+    begin: int
+    end: int
+    piece: int
+
+
 def items_of(plan: Plan, number: int, layer: int, program: int) -> list[Any]:
-    """A program's items of a step: numbers of an attention's, (team, row tile among the team's, split) of a phase's."""
+    """A program's items of a step: numbers of an attention's, `Item` of a phase's."""
     step = plan.steps[number]
-    turn = (program - plan.first_items[number][layer]) % plan.programs
+    turn = (program - plan.first_programs[number][layer]) % plan.programs
     if not isinstance(step, Phase):
-        return list(range(turn, step.items(layer), plan.programs))
+        return list(range(turn, step.items, plan.programs))
     sizes = step.team_programs(layer, plan.programs)
     team = next(t for t in range(len(sizes)) if turn < sum(sizes[: t + 1]))
-    mine = range(turn - sum(sizes[:team]), step.team_tiles(team, layer) * step.splits, sizes[team])
-    return [(team, *divmod(item, step.splits)) for item in mine]
+    index, split = divmod(turn - sum(sizes[:team]), step.splits)
+    tiles, sharers, k_tiles = (
+        step.team_tiles(team, layer),
+        step.sharers(layer, plan.programs)[team],
+        step.k_tiles(team, layer),
+    )
+    mine = share(tiles, sharers, index) if index < sharers else ()
+    found = []
+    for row_tile, some in itertools.groupby(mine, lambda tile: tile // k_tiles):
+        within = [tile % k_tiles for tile in some]
+        others = {i for i in range(index) if any(t // k_tiles == row_tile for t in share(tiles, sharers, i))}
+        found.append(Item(team, split, row_tile, within[0], within[-1] + 1, len(others)))
+    return found
+
+
+def pieces_of(plan: Plan, number: int, layer: int) -> tuple[int, ...]:
+    """Of every row tile of a phase's output, how many programs have some of it, in each split."""
+    phase = plan.steps[number]
+    assert isinstance(phase, Phase)
+    taken: collections.Counter[tuple[int, int]] = collections.Counter()
+    for program in range(plan.programs):
+        for item in items_of(plan, number, layer, program):
+            if item.split == 0:
+                taken[item.team, item.row_tile] += 1
+    found = []
+    for i, group in enumerate(phase.layers[layer]):
+        (team,) = (t for t, groups in enumerate(phase.teams) if i in groups)
+        before = sum(phase.layers[layer][j].row_tiles for j in phase.teams[team] if j < i)
+        found += [taken[team, before + tile] for tile in range(group.row_tiles)]
+    return tuple(found)
 
 
 LOW_RANK = (136, 72, 200)

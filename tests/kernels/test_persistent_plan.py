@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from persistent_models import MODELS, PROGRAMS, Model, eighths, items_of, models, plan_of, shapes_of
+from persistent_models import MODELS, PROGRAMS, Item, Model, eighths, items_of, models, pieces_of, plan_of, shapes_of
 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.launch import SMALL_FLOATS, numbers_of, varying
 from pallas_kernels.persistent.plan import MOST_PARTS, SHARED_MEMORY, Plan, parts_for, splits_for
-from pallas_kernels.persistent.steps import TILE_BYTES, TILE_K, TILE_ROWS, Attention, Collect, Phase
+from pallas_kernels.persistent.steps import TILE_BYTES, TILE_K, TILE_ROWS, Attention, Collect, Phase, sharer
 
 
 @functools.lru_cache(maxsize=256)
@@ -37,39 +37,69 @@ def operand_numbers(steps: Any) -> Iterator[int]:
 
 @given(models(), PROGRAMS)
 @settings(max_examples=60, deadline=None)
-def test_every_item_has_one_program_and_programs_take_turns(model: Model, programs: int) -> None:
+def test_every_tile_has_one_program_and_programs_have_alike(model: Model, programs: int) -> None:
     plan = drawn_plan(model, programs)
     order = [(layer, number) for layer in range(plan.layers) for number in range(plan.in_layer)]
     order += [(0, number) for number in range(plan.in_layer, len(plan.steps))]
     assert [(layer, number) for number, layer in plan.in_order()] == order
-    following = 0
+    load = np.zeros(programs, int)
     for layer, number in order:
         step = plan.steps[number]
-        taken = [item for g in range(programs) for item in items_of(plan, number, layer, g)]
-        assert len(taken) == len(set(taken)) == step.items(layer)
-        assert plan.first_items[number][layer] == following
-        following = (following + step.items(layer)) % programs
-        if isinstance(step, Phase):
-            check_teams(step, layer, programs, set(taken))
+        if isinstance(step, Collect):
+            continue
+        taken = [items_of(plan, number, layer, g) for g in range(programs)]
+        if isinstance(step, Attention):
+            assert sorted(item for items in taken for item in items) == list(range(step.items))
+            tiles = np.array([2 * len(items) for items in taken])
+        else:
+            check_teams(step, layer, programs, [item for items in taken for item in items])
+            check_pieces(plan, number, layer)
+            tiles = np.array([sum(item.end - item.begin for item in items) for items in taken])
+        first = plan.first_programs[number][layer]
+        assert np.roll(step.work(layer, programs), first).tolist() == tiles.tolist()
+        assert tiles @ load == min(np.roll(tiles, turn) @ load for turn in range(programs))
+        load += tiles
 
 
-def check_teams(phase: Phase, layer: int, programs: int, taken: set[tuple[int, int, int]]) -> None:
-    """Every team computes all its row tiles and reads one slice; none has so many programs that a slower one could use them."""
+def check_teams(phase: Phase, layer: int, programs: int, taken: list[Item]) -> None:
+    """Every team computes all its tiles and reads one slice; programs of a split have alike, and teams nearly so."""
     sizes, groups = phase.team_programs(layer, programs), phase.layers[layer]
     assert sum(sizes) == programs and all(size > 0 and size % phase.splits == 0 for size in sizes)
     assert sorted(i for team in phase.teams for i in team) == list(range(len(groups)))
-    turns = []
+    tiles = [(i.team, i.split, i.row_tile, tile) for i in taken for tile in range(i.begin, i.end)]
+    wanted = []
     for number, team in enumerate(phase.teams):
-        tiles = sum(groups[i].row_tiles for i in team)
-        wanted = set(itertools.product([number], range(tiles), range(phase.splits)))
-        assert {item for item in taken if item[0] == number} == wanted
+        rows, k_tiles = sum(groups[i].row_tiles for i in team), phase.k_tiles(number, layer)
+        wanted += itertools.product([number], range(phase.splits), range(rows), range(k_tiles))
         assert len({(groups[i].x_start, groups[i].k) for i in team}) == 1
-        assert phase.k_tiles(number, layer) * phase.splits * TILE_K >= groups[team[0]].k
-        turns.append(math.ceil(tiles * phase.splits / sizes[number]) * phase.k_tiles(number, layer))
-    for slow, fast in itertools.permutations(range(len(turns)), 2):
+        assert k_tiles * phase.splits * TILE_K >= groups[team[0]].k
+        assert (phase.team_tiles(number, layer), phase.sharers(layer, programs)[number]) == (
+            rows * k_tiles,
+            min(sizes[number] // phase.splits, rows * k_tiles),
+        )
+    assert sorted(tiles) == sorted(wanted)
+    shares = [phase.team_tiles(t, layer) / size for t, size in enumerate(sizes)]
+    for slow, fast in itertools.permutations(range(len(sizes)), 2):
         if sizes[fast] > phase.splits:
-            fewer = math.ceil(phase.team_tiles(fast, layer) * phase.splits / (sizes[fast] - phase.splits))
-            assert turns[slow] <= fewer * phase.k_tiles(fast, layer)
+            assert shares[slow] <= phase.team_tiles(fast, layer) / (sizes[fast] - phase.splits)
+
+
+def check_pieces(plan: Plan, number: int, layer: int) -> None:
+    """Pieces of a row tile are counted from 0 on, and who reads a column knows how many there are."""
+    phase = plan.steps[number]
+    assert isinstance(phase, Phase)
+    pieces = pieces_of(plan, number, layer)
+    assert max(pieces) <= phase.pieces and phase.parts == phase.splits * phase.pieces
+    row_tile = 0
+    for i, group in enumerate(phase.layers[layer]):
+        (team,) = (t for t, groups in enumerate(phase.teams) if i in groups)
+        tiles, k_tiles = phase.team_tiles(team, layer), phase.k_tiles(team, layer)
+        sharers = phase.sharers(layer, plan.programs)[team]
+        for _ in range(group.row_tiles):
+            begin = (row_tile + phase.tile_shift(i, layer)) * k_tiles
+            first, last = (sharer(tiles, sharers, tile) for tile in (begin, begin + k_tiles - 1))
+            assert pieces[row_tile] == last - first + 1
+            row_tile += 1
 
 
 def arrays(plan: Plan) -> Iterator[tuple[int, int]]:
@@ -81,7 +111,7 @@ def arrays(plan: Plan) -> Iterator[tuple[int, int]]:
             continue
         if isinstance(step, Collect):
             continue
-        yield plan.offset("sums", number), step.splits * plan.batch * step.padded_rows
+        yield plan.offset("sums", number), step.parts * plan.batch * step.padded_rows
         if step.source.kind == "stream":
             yield plan.offset("squares", number), plan.batch * step.splits
             yield plan.offset("stream", number), plan.batch * plan.width
@@ -117,7 +147,7 @@ def test_what_differs_between_layers_has_a_column(model: Model, programs: int) -
     assert all(len(values) == plan.layers and len(set(values)) > 1 for values in columns)
     for number, step in enumerate(plan.steps):
         numbers = numbers_of(plan, step)
-        for values in (plan.first_items[number], *numbers.values()):
+        for values in (plan.first_programs[number], *numbers.values()):
             assert len(values) == (plan.layers if number < plan.in_layer else 1)
             assert len(set(values)) == 1 or values in columns
         if isinstance(step, Attention):
@@ -133,10 +163,12 @@ def check_numbers(phase: Phase, numbers: dict[str, tuple[int, ...]], programs: i
         for team, (first, *_) in enumerate(phase.teams):
             assert now[f"tiles {team}"] == phase.team_tiles(team, layer)
             assert now[f"k_tiles {team}"] == phase.k_tiles(team, layer)
-            assert (now[f"start {team}"], now[f"programs {team}"]) == (sum(sizes[:team]), sizes[team])
+            assert now[f"sharers {team}"] == phase.sharers(layer, programs)[team]
+            assert now[f"start {team}"] == sum(sizes[:team])
             assert (now[f"x_start {team}"], now[f"k {team}"]) == (groups[first].x_start, groups[first].k)
         for i, group in enumerate(groups):
             assert (now[f"row_tiles {i}"], now[f"row_start {i}"]) == (group.row_tiles, group.row_start)
+            assert now[f"shift {i}"] == phase.tile_shift(i, layer)
 
 
 @given(
