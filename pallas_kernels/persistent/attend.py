@@ -124,7 +124,9 @@ def finish(place: Place, item: Part, attended: Sequence[Any], state: Sequence[An
                 store_word(base, w.mul(at, w.integer(4)), w.mul_f(value, inverse[i % 2]), e.epoch, real)
         alone = w.below(w.thread(), w.integer(4))
         for log, (_, _, query) in zip(logs, _entries(largest)[:2], strict=True):
-            at = w.add(w.add(first_head, query), w.integer(plan.offset("weights", place.step)))
+            of_row = w.add(w.mul(row, w.integer(attention.heads)), w.mul(head, w.integer(attention.group)))
+            at = w.add(w.mul(w.add(of_row, query), w.integer(attention.parts)), part)
+            at = w.add(at, w.integer(plan.offset("weights", place.step)))
             real = w.both(alone, w.below(query, w.integer(attention.group)))
             store_word(base, w.mul(at, w.integer(4)), log, e.epoch, real)
 

@@ -6,7 +6,7 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.launch import Emitter, numbers_of
 from pallas_kernels.persistent.steps import CHUNK, TILE_ROWS, Phase
-from pallas_kernels.persistent.words import differ, load_words
+from pallas_kernels.persistent.words import Read, load_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,7 @@ class FourColumns:
     def __init__(self, e: Emitter, output: Output, row: Value, column: Value):
         phase, plan = e.plan.steps[output.step], e.plan
         assert isinstance(phase, Phase)
-        self._base, self._epoch = e.base(output.step, output.behind), w.sub(e.epoch, w.integer(output.behind))
+        self._base, self.epoch = e.base(output.step, output.behind), w.sub(e.epoch, w.integer(output.behind))
         more = _more_pieces(e, phase, output, column) if phase.pieces > 1 else None
         at = w.add(w.mul(row, w.integer(phase.padded_rows)), column)
         self._parts: list[tuple[Value, Value | None]] = []
@@ -34,30 +34,27 @@ class FourColumns:
             there = None if more is None or piece == 0 else w.below(w.integer(piece - 1), more)
             self._parts.append((w.mul(w.add(at, w.integer(begin)), w.integer(4)), there))
 
-    def load(self) -> tuple[list[Value], list[Value]]:
-        """The columns so far, and the words that they are the sum of. Of a piece that there is not, the word is as good as zero."""
-        found = [load_words(self._base, offset, there, self._epoch) for offset, there in self._parts]
+    def load(self, need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
+        """The columns, and the words that they are the sum of. Of a piece that there is not, the word is as good as zero."""
+        found = [
+            load_words(self._base, offset, need if there is None else w.both(need, there), epoch)
+            for offset, there in self._parts
+        ]
         values = [w.total(list(four)) for four in zip(*map(w.floats, found), strict=True)]
         return values, [word for four in found for word in four]
+
+    @property
+    def read(self) -> Read:
+        return Read(CHUNK, self.load, self.epoch)
 
 
 def columns(e: Emitter, output: Output, scaled: int | None, row: Value, column: Value) -> list[Value]:
     """Four columns of an output once they are written, normed if ``scaled`` names the phase whose norm is to be done."""
-    found = FourColumns(e, output, row, column)
-
-    def load() -> tuple[list[Value], Value]:
-        values, words = found.load()
-        missing = differ(words, e.epoch)
-        if scaled is None:
-            return values, missing
-        squares, late = e.squares(scaled)
-        return values + squares, w.either(missing, late)
-
-    values = e.wait(load, CHUNK + (0 if scaled is None else e.plan.batch))
-    values, squares = values[:CHUNK], values[CHUNK:]
-    if not squares:
+    squares = [] if scaled is None else [e.squares(scaled)]
+    values, *found = e.wait([FourColumns(e, output, row, column).read, *squares])
+    if not found:
         return values
-    root = e.by_row(row, [e.root(total) for total in squares])
+    root = e.by_row(row, [e.root(total) for total in found[0]])
     return [w.mul_f(value, root) for value in values]
 
 

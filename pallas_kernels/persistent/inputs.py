@@ -7,7 +7,6 @@ together. What it finds is added up, divided by the norm's divisor where that is
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,11 +18,11 @@ from pallas_kernels.persistent.columns import FourColumns, Output
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
-from pallas_kernels.persistent.words import differ, load_word, load_words, store_word
+from pallas_kernels.persistent.words import Read, load_run, load_words, store_word
 
 WORDS_IN_REGISTERS = 96
 
-Read = tuple[list[Value], list[Value]]
+Loaded = tuple[list[Value], list[Value]]
 """Four columns, and the words they are made of."""
 
 
@@ -120,7 +119,8 @@ class _Loader:
 
         squares = w.repeat(rounds, none, body)
         if self.is_stream:
-            self._publish_squares(squares)
+            with w.when(self.publishing):
+                self._publish_squares(squares)
 
     def _round(self, chunks: list[_Chunk], squares: list[Value]) -> list[Value]:
         scales = [
@@ -159,36 +159,19 @@ class _Loader:
     def _wait(self, chunks: list[_Chunk]) -> tuple[list[list[list[Value]]], list[Value]]:
         """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what each
         sequence is still to be divided by, which is waited for at the same time."""
-        scaled = self.source.scaled
-        gated = self.source.kind == "gated"
-
         reads = [read for chunk in chunks for read in self._reads(chunk)]
-
-        def load() -> tuple[list[Value], Value]:
-            found: list[Value] = []
-            missing = w.integer(0)
-            for read in reads:
-                values, words = read()
-                found += values
-                missing = w.either(missing, differ(words, self.told))
-            if scaled is not None:
-                squares, late = self.e.squares(scaled)
-                found += squares
-                missing = w.either(missing, late)
-            return found, missing
-
-        lists = 2 if gated else 1
-        columns = CHUNK * lists * len(chunks)
-        found = self.e.wait(load, columns + (0 if scaled is None else self.plan.batch))
-        fours = [found[i : i + CHUNK] for i in range(0, columns, CHUNK)]
-        roots = [self.e.root(total) for total in found[columns:]]
+        squares = [] if self.source.scaled is None else [self.e.squares(self.source.scaled)]
+        found = self.e.wait([*reads, *squares])
+        fours, totals = found[: len(reads)], found[len(reads) :]
+        lists = len(reads) // len(chunks)
+        roots = [self.e.root(total) for total in totals[0]] if totals else []
         return [fours[i : i + lists] for i in range(0, len(fours), lists)], roots
 
-    def _reads(self, chunk: _Chunk) -> list[Callable[[], Read]]:
-        """What to load for a chunk: its columns, and where there is a gate what it gates."""
+    def _reads(self, chunk: _Chunk) -> list[Read]:
+        """Of a chunk: its columns, and where there is a gate what it gates."""
         of = self.plan.steps[self.source.of]
         if isinstance(of, Attention):
-            return [lambda: self._read_attention(of, chunk)]
+            return [Read(CHUNK, lambda need, epoch: self._load_attended(of, chunk, need, epoch), self.told)]
         halves = [(0, chunk.column)]
         if self.source.kind == "gated":
             halves.append((1, w.add(chunk.column, w.integer(self.source.half))))
@@ -196,30 +179,29 @@ class _Loader:
             FourColumns(self.e, Output(self.source.of, group, self.source.behind), chunk.row, column)
             for group, column in halves
         ]
-        return [lambda: self._read_stream(outputs[0], chunk)] if self.is_stream else [output.load for output in outputs]
+        if self.is_stream:
+            return [Read(CHUNK, lambda need, epoch: self._load_stream(outputs[0], chunk, need, epoch), self.told)]
+        return [output.read for output in outputs]
 
-    def _read_stream(self, added: FourColumns, chunk: _Chunk) -> Read:
+    def _load_stream(self, added: FourColumns, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
         at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
         at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
-        stream = load_words(self.base, w.mul(at, w.integer(4)))
-        values, words = added.load()
+        stream = load_words(self.base, w.mul(at, w.integer(4)), need, epoch)
+        values, words = added.load(need, epoch)
         return [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)], words + stream
 
-    def _read_attention(self, of: Attention, chunk: _Chunk) -> Read:
+    def _load_attended(self, of: Attention, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
         """Parts of the positions, weighed by what each has of the softmax."""
-        head = w.quotient(chunk.column, of.head_dim)
-        rows = [w.add(w.integer(part * self.plan.batch), chunk.row) for part in range(of.parts)]
         sums, weights = (self.plan.offset(kind, self.source.of) for kind in ("sums", "weights"))
-        columns = w.integer(of.heads * of.head_dim)
-        fours = [
-            load_words(self.base, w.mul(w.add(w.add(w.mul(row, columns), chunk.column), w.integer(sums)), w.integer(4)))
-            for row in rows
-        ]
         heads = w.integer(of.heads)
-        logs = [
-            load_word(self.base, w.mul(w.add(w.add(w.mul(row, heads), head), w.integer(weights)), w.integer(4)))
-            for row in rows
-        ]
+        head = w.add(w.mul(chunk.row, heads), w.quotient(chunk.column, of.head_dim))
+        first = w.add(w.mul(head, w.integer(of.parts)), w.integer(weights))
+        logs = load_run(self.base, first, of.parts, need, epoch)
+        fours = []
+        for part in range(of.parts):
+            row = w.mul(w.add(w.integer(part * self.plan.batch), chunk.row), w.integer(of.heads * of.head_dim))
+            at = w.add(w.add(row, chunk.column), w.integer(sums))
+            fours.append(load_words(self.base, w.mul(at, w.integer(4)), need, epoch))
         words = [word for four in fours for word in four] + logs
         if of.parts == 1:
             return w.floats(fours[0]), words
@@ -267,4 +249,4 @@ class _Loader:
             total = w.total([w.load_shared(self.e.small, w.integer(SQUARES + 16 * row + 4 * i)) for i in range(4)])
             begin = self.plan.offset("squares", self.e.step) + row * self.phase.splits
             at = w.mul(w.add(self.split, w.integer(begin)), w.integer(4))
-            store_word(self.stream_base, at, total, self.e.epoch, w.both(alone, self.publishing))
+            store_word(self.stream_base, at, total, self.e.epoch, alone)

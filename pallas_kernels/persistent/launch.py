@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import Attention, Collect, Step
-from pallas_kernels.persistent.words import Patience, differ, load_word, until_written
+from pallas_kernels.persistent.steps import Attention, Collect, Phase, Step
+from pallas_kernels.persistent.words import Patience, Read, load_run, until_written
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
@@ -138,18 +138,23 @@ class Emitter:
         index = w.add(w.mul(self.layer, w.integer(self.plan.operands)), w.integer(number))
         return w.load_pointer(self.addresses, index)
 
-    def wait(self, load: Any, results: int) -> list[Value]:
+    def wait(self, reads: Sequence[Read]) -> list[list[Value]]:
         """`until_written`."""
         attempts = w.add(self.small, w.integer(PATIENCE))
-        return until_written(load, results, Patience(attempts, self.stall, w.integer(self.step), self.epoch))
+        return until_written(reads, Patience(attempts, self.stall, w.integer(self.step), self.epoch))
 
-    def squares(self, stream: int) -> tuple[list[Value], Value]:
-        """Each sequence's sum of squares of the stream in an earlier phase so far, and whether a word of them is missing."""
-        splits, base = self.plan.steps[stream].splits, self.base(stream)  # pyright: ignore[reportAttributeAccessIssue]
-        begin, count = self.plan.offset("squares", stream), self.plan.batch * splits
-        words = [load_word(base, w.integer(4 * (begin + n))) for n in range(count)]
-        parts = w.floats(words)
-        return [w.total(parts[i : i + splits]) for i in range(0, count, splits)], differ(words, self.epoch)
+    def squares(self, stream: int) -> Read:
+        """Of each sequence's sum of squares of the stream in an earlier phase."""
+        phase, base = self.plan.steps[stream], self.base(stream)
+        assert isinstance(phase, Phase)
+        begin, count = self.plan.offset("squares", stream), self.plan.batch * phase.splits
+
+        def load(need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
+            words = load_run(base, w.integer(begin), count, need, epoch)
+            parts = w.floats(words)
+            return [w.total(parts[i : i + phase.splits]) for i in range(0, count, phase.splits)], words
+
+        return Read(self.plan.batch, load, self.epoch)
 
     def root(self, squares: Value) -> Value:
         """1 / root mean square of a stream from its sum of squares."""

@@ -114,7 +114,7 @@ class Plan:
         """First word of one of a step's arrays.
 
         Its partial "sums" [splits, pieces, batch, padded rows] or, of an attention, [parts, batch, heads * head_dim], and
-        log-"weights" of the parts [parts, batch, heads]; of a stream its "squares" [batch, splits] and the "stream" itself
+        log-"weights" of the parts [batch, heads, parts]; of a stream its "squares" [batch, splits] and the "stream" itself
         [batch, width].
         """
         return self._offsets[kind, step]

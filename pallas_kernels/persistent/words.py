@@ -5,6 +5,8 @@ whether it is there yet. Words need no barrier, no fence and no counter.
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,22 +23,31 @@ STALL_INTEGERS = 4
 """What a wait in vain writes."""
 
 
-def load_words(base: Value, offset: Value, there: Value | None = None, epoch: Value | None = None) -> list[Value]:
+def load_words(base: Value, offset: Value, there: Value, epoch: Value) -> list[Value]:
     """Four words, past any cache of this core. If they are not ``there``, zeros of the epoch."""
-    if there is None:
-        code = w.at_offset("$4", "$5") + "ld.relaxed.gpu.global.v4.u32 {$0,$1,$2,$3}, [a]; }"
-        return w.ptx(code, base, offset, results=[w.int_type()] * 4)
-    code = w.at_offset("$4", "$5") + ".reg .pred q; .reg .b32 v<4>; setp.ne.u32 q, $6, 0; "
-    code += " ".join(f"mov.b32 v{i}, $7;" for i in range(4)) + "@q ld.relaxed.gpu.global.v4.u32 {v0,v1,v2,v3}, [a]; "
-    code += " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
+    loaded = ", ".join(f"v{i}" for i in range(4))
+    code = _unless(4, "$6", "$7") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
+    code = w.at_offset("$4", "$5") + code + " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
     return w.ptx(code, base, offset, w.flag(there), epoch, results=[w.int_type()] * 4)
 
 
-def load_word(base: Value, offset: Value) -> Value:
-    """One word, likewise."""
-    return w.ptx(
-        w.at_offset("$1", "$2") + "ld.relaxed.gpu.global.u32 $0, [a]; }", base, offset, results=[w.int_type()]
-    )[0]
+def load_run(base: Value, first: Value, count: int, there: Value, epoch: Value) -> list[Value]:
+    """``count`` words from the ``first`` on, likewise; that is a multiple of 4 if the count is."""
+    if count % 4 == 0:
+        fours = [w.mul(w.add(first, w.integer(begin)), w.integer(4)) for begin in range(0, count, 4)]
+        return [word for at in fours for word in load_words(base, at, there, epoch)]
+    return [_load_word(base, w.mul(w.add(first, w.integer(i)), w.integer(4)), there, epoch) for i in range(count)]
+
+
+def _load_word(base: Value, offset: Value, there: Value, epoch: Value) -> Value:
+    code = _unless(1, "$3", "$4") + "@q ld.relaxed.gpu.global.u32 v0, [a]; mov.b32 $0, v0; }"
+    return w.ptx(w.at_offset("$1", "$2") + code, base, offset, w.flag(there), epoch, results=[w.int_type()])[0]
+
+
+def _unless(words: int, there: str, epoch: str) -> str:
+    """The begin of PTX that loads words v0.. where q holds."""
+    zeros = " ".join(f"mov.b32 v{i}, {epoch};" for i in range(words))
+    return f".reg .pred q; .reg .b32 v<{words}>; setp.ne.u32 q, {there}, 0; {zeros} "
 
 
 def store_word(base: Value, offset: Value, value: Value, epoch: Value, condition: Value) -> None:
@@ -70,30 +81,64 @@ class Patience:
     epoch: Value
 
 
-def until_written(load: Callable[[], tuple[list[Value], Value]], results: int, patience: Patience) -> list[Value]:
-    """Calls ``load`` until the words it reads are there.
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What is read of words: ``count`` floats, and the words they are made of, by ``load(need, epoch)``.
 
-    ``load`` gives ``results`` floats, and an integer whose low eight bits are zero if all words they are made of were written.
+    That reads nothing, and may give any floats, where there is no need.
+    """
+
+    count: int
+    load: Callable[[Value, Value], tuple[list[Value], list[Value]]]
+    epoch: Value
+
+
+def until_written(reads: Sequence[Read], patience: Patience) -> list[list[Value]]:
+    """The floats of every read, once the words that they are made of are there.
+
+    What has been found is not read again: polls of many programs would crowd out the weights, and each other.
     After too many attempts it gives NaN, and so does all that depends on it, says so in ``patience.stall`` and makes all later
     waits of this program short: a kernel that spins must end, and never with a wrong number.
     """
-    types = [*[w.float_type()] * results, w.int_type()]
+    counts = [read.count for read in reads]
+    types = [*[w.float_type()] * sum(counts), *[w.int_type()] * (len(reads) + 1)]
     limit = w.load_shared_integer(patience.attempts)
-    loop = scf.WhileOp([*types, w.int_type()], [w.integer(0)])
-    before = loop.before.blocks.append(w.int_type())
+    start = [w.number(0.0)] * sum(counts) + [w.integer(1)] * len(reads) + [w.integer(0)]
+    loop = scf.WhileOp(types, start)
+    before = loop.before.blocks.append(*types)
     with ir.InsertionPoint(before):
-        values, missing = load()
-        attempts = w.add(before.arguments[0], w.integer(1))
-        missing = w.both(missing, w.integer(255))
-        again = w.both(w.below(w.integer(0), missing), w.below(attempts, limit))
-        scf.condition(again, [*values, missing, attempts])
-    after = loop.after.blocks.append(*types, w.int_type())
+        *carried, attempts = before.arguments
+        found, missing = _attempt(reads, carried[: sum(counts)], carried[sum(counts) :])
+        attempts = w.add(attempts, w.integer(1))
+        again = w.both(w.below(w.integer(0), functools.reduce(w.either, missing)), w.below(attempts, limit))
+        scf.condition(again, [*found, *missing, attempts])
+    after = loop.after.blocks.append(*types)
     with ir.InsertionPoint(after):
-        scf.yield_([after.arguments[results + 1]])
-    *found, missing, _ = loop.results
+        scf.yield_(list(after.arguments))
+    *results, _ = loop.results
+    found, late = results[: sum(counts)], functools.reduce(w.either, results[sum(counts) :])
+    _give_up(late, patience)
+    nan = w.select(w.below(w.integer(0), late), w.number(math.nan), w.number(0.0))
+    numbers = iter([w.add_f(value, nan) for value in found])
+    return [list(itertools.islice(numbers, count)) for count in counts]
+
+
+def _attempt(
+    reads: Sequence[Read], found: Sequence[Value], missing: Sequence[Value]
+) -> tuple[list[Value], list[Value]]:
+    """Reads what is missing. Gives all floats anew, and for each read whether it is still missing."""
+    values, late, old = [], [], iter(found)
+    for read, was_missing in zip(reads, missing, strict=True):
+        need = w.below(w.integer(0), was_missing)
+        new, words = read.load(need, read.epoch)
+        values += [w.select(need, value, next(old)) for value in new]
+        late.append(w.both(differ(words, read.epoch), w.integer(255)))
+    return values, late
+
+
+def _give_up(late: Value, patience: Patience) -> None:
+    """Says where a wait was in vain, if it was, and that this program need not wait any more."""
     code = "{ .reg .pred q; setp.ne.u32 q, $0, 0; @q st.global.v4.u32 [$1], {$2,$3,$4,$5}; @q st.shared.u32 [$6], $2; }"
     w.ptx(
-        code, missing, patience.stall, w.integer(1), patience.step, w.program(), patience.epoch, patience.attempts
+        code, late, patience.stall, w.integer(1), patience.step, w.program(), patience.epoch, patience.attempts
     )  # fmt: skip
-    late = w.select(w.below(w.integer(0), missing), w.number(math.nan), w.number(0.0))
-    return [w.add_f(value, late) for value in found]

@@ -199,7 +199,9 @@ class Machine:
         of, plan = self.plan.steps[number], self.plan
         rows = np.arange(of.parts)[:, None, None] * plan.batch + self.rows[:, None]
         values = yield from self.read(epoch, plan.offset("sums", number) + rows * of.heads * of.head_dim + at)
-        logs = yield from self.read(epoch, plan.offset("weights", number) + rows * of.heads + at // of.head_dim)
+        heads = self.rows[:, None] * of.heads + at // of.head_dim
+        parts = np.arange(of.parts)[:, None, None]
+        logs = yield from self.read(epoch, plan.offset("weights", number) + heads * of.parts + parts)
         shares = np.exp2(logs - logs.max(0))
         return (values * shares).sum(0) / shares.sum(0)
 
@@ -289,7 +291,8 @@ class Machine:
         heads = (part * plan.batch + row) * of.heads + head * of.group + np.arange(of.group)
         at = plan.offset("sums", number) + heads[:, None] * of.head_dim + np.arange(of.head_dim)
         self.write(plan.epoch(layer), at, attended)
-        self.write(plan.epoch(layer), plan.offset("weights", number) + heads, logs)
+        heads = row * of.heads + head * of.group + np.arange(of.group)
+        self.write(plan.epoch(layer), plan.offset("weights", number) + heads * of.parts + part, logs)
 
     def caches(self, layer: int) -> Iterator[np.ndarray]:
         """Keys and values of a layer after the launch."""
