@@ -8,11 +8,12 @@ One program lives on each core for the whole launch. Its first warpgroup loads, 
                                         |
     multiplying   input | w w w | words | input | w w | words ...   an input is put together from words of other programs
 
-The steps of a layer are phases, each one product, and an attention. A phase is cut into items, a tile of 64 output rows times a
-part of the contraction axis; an item of attention is a kv head and a part of its positions. Items go round the programs. What one
-gives is written as words: a float32 whose low eight bits are its epoch, the number of the layer. Who needs a column reads the
-words of all parts until each is of the epoch it waits for, and adds them up; the residual stream and what its norm divides by are
-words too. So there is no barrier anywhere: a program waits for what it reads, while its next weights are on their way.
+The steps of a layer are phases, each one product, and an attention. The tiles of a phase, 64 output rows by 128 of the contraction
+axis, are shared out evenly: a program has a part of the contraction axis and so many tiles of its rows, which may begin and end
+within a row tile. An item is what a program has of one row tile; one of attention is a kv head and a part of its positions. What an
+item gives is written as words: a float32 whose low eight bits are its epoch, the number of the layer. Who needs a column reads the
+words of all its items until each is of the epoch it waits for, and adds them up; the residual stream and what its norm divides by
+are words too. So there is no barrier anywhere: a program waits for what it reads, while its next weights are on their way.
 
 Why a word that is read is the one that is meant: words are cleared before a launch, and launches on one stream do not overlap, so
 all are of this step. Layers take turns in two arrays. Within a layer every word is written once; it is written again two layers
@@ -29,7 +30,8 @@ addresses, as they do not fit among a launch's parameters. What differs between 
     layers       the op `decode_layers`, and what it refuses       building   its plan
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given
-    inputs       from words to activations                outputs  from sums to words       heads, attend   attention
+    columns      of an output, from words     inputs      from columns to activations       outputs  from sums to words
+    heads, attend     attention               ahead       what a step needs beside its tiles
     words, copies, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.
@@ -39,7 +41,4 @@ from pallas_kernels.decode import decode_layers
 from pallas_kernels.persistent import layers
 from pallas_kernels.registry import Implementation
 
-# On request, until tests/gpu has passed on this very code; then it should be the first choice.
-decode_layers.register(
-    Implementation("persistent", layers.run, layers.refuses, layers.unavailable, whole=True), on_request=True
-)
+decode_layers.register(Implementation("persistent", layers.run, layers.refuses, layers.unavailable, whole=True))

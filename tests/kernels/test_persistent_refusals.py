@@ -1,4 +1,4 @@
-"""What the persistent kernel refuses, and what it serves only on request."""
+"""What the persistent kernel refuses, and that it comes first where it does not."""
 
 import dataclasses
 from typing import Any
@@ -107,10 +107,10 @@ def test_it_is_for_one_device(device: Target, reason: str) -> None:
     assert chosen.name != "persistent" and reason in refusals["persistent"]
 
 
-def test_it_serves_only_those_that_ask() -> None:
+def test_it_comes_first_unless_another_is_preferred() -> None:
     arguments = shapes_of(BFLOAT16)
     with assume_target(H200):
-        assert decode_layers.choose(*arguments)[0].name == "products"
-        for name, chosen in (("persistent", "persistent"), ("xla_rows", "products"), ("xla", "xla")):
+        assert decode_layers.choose(*arguments)[0].name == "persistent"
+        for name, chosen in (("products", "products"), ("xla_rows", "persistent"), ("xla", "xla")):
             with prefer(name):
                 assert decode_layers.choose(*arguments)[0].name == chosen
