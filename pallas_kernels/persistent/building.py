@@ -8,7 +8,7 @@ import jax
 from pallas_kernels.decode import DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import Plan, parts_for, splits_for
-from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Group, Phase, Source, Step
+from pallas_kernels.persistent.steps import MANY_ROW_TILES, TILE_ROWS, Attention, Collect, Group, Phase, Source, Step
 from pallas_kernels.projection import PackedProjection
 
 
@@ -59,6 +59,7 @@ class _Builder:
         longest = max(group.k for layer in groups for group in layer)
         splits = splits_for(phase.padded_rows, longest, self.programs)
         phase = dataclasses.replace(phase, splits=splits)
+        phase = dataclasses.replace(phase, whole=phase.row_tiles_each(self.programs) >= MANY_ROW_TILES)
         self.steps.append(dataclasses.replace(phase, pieces=phase.most_pieces(self.programs)))
         return len(self.steps) - 1
 

@@ -76,10 +76,7 @@ class PhaseItems:
         turn = turn - self.team.start
         self.split, self._index = lax.rem(turn, phase.splits), lax.div(turn, phase.splits)
         self.is_first = self._index == 0
-        index = jnp.minimum(self._index, self.team.sharers)
-        self._begin = lax.div(self.team.tiles * index, self.team.sharers)
-        index = jnp.minimum(self._index + 1, self.team.sharers)
-        self._end = lax.div(self.team.tiles * index, self.team.sharers)
+        self._begin, self._end = self._edge(self._index), self._edge(self._index + 1)
         self._first = lax.div(self._begin, self.team.k_tiles)
         self.count = lax.div(self._end + self.team.k_tiles - 1, self.team.k_tiles) - self._first
         self.count = jnp.where(self._end > self._begin, self.count, 0)
@@ -91,7 +88,14 @@ class PhaseItems:
         begin = jnp.maximum(self._begin, tile)
         end = jnp.minimum(self._end, tile + self.team.k_tiles)
         first_sharer = lax.div((tile + 1) * self.team.sharers - 1, self.team.tiles)
-        return Item(row_tile, begin - tile, end - begin, self._index - first_sharer)
+        piece = jnp.int32(0) if self.phase.whole else self._index - first_sharer
+        return Item(row_tile, begin - tile, end - begin, piece)
+
+    def _edge(self, index: jax.Array) -> jax.Array:
+        """Where the share of one of the split's programs begins, and that of the one before ends."""
+        unit = self.team.k_tiles if self.phase.whole else jnp.int32(1)
+        units = lax.div(self.team.tiles, unit) * jnp.minimum(index, self.team.sharers)
+        return lax.div(units, self.team.sharers) * unit
 
     def rows(self, row_tile: jax.Array) -> Rows:
         """Of one of the team's row tiles."""

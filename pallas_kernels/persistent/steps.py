@@ -15,6 +15,9 @@ CHUNK = 4
 HALF_TILE = 64
 """Columns of half a tile: what 128 bytes, the widest swizzle of a bulk copy, hold."""
 
+MANY_ROW_TILES = 16
+"""From so many a program on, row tiles are shared out whole."""
+
 HEAD_DIMS = (32, 64, 128)
 """That attention can have: halves that are a power of two of lanes, and no more than a tile has columns."""
 
@@ -85,13 +88,15 @@ class Phase:
     Programs divide into teams, one for each slice of the input that is read, and the programs of a team into ``splits``, each with
     a part of the contraction axis, so that none needs more than a part of one slice. The weight tiles of a split, row tile after
     row tile, are shared out evenly. Where a share ends within a row tile, the next program adds up the rest of it: the row tile
-    has ``pieces``, whose sums are added by who reads them.
+    has ``pieces``, whose sums are added by who reads them. Where shares are so long that a row tile more or less does not matter,
+    row tiles stay ``whole``, which saves words.
 
     Attributes:
       name: of the projection, and which of its products.
       layers: its groups in every layer, which differ in sizes alone; the head has one.
       source: what its input is made of.
       splits: of the contraction axis.
+      whole: whether no row tile is divided into pieces.
       pieces: the most that a row tile of a split has.
     """
 
@@ -99,6 +104,7 @@ class Phase:
     layers: tuple[tuple[Group, ...], ...]
     source: Source
     splits: int = 1
+    whole: bool = False
     pieces: int = 1
 
     @property
@@ -135,10 +141,33 @@ class Phase:
     def sharers(self, layer: int, programs: int) -> tuple[int, ...]:
         """How many programs share the tiles of a split, in each team."""
         sizes = self.team_programs(layer, programs)
-        return tuple(min(size // self.splits, self.team_tiles(team, layer)) for team, size in enumerate(sizes))
+        return tuple(
+            min(size // self.splits, self.team_tiles(team, layer) // self.unit(team, layer))
+            for team, size in enumerate(sizes)
+        )
+
+    def unit(self, team: int, layer: int) -> int:
+        """Weight tiles that are not divided."""
+        return self.k_tiles(team, layer) if self.whole else 1
+
+    def share(self, team: int, layer: int, sharers: int, index: int) -> range:
+        """Weight tiles of one of a split's programs."""
+        unit = self.unit(team, layer)
+        units = share(self.team_tiles(team, layer) // unit, sharers, index)
+        return range(units.start * unit, units.stop * unit)
+
+    def row_tiles_each(self, programs: int) -> float:
+        """Row tiles that a program has, where it has fewest."""
+        return min(
+            self.team_tiles(team, layer) / self.k_tiles(team, layer) / sharers
+            for layer in range(len(self.layers))
+            for team, sharers in enumerate(self.sharers(layer, programs))
+        )
 
     def most_pieces(self, programs: int) -> int:
         """Into how many pieces the sharing out divides a row tile."""
+        if self.whole:
+            return 1
         found = 1
         for layer in range(len(self.layers)):
             for team, sharers in enumerate(self.sharers(layer, programs)):
@@ -156,7 +185,7 @@ class Phase:
             zip(self.team_programs(layer, programs), self.sharers(layer, programs), strict=True)
         ):
             for index in range(sharers):
-                mine = len(share(self.team_tiles(team, layer), sharers, index))
+                mine = len(self.share(team, layer, sharers, index))
                 at = begin + index * self.splits
                 found[at : at + self.splits] = [mine] * self.splits
             begin += size

@@ -20,7 +20,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.persistent import building
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import Phase, share
+from pallas_kernels.persistent.steps import Phase
 
 EPS = 1e-5
 Ranks = tuple[int | None, ...]
@@ -134,16 +134,12 @@ def items_of(plan: Plan, number: int, layer: int, program: int) -> list[Any]:
     sizes = step.team_programs(layer, plan.programs)
     team = next(t for t in range(len(sizes)) if turn < sum(sizes[: t + 1]))
     index, split = divmod(turn - sum(sizes[:team]), step.splits)
-    tiles, sharers, k_tiles = (
-        step.team_tiles(team, layer),
-        step.sharers(layer, plan.programs)[team],
-        step.k_tiles(team, layer),
-    )
-    mine = share(tiles, sharers, index) if index < sharers else ()
+    sharers, k_tiles = step.sharers(layer, plan.programs)[team], step.k_tiles(team, layer)
+    mine = step.share(team, layer, sharers, index) if index < sharers else ()
     found = []
     for row_tile, some in itertools.groupby(mine, lambda tile: tile // k_tiles):
         within = [tile % k_tiles for tile in some]
-        others = {i for i in range(index) if any(t // k_tiles == row_tile for t in share(tiles, sharers, i))}
+        others = {i for i in range(index) if any(t // k_tiles == row_tile for t in step.share(team, layer, sharers, i))}
         found.append(Item(team, split, row_tile, within[0], within[-1] + 1, len(others)))
     return found
 

@@ -16,7 +16,16 @@ from persistent_models import MODELS, PROGRAMS, Item, Model, eighths, items_of, 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.launch import SMALL_FLOATS, numbers_of, varying
 from pallas_kernels.persistent.plan import MOST_PARTS, SHARED_MEMORY, Plan, parts_for, splits_for
-from pallas_kernels.persistent.steps import TILE_BYTES, TILE_K, TILE_ROWS, Attention, Collect, Phase, sharer
+from pallas_kernels.persistent.steps import (
+    MANY_ROW_TILES,
+    TILE_BYTES,
+    TILE_K,
+    TILE_ROWS,
+    Attention,
+    Collect,
+    Phase,
+    sharer,
+)
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,7 +84,7 @@ def check_teams(phase: Phase, layer: int, programs: int, taken: list[Item]) -> N
         assert k_tiles * phase.splits * TILE_K >= groups[team[0]].k
         assert (phase.team_tiles(number, layer), phase.sharers(layer, programs)[number]) == (
             rows * k_tiles,
-            min(sizes[number] // phase.splits, rows * k_tiles),
+            min(sizes[number] // phase.splits, rows if phase.whole else rows * k_tiles),
         )
     assert sorted(tiles) == sorted(wanted)
     shares = [phase.team_tiles(t, layer) / size for t, size in enumerate(sizes)]
@@ -89,6 +98,9 @@ def check_pieces(plan: Plan, number: int, layer: int) -> None:
     phase = plan.steps[number]
     assert isinstance(phase, Phase)
     pieces = pieces_of(plan, number, layer)
+    if phase.whole:
+        assert phase.row_tiles_each(plan.programs) >= MANY_ROW_TILES and set(pieces) == {phase.pieces} == {1}
+        return
     assert max(pieces) <= phase.pieces and phase.parts == phase.splits * phase.pieces
     row_tile = 0
     for i, group in enumerate(phase.layers[layer]):
