@@ -187,7 +187,7 @@ class ModelConfig:
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # What SVD families write in place of the base model's type; their configs are otherwise the base model's.
-_MODEL_TYPE_ALIASES = {
+MODEL_TYPE_ALIASES = {
     "lowrank_llama": "llama",
     "lowrank_mistral": "mistral",
     "lowrank_qwen2": "qwen2",
@@ -202,7 +202,7 @@ def base_model_type(hf: Mapping[str, Any]) -> str:
     kind = hf.get("model_type")
     if kind is None:
         raise ConfigError("config.json: model_type is missing")
-    kind = _MODEL_TYPE_ALIASES.get(str(kind), str(kind))
+    kind = MODEL_TYPE_ALIASES.get(str(kind), str(kind))
     if kind not in MODEL_TYPES:
         raise ConfigError(f"config.json: model_type {kind!r} is not supported; supported: {', '.join(MODEL_TYPES)}")
     return kind
