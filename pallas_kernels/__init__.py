@@ -12,8 +12,10 @@ from pallas_kernels.attention import (
     write_slots,
 )
 from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode_layers
-from pallas_kernels.norm import Norm, rms_norm
-from pallas_kernels.products import project
+from pallas_kernels.feed_forward import feed_forward
+from pallas_kernels.norm import LayerNorm, Norm, layer_norm, rms_norm
+from pallas_kernels.padded_attention import attend_padded
+from pallas_kernels.products import ACTIVATIONS, project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
 from pallas_kernels.rounding import power_of_two
@@ -22,9 +24,11 @@ from pallas_kernels.target import Target, assume_target, target
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 
 __all__ = [
+    "ACTIVATIONS",
     "Decoded",
     "DecoderLayer",
     "Implementation",
+    "LayerNorm",
     "Norm",
     "Op",
     "PackedProjection",
@@ -34,10 +38,13 @@ __all__ = [
     "assume_target",
     "attend",
     "attend_cached",
+    "attend_padded",
     "causal_mask",
     "decode_layers",
+    "feed_forward",
     "hardware_rank",
     "implementation_names",
+    "layer_norm",
     "ops",
     "pack",
     "power_of_two",

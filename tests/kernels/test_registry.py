@@ -27,7 +27,7 @@ def implementation(name: str, refuses: Callable[..., str | None] = lambda x, sca
 
 
 def test_the_package_registers_its_ops() -> None:
-    assert {"project", "attend", "attend_cached", "decode_layers"} <= ops().keys()
+    assert {"project", "attend", "attend_cached", "attend_padded", "decode_layers", "feed_forward"} <= ops().keys()
     assert all(name == op.name and "xla" in op.names for name, op in ops().items())
 
 
