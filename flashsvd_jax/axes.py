@@ -12,5 +12,7 @@ h       head_dim   width of one head
 f       mlp        intermediate width of the MLP
 r       rank       inner width of a factorized weight
 v       vocab      tokens known
+l       labels     classes of a classification head
+-       positions, types   rows of an encoder's tables
 i, o    -          input and output axis of a projection in general
 """

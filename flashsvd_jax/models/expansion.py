@@ -16,10 +16,10 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import MATERIALIZE
-from flashsvd_jax.models.weights import first_parts, packed_sites
+from flashsvd_jax.models.packing import first_parts, packed_sites
 from flashsvd_jax.schema import Site, sites
 
 
@@ -38,7 +38,7 @@ class SiteSet:
     dense: int
 
 
-def site_sets(config: ModelConfig, pad_rank: Callable[[int], int]) -> list[SiteSet]:
+def site_sets(config: AnyConfig, pad_rank: Callable[[int], int]) -> list[SiteSet]:
     """All low-rank sites of a model, in the sets described in this module's text."""
     ranks, by_name = config.factorization.rank_by_site, {site.name: site for site in sites(config)}
     groups: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
@@ -55,7 +55,7 @@ def site_sets(config: ModelConfig, pad_rank: Callable[[int], int]) -> list[SiteS
     return found
 
 
-def expanded_sets(config: ModelConfig, materialize: str, pad_rank: Callable[[int], int]) -> list[SiteSet]:
+def expanded_sets(config: AnyConfig, materialize: str, pad_rank: Callable[[int], int]) -> list[SiteSet]:
     """The sets that are expanded.
 
     Args:
@@ -73,12 +73,12 @@ def expanded_sets(config: ModelConfig, materialize: str, pad_rank: Callable[[int
     return [found for found in site_sets(config, pad_rank) if materialize == "always" or found.factors > found.dense]
 
 
-def expanded_sites(config: ModelConfig, materialize: str, pad_rank: Callable[[int], int]) -> frozenset[str]:
+def expanded_sites(config: AnyConfig, materialize: str, pad_rank: Callable[[int], int]) -> frozenset[str]:
     """Names of all sites in `expanded_sets`."""
     return frozenset(name for found in expanded_sets(config, materialize, pad_rank) for name in found.sites)
 
 
-def as_loaded(config: ModelConfig, materialize: str, pad_rank: Callable[[int], int]) -> ModelConfig:
+def as_loaded[C: AnyConfig](config: C, materialize: str, pad_rank: Callable[[int], int]) -> C:
     """The configuration with those sites dense: weights that are drawn at random need no product to have the loaded form."""
     expanded = expanded_sites(config, materialize, pad_rank)
     return dataclasses.replace(config, factorization=config.factorization.without(expanded))

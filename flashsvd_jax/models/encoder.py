@@ -1,0 +1,162 @@
+"""Encoders, BERT and its kin, dense or factorized, as pure functions: hidden states, their pooling, and the heads.
+
+Positions count real tokens alone, so padding, on whichever side, changes nothing. Padding is seen by nobody; what the rows of
+padding hold means nothing, but is finite.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from flashsvd_jax.config import RopeConfig
+from flashsvd_jax.encoder_config import EncoderConfig
+from flashsvd_jax.models.encoder_weights import EncoderLayerWeights, EncoderWeights
+from flashsvd_jax.rope import rotary_tables
+from pallas_kernels import (
+    ACTIVATIONS,
+    PackedProjection,
+    Projection,
+    attend_padded,
+    feed_forward,
+    layer_norm,
+    pack,
+    project,
+)
+
+POOLINGS = ("mean", "cls")
+Tables = tuple[jax.Array, jax.Array]
+
+
+def hidden_states(
+    config: EncoderConfig,
+    weights: EncoderWeights,
+    tokens: jax.Array,
+    attention_mask: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+) -> jax.Array:
+    """What the last layer makes of each token.
+
+    Args:
+      config: the model.
+      weights: its weights.
+      tokens: int32 [batch, tokens].
+      attention_mask: [batch, tokens], nonzero where a token is real; padding may lie on either side.
+      token_types: int32 [batch, tokens], for models that have them; zeros if not given.
+
+    Returns:
+      [batch, tokens, embed] in the weights' dtype; rows of padding tokens mean nothing.
+
+    Raises:
+      ValueError: the sequences are longer than the model knows positions.
+    """
+    if tokens.shape[1] > config.max_position:
+        raise ValueError(f"sequences of {tokens.shape[1]} tokens; the model knows {config.max_position} positions")
+    real = real_tokens(tokens, attention_mask)
+    positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    with jax.named_scope("embedding"):
+        x = _embed(config, weights, tokens, positions, token_types)
+    lengths = real.sum(axis=1, dtype=jnp.int32)
+    tables: dict[RopeConfig | None, Tables | None] = {
+        rope: None if rope is None else rotary_tables(rope, config.head_dim, positions, lengths)
+        for rope in set(config.ropes)
+    }
+    for layer, window, rope in zip(weights.layers, config.windows, config.ropes, strict=True):
+        x = _layer(config, layer, x, real, tables[rope], window)
+    return x if weights.norm is None else layer_norm(x, weights.norm)
+
+
+def real_tokens(tokens: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+    """bool [batch, tokens]: a mask as the functions here take it, all tokens where there is none."""
+    return jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+
+
+def pooled(x: jax.Array, real: jax.Array, pooling: str) -> jax.Array:
+    """One vector a sequence from hidden states.
+
+    Args:
+      x: [batch, tokens, embed].
+      real: bool [batch, tokens].
+      pooling: "mean" over the real tokens, or "cls" for the first of them.
+
+    Returns:
+      float32 [batch, embed]; zeros for a sequence of padding alone.
+    """
+    if pooling == "cls":
+        chosen = real & (jnp.cumsum(real, axis=1) == 1)
+        return jnp.where(chosen[..., None], x.astype(jnp.float32), 0.0).sum(1)
+    if pooling != "mean":
+        raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
+    total = jnp.where(real[..., None], x.astype(jnp.float32), 0.0).sum(1)
+    return total / jnp.maximum(real.sum(1, keepdims=True), 1).astype(jnp.float32)
+
+
+def masked_lm_logits(config: EncoderConfig, weights: EncoderWeights, x: jax.Array) -> jax.Array:
+    """Logits of every token over the vocabulary: x [..., embed] -> float32 [..., vocab]."""
+    _check_head(config, "masked_lm")
+    return _head_logits(config, weights, x)
+
+
+def classification_logits(config: EncoderConfig, weights: EncoderWeights, x: jax.Array, real: jax.Array) -> jax.Array:
+    """Logits of sequences over labels: x [batch, tokens, embed], real [batch, tokens] -> float32 [batch, labels]."""
+    _check_head(config, "classification")
+    assert config.head is not None
+    return _head_logits(config, weights, pooled(x, real, config.head.pooling).astype(x.dtype))
+
+
+def _check_head(config: EncoderConfig, kind: str) -> None:
+    if config.head is None or config.head.kind != kind:
+        raise ValueError(f"this encoder has no {kind} head, it has {config.head.kind if config.head else 'none'}")
+
+
+def _head_logits(config: EncoderConfig, weights: EncoderWeights, x: jax.Array) -> jax.Array:
+    head, given = config.head, weights.head
+    assert head is not None and given is not None
+    with jax.named_scope("head"):
+        (x,) = project(x, given.dense)
+        x = ACTIVATIONS[head.activation](x)
+        if given.norm is not None:
+            x = layer_norm(x, given.norm)
+        return project(x, _output_layer(weights), dtype=jnp.float32)[0]
+
+
+def _output_layer(weights: EncoderWeights) -> PackedProjection:
+    assert weights.head is not None
+    tied = Projection(weight=weights.tokens, bias=weights.head.out_bias)
+    return pack([tied]) if weights.head.out is None else weights.head.out
+
+
+def _embed(
+    config: EncoderConfig,
+    weights: EncoderWeights,
+    tokens: jax.Array,
+    positions: jax.Array,
+    token_types: jax.Array | None,
+) -> jax.Array:
+    x = weights.tokens[tokens]
+    if weights.positions is not None:
+        x = x + weights.positions[positions + config.first_position]
+    if weights.types is not None:
+        x = x + weights.types[jnp.zeros_like(tokens) if token_types is None else token_types]
+    return layer_norm(x, weights.embed_norm)
+
+
+def _layer(
+    config: EncoderConfig,
+    layer: EncoderLayerWeights,
+    x: jax.Array,
+    real: jax.Array,
+    tables: Tables | None,
+    window: int | None,
+) -> jax.Array:
+    """One block: norms stand before attention and feed-forward, or behind each of them with its residual."""
+    inner = x
+    if config.pre_norm and layer.attention_norm is not None:
+        inner = layer_norm(x, layer.attention_norm)
+    with jax.named_scope("attention"):
+        attended = attend_padded(inner, layer.qkv, real, head_dim=config.head_dim, tables=tables, window=window)
+        (x,) = project(attended, layer.o, residual=x)
+    if not config.pre_norm and layer.attention_norm is not None:
+        x = layer_norm(x, layer.attention_norm)
+    inner = layer_norm(x, layer.mlp_norm) if config.pre_norm else x
+    with jax.named_scope("mlp"):
+        x = feed_forward(inner, layer.up, layer.down, activation=config.activation, residual=x)
+    return x if config.pre_norm else layer_norm(x, layer.mlp_norm)
