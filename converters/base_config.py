@@ -9,9 +9,9 @@ from typing import Any
 from converters.families import FAMILIES
 from converters.family import architectures
 from converters.sources import TensorSource
+from flashsvd_jax.any_config import AnyConfig, config_from_hf
 from flashsvd_jax.checkpoint.json_files import read_object
 from flashsvd_jax.checkpoint.layout import CONFIG_FILE
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import ConfigError, ConversionError
 
 # What families add to the base model's configuration; none of it describes the base model.
@@ -70,10 +70,10 @@ def base_config(own: FoundConfig | None, base: Path | None, where: str) -> Found
     return FoundConfig(clean | ({"architectures": kept} if kept else {}), found.origin)
 
 
-def model_config(found: FoundConfig) -> ModelConfig:
+def model_config(found: FoundConfig) -> AnyConfig:
     """The dense model that a configuration describes; raises ConfigError, naming where it came from, for any other."""
     try:
-        return ModelConfig.from_hf(found.hf)
+        return config_from_hf(found.hf)
     except ConfigError as error:
         raise ConfigError(f"{found.origin}: {error}") from error
 

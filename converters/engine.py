@@ -21,7 +21,7 @@ from converters.verify_logits import LogitsFunction
 from flashsvd_jax.checkpoint import FolderWriter, Manifest, SourceFile, WeightWarning
 from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
-from flashsvd_jax.config import RopeConfig
+from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.errors import ConversionError
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import count_params
@@ -174,7 +174,7 @@ def _companions(own: Path, base: Path | None) -> list[Path]:
 
 def _notes(source: TensorSource, detection: Detection, plan: Plan) -> tuple[str, ...]:
     notes = list(plan.notes)
-    rope = plan.config.rope
+    rope = plan.config.rope if isinstance(plan.config, ModelConfig) else RopeConfig()
     if detection.family.fixed_rope and rope != RopeConfig():
         notes.append(
             f"the family's own Llama class rotates positions with base 10000 and no scaling; the base configuration "

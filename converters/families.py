@@ -124,7 +124,7 @@ FAMILIES: tuple[Family, ...] = (
         "flashsvd_encoder",
         "FlashSVD's BERT and RoBERTa states",
         key_pattern=r"(?:^|\.)(?:Pq|Uo|U1)$",
-        refusal="encoders are not read",
+        refusal="its factors are of single heads",
     ),
     Family(
         "flashsvd_gpt2",
@@ -157,5 +157,5 @@ FAMILIES: tuple[Family, ...] = (
         pairs=(_A_AFTER_B,),
         names="none",
     ),
-    Family("dense", "an uncompressed Llama, Mistral, Qwen2 or Qwen3, or one merged back to dense"),
+    Family("dense", "an uncompressed decoder or encoder of those above, or one merged back to dense"),
 )

@@ -98,14 +98,14 @@ def _order(family: Family, site: Site, pair: _Pair, undecided: Reading, pool: Po
         )
     else:
         factors = Factors(first, second) if reading == "as named" else Factors(second, first)
-        _refuse_bias_of_first(family, factors, pool)
+        _refuse_bias_of_first(factors, pool)
         return factors
     return None
 
 
-def _refuse_bias_of_first(family: Family, factors: Factors, pool: Pool) -> None:
+def _refuse_bias_of_first(factors: Factors, pool: Pool) -> None:
     # Dobi-SVD's layer gives the bias of the output to the factor that ends in the rank: its own forward pass fails.
-    bias = pool.take(bias_of(family.bare(factors.down.name)))
+    bias = pool.take(bias_of(pool.bare(factors.down.name)))
     if bias is not None:
         pool.problems.append(f"bias on the first factor: {bias.name} {list(bias.shape)}; only output biases are read")
 

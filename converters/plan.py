@@ -6,21 +6,22 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
+from converters.encoder_naming import naming_of
 from converters.family import Family
-from converters.naming import torch_name
+from converters.naming import Naming
 from converters.pairing import take_factors
 from converters.pool import Pool
 from converters.ranks import rank_problems
-from converters.rules import bias_names
 from converters.sources import TensorInfo
-from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.errors import ConversionError
 from flashsvd_jax.factorization import Factorization
-from flashsvd_jax.schema import ParamSpec, schema, sites, stored_names
+from flashsvd_jax.schema import params_of_no_site, schema, sites, stored_names
 
 _FLOATS = tuple(map(np.dtype, (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)))
 _MAX_LISTED = 100
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_TIED = "; the base configuration ties the head to the embedding (tie_word_embeddings)"
+_UNTIED = "; the base configuration does not tie it to the embedding"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Plan:
       notes: what the report should say.
     """
 
-    config: ModelConfig
+    config: AnyConfig
     tensors: Mapping[str, TensorInfo]
     dropped: tuple[str, ...]
     equal: tuple[tuple[str, str], ...]
@@ -48,7 +49,7 @@ class Plan:
 
 
 def make_plan(
-    config: ModelConfig,
+    config: AnyConfig,
     tensors: Mapping[str, TensorInfo],
     family: Family,
     rank_map: object = None,
@@ -67,9 +68,10 @@ def make_plan(
       ConversionError: names everything that is missing, unexpected, mis-shaped, the wrong way round or of another rank
         than the configuration says.
     """
-    pool = Pool(tensors, family.prefix)
-    by_module = {torch_name(site.name): site for site in sites(config)}
-    equal = _drop_tied_head(config, pool)
+    naming = naming_of(config)
+    pool = Pool(tensors, lambda name: naming.bare(family.bare(name)))
+    by_module = {naming.module(site.name): site for site in sites(config)}
+    equal = _drop_twins(naming, pool)
     factors, notes = take_factors(family, by_module, pool)
     ranks = {by_module[module].name: pair.rank for module, pair in factors.items() if pair is not None}
     broken = {by_module[module].name for module, pair in factors.items() if pair is None}
@@ -79,14 +81,19 @@ def make_plan(
         if pair is not None:
             found |= {f"{site.name}.down": pair.down, f"{site.name}.up": pair.up}
         elif site.name not in broken:
-            found |= _take(pool, f"{site.name}.weight", (site.d_out, site.d_in), f"{module}.weight")
+            hint = _UNTIED if module == naming.head else ""
+            found |= _take(pool, f"{site.name}.weight", (site.d_out, site.d_in), f"{module}.weight", hint=hint)
         if site.has_bias:
-            up = family.bare(pair.up.name) if pair is not None else None
-            found |= _take(pool, f"{site.name}.bias", (site.d_out,), *bias_names(module, up))
+            up = pool.bare(pair.up.name) if pair is not None else None
+            found |= _take(pool, f"{site.name}.bias", (site.d_out,), *naming.biases(site.name, up))
     for name, spec in params_of_no_site(config).items():
-        found |= _take(pool, name, spec.shape, torch_name(name))
-    pool.problems += rank_problems(rank_map, family.rank_map, ranks, broken, by_module)
-    pool.problems += [f"unexpected: {t.name} {list(t.shape)}{_why(config, name)}" for name, t in pool.left.items()]
+        found |= _take(pool, name, spec.shape, *naming.parameter(name))
+    for name in filter(naming.is_unused, list(pool.left)):
+        pool.drop(name)
+    pool.problems += rank_problems(rank_map, family.rank_map, ranks, broken, by_module, naming.claimed)
+    for name, info in pool.left.items():
+        tied = config.tie_embeddings and name.startswith(f"{naming.head}.")
+        pool.problems.append(f"unexpected: {info.name} {list(info.shape)}{_TIED if tied else ''}")
     pool.problems += [f"not floating point: {t.name} is {t.dtype}" for t in found.values() if t.dtype not in _FLOATS]
     if pool.problems:
         raise ConversionError(_message(where, family, pool.problems))
@@ -94,38 +101,29 @@ def make_plan(
     return Plan(replace(config, factorization=factorization), found, tuple(pool.dropped), equal, tuple(notes))
 
 
-def params_of_no_site(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Embedding and norms: the parameters that belong to no projection, by name."""
-    of_sites = {name for site in sites(config) for name in site.params(None)}
-    return {name: spec for name, spec in schema(config.dense()).items() if name not in of_sites}
-
-
-def _take(pool: Pool, target: str, shape: tuple[int, ...], *names: str) -> dict[str, TensorInfo]:
-    hint = "; the base configuration does not tie it to the embedding" if target == _HEAD else ""
+def _take(pool: Pool, target: str, shape: tuple[int, ...], *names: str, hint: str = "") -> dict[str, TensorInfo]:
     info = pool.require(shape, *names, hint=hint)
     return {} if info is None else {target: info}
 
 
-def _drop_tied_head(config: ModelConfig, pool: Pool) -> tuple[tuple[str, str], ...]:
-    """With tied embeddings a stored head must be the embedding once more; what is still to be compared is returned."""
-    head, embedding = pool.left.get(_HEAD), pool.left.get(_EMBEDDING)
-    if not config.tie_embeddings or head is None or embedding is None or head.shape != embedding.shape:
-        return ()
-    pool.drop(_HEAD)
-    return () if head.identity == embedding.identity else ((head.name, embedding.name),)
+def _drop_twins(naming: Naming, pool: Pool) -> tuple[tuple[str, str], ...]:
+    """A stored twin, such as a tied head, must hold the other's values; what is still to be compared is returned."""
+    equal = []
+    for twin, kept in naming.twins:
+        dropped, other = pool.left.get(twin), pool.left.get(kept)
+        if dropped is None or other is None or dropped.shape != other.shape:
+            continue
+        pool.drop(twin)
+        if dropped.identity != other.identity:
+            equal.append((dropped.name, other.name))
+    return tuple(equal)
 
 
-def _shared(config: ModelConfig, found: Mapping[str, TensorInfo]) -> dict[str, str]:
+def _shared(config: AnyConfig, found: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Parameters that are the very tensor of an earlier parameter, and which."""
     owners: dict[object, str] = {}
     owner_by_name = {name: owners.setdefault(found[name].identity, name) for name in schema(config)}
     return {name: owner for name, owner in owner_by_name.items() if name != owner}
-
-
-def _why(config: ModelConfig, name: str) -> str:
-    if name.startswith("lm_head.") and config.tie_embeddings:
-        return "; the base configuration ties the head to the embedding (tie_word_embeddings)"
-    return ""
 
 
 def _message(where: str, family: Family, problems: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint that nothing has accounted for yet, and everything found wrong with them so far."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from converters.naming import is_buffer
 from converters.sources import TensorInfo
@@ -10,21 +10,23 @@ class Pool:
     """Gives every tensor out once.
 
     Attributes:
-      left: tensors that nobody took, by name without the family's prefix.
+      bare: a tensor's stored name -> the name it goes by here, without prefixes.
+      left: tensors that nobody took, by that name.
       dropped: names of tensors that are not needed.
       problems: one sentence each.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], prefix: str = ""):
+    def __init__(self, tensors: Mapping[str, TensorInfo], bare: Callable[[str], str] = lambda name: name):
+        self.bare = bare
         self.left: dict[str, TensorInfo] = {}
         self.dropped: list[str] = []
         self.problems: list[str] = []
         for name, info in tensors.items():
-            bare = name.removeprefix(prefix)
-            if is_buffer(bare):
+            short = bare(name)
+            if is_buffer(short):
                 self.dropped.append(name)
-            elif self.left.setdefault(bare, info) is not info:
-                self.problems.append(f"unexpected: {name}, the checkpoint holds {self.left[bare].name} as well")
+            elif self.left.setdefault(short, info) is not info:
+                self.problems.append(f"unexpected: {name}, the checkpoint holds {self.left[short].name} as well")
 
     def take(self, *names: str) -> TensorInfo | None:
         """The first of these tensors that is there."""

@@ -1,13 +1,18 @@
 """Checks the ranks that a configuration claims against those of the tensors."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from flashsvd_jax.schema import Site
 
 
 def rank_problems(
-    claimed: object, key: str, ranks: Mapping[str, int], broken: Set[str], by_module: Mapping[str, Site]
+    claimed: object,
+    key: str,
+    ranks: Mapping[str, int],
+    broken: Set[str],
+    by_module: Mapping[str, Site],
+    module_of: Callable[[str], str],
 ) -> list[str]:
     """Where a configuration's map of ranks and the tensors disagree, one sentence a module.
 
@@ -17,10 +22,11 @@ def rank_problems(
       ranks: rank of every low-rank site, from shapes.
       broken: sites whose factors are a problem already.
       by_module: all sites by module path.
+      module_of: a name in the map -> that path.
     """
     if not claimed:
         return []
-    said = _read(claimed)
+    said = _read(claimed, module_of)
     if said is None:
         return [f"rank map: {key} in config.json does not map module names to ranks"]
     problems = []
@@ -31,7 +37,7 @@ def rank_problems(
     return problems + [f"rank map: {key} names {module}, which the base model does not have" for module in said]
 
 
-def _read(claimed: object) -> dict[str, int] | None:
+def _read(claimed: object, module_of: Callable[[str], str]) -> dict[str, int] | None:
     """The claimed ranks by module path in the whole model, whichever prefix the names have."""
     if not isinstance(claimed, Mapping):
         return None
@@ -40,8 +46,7 @@ def _read(claimed: object) -> dict[str, int] | None:
         rank: Any = entry.get("rank") if isinstance(entry, Mapping) else entry
         if not isinstance(rank, int):
             return None
-        name = str(name).removeprefix("wrapped_model.")
-        said[name if name.startswith(("model.", "lm_head")) else f"model.{name}"] = rank
+        said[module_of(str(name).removeprefix("wrapped_model."))] = rank
     return said
 
 

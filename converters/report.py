@@ -5,10 +5,8 @@ from itertools import groupby
 from pathlib import Path
 
 from converters.verify import Verification
-from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.schema import count_params, sites
-
-_COLUMNS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class ConversionReport:
     description: str
     evidence: tuple[str, ...]
     config_origin: str
-    config: ModelConfig
+    config: AnyConfig
     dtype: str
     nbytes: int
     copied: tuple[str, ...]
@@ -78,9 +76,10 @@ class ConversionReport:
         for layer in range(self.config.num_layers):
             prefix = f"layers_{layer}."
             rows.append([cell for name, cell in cells.items() if name.startswith(prefix)])
-        table = [("layer", *_COLUMNS)]
+        leaves = [name.rpartition(".")[2] for name in cells if name.startswith("layers_0.")]
+        table = [("layer", *(leaf.removesuffix("_proj") for leaf in leaves))]
         for row, group in groupby(range(len(rows)), key=lambda layer: rows[layer]):
             first, *rest = group
             table.append((f"{first}-{rest[-1]}" if rest else f"{first}", *row))
         lines = [f"{row[0]:>9}" + "".join(f"{cell:>7}" for cell in row[1:]) for row in table]
-        return lines + ([f"{'lm_head':>9}{cells['lm_head']:>7}"] if "lm_head" in cells else [])
+        return lines + [f"{name:>9}{cell:>7}" for name, cell in cells.items() if not name.startswith("layers_")]

@@ -7,9 +7,14 @@ from typing import Literal
 Shape = tuple[int, ...]
 Reading = Literal["as named", "swapped", "either", "neither"]
 
-# What a placeholder stands for, as a regular expression over the names of a Llama-shaped model.
+_ENCODER_MODULE = (
+    r"(?:(?:bert|roberta|distilbert)\.)?(?:encoder|transformer)\.layer\.\d+\."
+    r"(?:attention\.(?:self\.(?:query|key|value)|output\.dense|[qkv]_lin|out_lin)|(?:intermediate|output)\.dense|ffn\.lin[12])"
+)
+
+# What a placeholder stands for, as a regular expression over the names of a Llama-shaped model, or of an encoder.
 _PLACEHOLDERS = {
-    "module": r"(?:model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)|lm_head)",
+    "module": rf"(?:model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)|lm_head|{_ENCODER_MODULE})",
     "parent": r"model\.layers\.\d+\.(?:self_attn|mlp)",
     "stem": r"(?:[qkvo]|gate|up|down)",
 }

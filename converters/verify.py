@@ -11,15 +11,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from converters.encoder_naming import naming_of
 from converters.family import Family
-from converters.naming import torch_name
-from converters.plan import Plan, params_of_no_site
-from converters.rules import bias_names
+from converters.naming import Naming
+from converters.plan import Plan
 from converters.sources import TensorSource
 from converters.verify_logits import LogitsFunction, compare_logits
 from flashsvd_jax.checkpoint import ModelFolder, open_folder
 from flashsvd_jax.errors import ConversionError
-from flashsvd_jax.schema import Site, sites
+from flashsvd_jax.schema import Site, params_of_no_site, sites
 
 _SEED = 0
 _TOKENS = 4
@@ -75,17 +75,18 @@ def verify_folder(
     Raises:
       ConversionError: names every parameter that differs by more than rounding, or says how far the logits are apart.
     """
-    original = _Original(source, family)
+    naming = naming_of(plan.config)
+    original = _Original(source, family, naming)
     rng = np.random.default_rng(_SEED)
     errors: dict[str, float] = {}
     with open_folder(path) as folder:
         dtype = jnp.dtype(folder.manifest.dtype)
         wrong = [name for name in params_of_no_site(plan.config) if not original.equals(name, folder.get(name))]
         for site in sites(plan.config):
-            x, module = rng.standard_normal((_TOKENS, site.d_in)), torch_name(site.name)
+            x = rng.standard_normal((_TOKENS, site.d_in))
             y = _converted_output(x, site, folder)
-            errors[site.name] = error = min(_distance(y, expected) for expected in original.outputs(module, x))
-            if not error <= (_EXACT if original.fits(module, dtype) else _ROUNDED):
+            errors[site.name] = error = min(_distance(y, expected) for expected in original.outputs(site.name, x))
+            if not error <= (_EXACT if original.fits(site.name, dtype) else _ROUNDED):
                 wrong.append(f"{site.name} (relative error {error:.1e})")
     if wrong:
         raise ConversionError(f"{path} does not verify, these differ from the source: {', '.join(wrong)}")
@@ -98,33 +99,36 @@ def verify_folder(
 class _Original:
     """The source's own forward pass, by its own names."""
 
-    def __init__(self, source: TensorSource, family: Family):
+    def __init__(self, source: TensorSource, family: Family, naming: Naming):
         self._source = source
         self._family = family
-        self._names = {family.bare(name): name for name in source.infos()}
+        self._naming = naming
+        self._names = {naming.bare(family.bare(name)): name for name in source.infos()}
 
     def equals(self, name: str, stored: np.ndarray) -> bool:
         """Whether a stored array of no projection is the source's, cast."""
-        return np.array_equal(stored, self._get(torch_name(name)).astype(stored.dtype))
+        stored_as = next(other for other in self._naming.parameter(name) if other in self._names)
+        return np.array_equal(stored, self._get(stored_as).astype(stored.dtype))
 
-    def fits(self, module: str, dtype: np.dtype) -> bool:
+    def fits(self, site: str, dtype: np.dtype) -> bool:
         """Whether a projection's weights can be stored in a dtype without rounding."""
-        return all(np.can_cast(self._get(name).dtype, dtype) for name in self._layers(module))
+        return all(np.can_cast(self._get(name).dtype, dtype) for name in self._layers(site))
 
-    def outputs(self, module: str, x: np.ndarray) -> list[np.ndarray]:
+    def outputs(self, site: str, x: np.ndarray) -> list[np.ndarray]:
         """What a projection makes of x [tokens, d_in], in every order of its layers that the family allows."""
-        names = self._layers(module)
+        names = self._layers(site)
         orders = [names] if self._family.names == "binding" else [names, names[::-1]]
-        return [self._output(module, order, x) for order in orders if self._chains(order, x.shape[1])]
+        return [self._output(site, order, x) for order in orders if self._chains(order, x.shape[1])]
 
-    def _output(self, module: str, layers: list[str], x: np.ndarray) -> np.ndarray:
+    def _output(self, site: str, layers: list[str], x: np.ndarray) -> np.ndarray:
         for name in layers:
             x = _apply(x, self._get(name))
-        bias = next((name for name in bias_names(module, layers[-1]) if name in self._names), None)
+        bias = next((name for name in self._naming.biases(site, layers[-1]) if name in self._names), None)
         return x if bias is None else x + self._get(bias).astype(np.float64)
 
-    def _layers(self, module: str) -> list[str]:
+    def _layers(self, site: str) -> list[str]:
         """Names of a projection's weights in the order of application that their names tell."""
+        module = self._naming.module(site)
         for rule in self._family.pairs:
             names = list(rule.names(module))
             if all(name in self._names for name in names):

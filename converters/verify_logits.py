@@ -1,4 +1,7 @@
-"""Logits of a converted model against those of the base model in PyTorch, with the source's factors multiplied out."""
+"""Logits of a converted model against those of the base model in PyTorch, with the source's factors multiplied out.
+
+An encoder without a head has hidden states in their place.
+"""
 
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -7,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from converters.naming import torch_name
-from converters.plan import Plan, params_of_no_site
+from converters.encoder_naming import naming_of
+from converters.plan import Plan
 from converters.sources import TensorSource
+from flashsvd_jax.any_config import AnyConfig
+from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.errors import ConversionError
-from flashsvd_jax.schema import count_params, sites
+from flashsvd_jax.schema import count_params, params_of_no_site, sites
 
 LogitsFunction = Callable[[Path, np.ndarray], np.ndarray]
 """Folder and int32 tokens [batch, tokens] -> logits [batch, tokens, vocab] in float32 arithmetic.
@@ -45,7 +50,10 @@ def compare_logits(
     if 4 * count_params(plan.config.dense()) > _MAX_BYTES:
         return f"logits not compared: the dense model takes more than {_MAX_BYTES / 1e9:g} GB in float32"
     tokens = np.random.default_rng(_SEED).integers(plan.config.vocab_size, size=_SHAPE, dtype=np.int32)
-    expected = _torch_logits(hf_config, _dense_weights(source, plan), tokens)
+    if isinstance(plan.config, EncoderConfig) and plan.config.first_position:
+        # RoBERTa in transformers takes every padding token for padding, whatever the mask says.
+        tokens = np.where(tokens == plan.config.first_position - 1, np.int32(plan.config.first_position), tokens)
+    expected = _torch_logits(plan.config, hf_config, _dense_weights(source, plan), tokens)
     difference = float(np.abs(np.asarray(logits_fn(path, tokens)) - expected).max())
     exact = all(np.can_cast(info.dtype, dtype) for info in plan.tensors.values())
     allowed = _TOLERANCES["float32" if exact else dtype.name] * max(1.0, float(np.abs(expected).max()))
@@ -62,9 +70,10 @@ def _dense_weights(source: TensorSource, plan: Plan) -> dict[str, np.ndarray]:
     def get(name: str, dtype: type = np.float32) -> np.ndarray:
         return source.get(plan.tensors[name].name).astype(dtype)
 
-    weights = {torch_name(name): get(name) for name in params_of_no_site(plan.config)}
+    naming = naming_of(plan.config)
+    weights = {naming.parameter(name)[0]: get(name) for name in params_of_no_site(plan.config)}
     for site in sites(plan.config):
-        module = torch_name(site.name)
+        module = naming.module(site.name)
         if plan.config.factorization.rank(site.name) is None:
             weights[f"{module}.weight"] = get(f"{site.name}.weight")
         else:
@@ -72,17 +81,34 @@ def _dense_weights(source: TensorSource, plan: Plan) -> dict[str, np.ndarray]:
             weights[f"{module}.weight"] = product.astype(np.float32)
         if site.has_bias:
             weights[f"{module}.bias"] = get(f"{site.name}.bias")
-    if plan.config.tie_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    return weights
+    weights |= {twin: weights[kept] for twin, kept in naming.twins}
+    return {naming.whole(name): weight for name, weight in weights.items()}
 
 
-def _torch_logits(hf_config: Mapping[str, Any], weights: Mapping[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
+def _torch_logits(
+    config: AnyConfig, hf_config: Mapping[str, Any], weights: Mapping[str, np.ndarray], tokens: np.ndarray
+) -> np.ndarray:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    config = AutoConfig.for_model(**hf_config)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+    hf = transformers.AutoConfig.for_model(**hf_config)
+    auto = getattr(transformers, _auto_class(config))
+    model = auto.from_config(hf, dtype=torch.float32, attn_implementation="eager").eval()
+    differing = model.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()}, strict=False)
+    naming = naming_of(config)
+    missing = [name for name in differing.missing_keys if not naming.is_unused(naming.bare(name))]
+    if missing or differing.unexpected_keys:
+        raise ConversionError(
+            f"transformers' model has other parameters: {', '.join(missing + differing.unexpected_keys)}"
+        )
     with torch.no_grad():
-        return model(torch.from_numpy(tokens).long()).logits.numpy()
+        return model(torch.from_numpy(tokens).long())[0].numpy()
+
+
+def _auto_class(config: AnyConfig) -> str:
+    """Name of the class in transformers that makes the model of a configuration."""
+    if not isinstance(config, EncoderConfig):
+        return "AutoModelForCausalLM"
+    head = None if config.head is None else config.head.kind
+    classes = {"masked_lm": "AutoModelForMaskedLM", "classification": "AutoModelForSequenceClassification"}
+    return classes.get(str(head), "AutoModel")

@@ -5,8 +5,18 @@ from pathlib import Path
 from flashsvd_jax.errors import ModelNotFoundError, first_line
 
 # Weights and what describes them; never code.
-CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.model", "*.jinja", "merges.txt"]
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt"]
+CHECKPOINT_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.model",
+    "*.jinja",
+    "merges.txt",
+    "vocab.txt",
+]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
 
 
 def resolve_model(path_or_hub_id: str | Path, wanted: list[str] | None = None) -> Path:

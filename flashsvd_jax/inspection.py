@@ -8,15 +8,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.manifest import SourceFile
 from flashsvd_jax.checkpoint.reader import ModelFolder, open_folder
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
-from flashsvd_jax.inspection_text import PROJECTIONS as PROJECTIONS
 from flashsvd_jax.inspection_text import describe
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.model import DEFAULT_MAX_LENGTH
+from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
 from flashsvd_jax.models.expansion import expanded_sets
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import schema, sites
@@ -78,7 +79,7 @@ class Inspection:
       disk_bytes: of the weight files.
       batch, context: sequences computed together, and their length, that the next four are for.
       weight_bytes: of the weights on the device, where ranks are padded and some sites expanded.
-      cache_bytes: of the keys and values.
+      cache_bytes: of the keys and values; None for an encoder, as are the next two.
       bytes_per_step: read to decode one token for every sequence, when all of the context is in use.
       dense_bytes_per_step: the same for the model with no site factorized.
     """
@@ -100,9 +101,15 @@ class Inspection:
     batch: int
     context: int
     weight_bytes: int
-    cache_bytes: int
-    bytes_per_step: int
-    dense_bytes_per_step: int
+    cache_bytes: int | None
+    bytes_per_step: int | None
+    dense_bytes_per_step: int | None
+
+    @property
+    def projections(self) -> dict[str, str]:
+        """The projections of a layer: short name -> path in the layer, such as ``self_attn.q_proj``."""
+        paths = [site.name.removeprefix("layers_0.") for site in self.sites if site.name.startswith("layers_0.")]
+        return {path.rpartition(".")[2].removesuffix("_proj"): path for path in paths}
 
     def site(self, name: str) -> SiteInfo | None:
         """The site of that name, if the model has it."""
@@ -149,7 +156,11 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
     )
     expanded = {name for expansion in expansions for name in expansion.sites}
     held, read = _device_sizes(config, expanded)
-    cache = cache_bytes(config, batch, context, itemsize)
+    cache, step, dense_step = None, None, None
+    if isinstance(config, ModelConfig):
+        cache = cache_bytes(config, batch, context, itemsize)
+        step = read * itemsize + cache
+        dense_step = _device_sizes(config.dense())[1] * itemsize + cache
     return Inspection(
         path=str(folder.path),
         model_type=config.model_type,
@@ -169,12 +180,12 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
         context=context,
         weight_bytes=held * itemsize,
         cache_bytes=cache,
-        bytes_per_step=read * itemsize + cache,
-        dense_bytes_per_step=_device_sizes(config.dense())[1] * itemsize + cache,
+        bytes_per_step=step,
+        dense_bytes_per_step=dense_step,
     )
 
 
-def _site_infos(config: ModelConfig, expanded: Collection[str]) -> tuple[SiteInfo, ...]:
+def _site_infos(config: AnyConfig, expanded: Collection[str]) -> tuple[SiteInfo, ...]:
     owners = config.factorization.owner_by_name
     found = []
     for site in sites(config):
@@ -185,10 +196,10 @@ def _site_infos(config: ModelConfig, expanded: Collection[str]) -> tuple[SiteInf
     return tuple(found)
 
 
-def _device_sizes(config: ModelConfig, expanded: Collection[str] = ()) -> tuple[int, int]:
+def _device_sizes(config: AnyConfig, expanded: Collection[str] = ()) -> tuple[int, int]:
     """Numbers in the weights as `load` makes them, shared ones once, and those among them that a decode step reads.
 
-    An array is counted as often as it is read. Shapes stand in place of arrays.
+    An array is counted as often as it is read, and an encoder has no such step. Shapes stand in place of arrays.
     """
     owners, held = config.factorization.owner_by_name, 0
 
@@ -197,9 +208,14 @@ def _device_sizes(config: ModelConfig, expanded: Collection[str] = ()) -> tuple[
         held += array.size
         return array
 
-    def build(stored: dict[str, jax.Array]) -> DecoderWeights:
-        return build_weights(config, lambda name: stored[owners.get(name, name)], hardware_rank, place, expanded)
+    def build(stored: dict[str, jax.Array]) -> DecoderWeights | EncoderWeights:
+        def get(name: str) -> jax.Array:
+            return stored[owners.get(name, name)]
+
+        if isinstance(config, ModelConfig):
+            return build_weights(config, get, hardware_rank, place, expanded)
+        return build_encoder_weights(config, get, hardware_rank, place, expanded)
 
     specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in schema(config).items()}
     weights = jax.eval_shape(build, specs)
-    return held, sum(array.size for array in weights.read_by_a_step())
+    return held, sum(array.size for array in weights.read_by_a_step()) if isinstance(weights, DecoderWeights) else 0

@@ -7,15 +7,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flashsvd_jax.inspection import Inspection, SiteInfo
 
-PROJECTIONS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 _EXPANDED = {
     "auto": "~ expanded to the dense weight at load, which holds less than the factors with their ranks as padded:",
     "always": "~ expanded to the dense weight at load, as asked:",
@@ -36,16 +27,16 @@ def _origin(found: "Inspection") -> list[str]:
 
 def _rank_table(found: "Inspection") -> list[str]:
     """Ranks and kept shares, one row a layer; equal neighbours make one row."""
-    names = [f"layers_{{}}.{path}" for path in PROJECTIONS.values()]
-    rows = [["layers", *PROJECTIONS], ["", *(_shape(found.site(name.format(0))) for name in names)]]
+    names = [f"layers_{{}}.{path}" for path in found.projections.values()]
+    rows = [["layers", *found.projections], ["", *(_shape(found.site(name.format(0))) for name in names)]]
     layers = [(layer, [_cell(found.site(name.format(layer))) for name in names]) for layer in range(found.num_layers)]
     for cells, group in itertools.groupby(layers, key=lambda row: row[1]):
         numbers = [layer for layer, _ in group]
         rows.append([str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}", *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if (head := found.site("lm_head")) is not None:
-        lines.append(f"lm_head: {_cell(head)}, {_shape(head)}")
+    heads = [site for site in found.sites if not site.name.startswith("layers_")]
+    lines += [f"{head.name}: {_cell(head)}, {_shape(head)}" for head in heads]
     if any(site.exceeds_dense for site in found.sites):
         lines.append("! rank above break-even: the factors hold more than the dense weight would")
     if any(site.borrowed for site in found.sites):
@@ -57,7 +48,7 @@ def _expansions(found: "Inspection") -> list[str]:
     """Bytes of both forms of what is expanded, one line for each projection, or for those that share a first factor."""
     if not found.expansions:
         return []
-    short = {path: name for name, path in PROJECTIONS.items()}
+    short = {path: name for name, path in found.projections.items()}
     sums: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for expansion in found.expansions:
         names = [short.get(site.partition(".")[2], site) for site in expansion.sites]
@@ -73,11 +64,19 @@ def _expansions(found: "Inspection") -> list[str]:
 
 def _totals(found: "Inspection") -> list[str]:
     at = f"batch {found.batch}, context {found.context}"
-    weights, cache, both = map(_size, (found.weight_bytes, found.cache_bytes, found.weight_bytes + found.cache_bytes))
     share = found.params / found.params_dense
-    return [
+    lines = [
         f"parameters     {found.params:,} stored, {share:.1%} of the dense model's {found.params_dense:,}",
         f"on disk        {_size(found.disk_bytes)}",
+    ]
+    if found.cache_bytes is None or found.bytes_per_step is None or found.dense_bytes_per_step is None:
+        return [
+            *lines,
+            f"on the device  {_size(found.weight_bytes)} (as loaded: ranks padded); temporaries come on top",
+        ]
+    weights, cache, both = map(_size, (found.weight_bytes, found.cache_bytes, found.weight_bytes + found.cache_bytes))
+    return [
+        *lines,
         f"on the device  {both}: weights {weights} (as loaded: ranks padded), KV cache {cache} ({at}); temporaries come on top",
         f"read per step  {_size(found.bytes_per_step)} to decode one token for each sequence ({at});"
         f" dense {_size(found.dense_bytes_per_step)}",

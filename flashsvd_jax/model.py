@@ -3,24 +3,23 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from flashsvd_jax.checkpoint import open_folder
-from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.config_fields import token_ids
 from flashsvd_jax.engine import DECODE_CHUNK, Engine, check_kernels
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.hub import resolve_model
+from flashsvd_jax.loading import check_dtype, load_weights
 from flashsvd_jax.models.expansion import expanded_sites
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
-from flashsvd_jax.progress import progress_bar
-from flashsvd_jax.schema import count_params, flatten
+from flashsvd_jax.schema import flatten
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels import hardware_rank, power_of_two
 
@@ -110,27 +109,15 @@ def load(
     Raises:
       FlashSVDError: the folder is missing, damaged, or not a converted model.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     check_kernels(kernels)
     enable_persistent_cache()
     path = resolve_model(path_or_hub_id)
     with open_folder(path) as folder:
         config = folder.config
-        aliases = config.factorization.owner_by_name
-        expand = expanded_sites(config, materialize, hardware_rank)
-        with progress_bar("loading", total=count_params(config), unit="parameter", enabled=progress) as bar:
-
-            def get(name: str) -> np.ndarray:
-                array = folder.get(name)
-                bar.update(0 if name in aliases else array.size)
-                return array
-
-            def place(array: Any) -> jax.Array:
-                # Waiting for each array keeps one of them in host memory, not as many as the device lags behind.
-                return jax.block_until_ready(jax.device_put(array))
-
-            weights = build_weights(config, get, hardware_rank, place, expand, dtype)
+        if not isinstance(config, ModelConfig):
+            raise RequestError(f"{path} is an encoder, a {config.model_type}; what is loaded here generates text")
+        weights = load_weights(folder, partial(build_weights, config), materialize, dtype, progress)
     tokenizer = Tokenizer(path)
     config = dataclasses.replace(config, eos_token_ids=_end_ids(path, config, tokenizer))
     return Model(config, weights, tokenizer, max_length, decode_chunk, kernels)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from flashsvd_jax.errors import MissingExtraError, RequestError
-from flashsvd_jax.inspection import PROJECTIONS, Inspection
+from flashsvd_jax.inspection import Inspection
 
 
 def plot_ranks(found: Inspection, file: str | Path) -> None:
@@ -32,7 +32,7 @@ def plot_ranks(found: Inspection, file: str | Path) -> None:
     image = axes.imshow(kept, aspect="auto", vmin=0, vmax=np.nanmax([*kept.flat, 1.0]), cmap=colors)
     axes.set_xlabel("layer")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_yticks(range(len(PROJECTIONS)), list(PROJECTIONS))
+    axes.set_yticks(range(len(found.projections)), list(found.projections))
     axes.set_title(f"{Path(found.path).name}: {found.params / found.params_dense:.1%} of the dense parameters")
     figure.colorbar(image, label="share of numbers kept (grey: dense)")
     try:
@@ -45,4 +45,6 @@ def _kept(found: Inspection) -> np.ndarray:
     """[projections, layers], NaN where a site is dense."""
     low_rank = {site.name: site.kept for site in found.sites if site.rank is not None}
     layers = range(found.num_layers)
-    return np.array([[low_rank.get(f"layers_{i}.{path}", np.nan) for i in layers] for path in PROJECTIONS.values()])
+    return np.array(
+        [[low_rank.get(f"layers_{i}.{path}", np.nan) for i in layers] for path in found.projections.values()]
+    )

@@ -14,6 +14,7 @@ COMPANION_FILES = (
     "special_tokens_map.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",

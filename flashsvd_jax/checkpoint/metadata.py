@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashsvd_jax.any_config import AnyConfig, config_from_hf
 from flashsvd_jax.checkpoint.json_files import read_object
 from flashsvd_jax.checkpoint.layout import CONFIG_FILE, MANIFEST_FILE
 from flashsvd_jax.checkpoint.manifest import Manifest
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError, ConfigError
 from flashsvd_jax.schema import ParamSpec, count_params, schema
 
@@ -27,7 +27,7 @@ class Metadata:
 
     hf_config: dict[str, Any]
     manifest: Manifest
-    config: ModelConfig
+    config: AnyConfig
     stored: dict[str, ParamSpec]
 
     @classmethod
@@ -39,7 +39,7 @@ class Metadata:
           CheckpointError: the manifest does not fit the configuration.
         """
         try:
-            config = ModelConfig.from_hf(hf_config, manifest.factorization)
+            config = config_from_hf(hf_config, manifest.factorization)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
         except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -71,7 +71,7 @@ class Metadata:
         (folder / MANIFEST_FILE).write_text(self.manifest.to_json(), encoding="utf-8")
 
 
-def _stored(config: ModelConfig, manifest: Manifest, where: str) -> dict[str, ParamSpec]:
+def _stored(config: AnyConfig, manifest: Manifest, where: str) -> dict[str, ParamSpec]:
     try:
         specs = schema(config)
     except CheckpointError as error:

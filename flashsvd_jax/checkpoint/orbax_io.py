@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.manifest import Manifest
 from flashsvd_jax.checkpoint.metadata import Metadata
 from flashsvd_jax.checkpoint.params_tree import full_tree, stored_arrays
 from flashsvd_jax.checkpoint.staging import StagedFolder, unwritable_as_checkpoint_error
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.schema import abstract_params, flatten, nest
 
@@ -45,7 +45,7 @@ def save_orbax(dst: str | Path, params: Mapping[str, Any], hf_config: Mapping[st
         staged.commit()
 
 
-def load_orbax(path: str | Path) -> tuple[dict[str, Any], ModelConfig, dict[str, Any], Manifest]:
+def load_orbax(path: str | Path) -> tuple[dict[str, Any], AnyConfig, dict[str, Any], Manifest]:
     """Reads what `save_orbax` wrote, onto the default device.
 
     Returns:

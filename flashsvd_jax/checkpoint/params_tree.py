@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.schema import check_shapes, flatten, nest
 
 
-def stored_arrays(params: Mapping[str, Any], config: ModelConfig, where: str) -> dict[str, Any]:
+def stored_arrays(params: Mapping[str, Any], config: AnyConfig, where: str) -> dict[str, Any]:
     """The arrays of a tree ``{"params": ...}`` by flat name, those left out that are another one.
 
     Raises:
@@ -25,7 +25,7 @@ def stored_arrays(params: Mapping[str, Any], config: ModelConfig, where: str) ->
     return flat
 
 
-def full_tree(stored: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+def full_tree(stored: Mapping[str, Any], config: AnyConfig) -> dict[str, Any]:
     """The tree ``{"params": ...}`` with every shared array in all its places, as the same object."""
     shared = {name: stored[owner] for name, owner in config.factorization.shared}
     return nest({**stored, **shared})

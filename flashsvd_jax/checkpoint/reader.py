@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.layout import MANIFEST_FILE
 from flashsvd_jax.checkpoint.manifest import Manifest
 from flashsvd_jax.checkpoint.metadata import Metadata
 from flashsvd_jax.checkpoint.params_tree import full_tree
 from flashsvd_jax.checkpoint.shards import Header, Shards
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import check_shapes, schema
@@ -35,7 +35,7 @@ class ModelFolder:
     def __init__(self, path: Path, metadata: Metadata, shards: Shards):
         self.path = path
         self.hf_config: dict[str, Any] = metadata.hf_config
-        self.config: ModelConfig = metadata.config
+        self.config: AnyConfig = metadata.config
         self.manifest: Manifest = metadata.manifest
         self._shards = shards
         self._owners = metadata.config.factorization.owner_by_name

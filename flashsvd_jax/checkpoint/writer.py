@@ -12,13 +12,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.casting import cast
 from flashsvd_jax.checkpoint.layout import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, shard_file
 from flashsvd_jax.checkpoint.manifest import Manifest
 from flashsvd_jax.checkpoint.metadata import Metadata
 from flashsvd_jax.checkpoint.params_tree import stored_arrays
 from flashsvd_jax.checkpoint.staging import StagedFolder, unwritable_as_checkpoint_error
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError
 
 
@@ -59,7 +59,7 @@ class FolderWriter:
         self._dst = Path(dst)
         checked = Manifest.from_json(manifest.to_json(), f"manifest for {dst}")  # what is written can be read
         self._metadata = Metadata.of(hf_config, checked, str(dst))
-        self.config: ModelConfig = self._metadata.config
+        self.config: AnyConfig = self._metadata.config
         self._dtype = jnp.dtype(checked.dtype)
         self._shard_bytes = shard_bytes
         self._copy_files = _checked_copies(copy_files)
@@ -154,7 +154,7 @@ class FolderWriter:
 def save_params(
     dst: str | Path,
     params: Mapping[str, Any],
-    config: ModelConfig,
+    config: AnyConfig,
     hf_config: Mapping[str, Any],
     manifest: Manifest,
     *,

@@ -40,12 +40,18 @@ def run(parsed: argparse.Namespace) -> None:
 
 
 def _logits(folder: str, tokens: object) -> object:
-    """Logits of a converted folder in float32, for the comparison with the source."""
+    """Logits of a converted folder in float32, or hidden states where it has no head, for the comparison with the source."""
     import jax.numpy as jnp
 
     from flashsvd_jax.checkpoint import load_params, open_folder
+    from flashsvd_jax.encoder_config import EncoderConfig
+    from flashsvd_jax.models.encoder import outputs
+    from flashsvd_jax.models.encoder_weights import encoder_weights_from_params
     from flashsvd_jax.models.flax_module import Decoder
 
     with open_folder(folder) as opened:
         config = opened.config
-    return Decoder(config).apply(load_params(folder, dtype="float32"), jnp.asarray(tokens))
+    params, ids = load_params(folder, dtype="float32"), jnp.asarray(tokens)
+    if isinstance(config, EncoderConfig):
+        return outputs(config, encoder_weights_from_params(config, params), ids)
+    return Decoder(config).apply(params, ids)

@@ -102,6 +102,22 @@ def classification_logits(config: EncoderConfig, weights: EncoderWeights, x: jax
     return _head_logits(config, weights, pooled(x, real, config.head.pooling).astype(x.dtype))
 
 
+def outputs(
+    config: EncoderConfig,
+    weights: EncoderWeights,
+    tokens: jax.Array,
+    attention_mask: jax.Array | None = None,
+    token_types: jax.Array | None = None,
+) -> jax.Array:
+    """What the head gives, or the hidden states where there is none: the first output of transformers' class."""
+    x = hidden_states(config, weights, tokens, attention_mask, token_types)
+    if config.head is None:
+        return x
+    if config.head.kind == "masked_lm":
+        return masked_lm_logits(config, weights, x)
+    return classification_logits(config, weights, x, real_tokens(tokens, attention_mask))
+
+
 def _check_head(config: EncoderConfig, kind: str) -> None:
     if config.head is None or config.head.kind != kind:
         raise ValueError(f"this encoder has no {kind} head, it has {config.head.kind if config.head else 'none'}")

@@ -1,16 +1,13 @@
 """Encoders against transformers, every architecture dense and factorized, with every head: padding on either side."""
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_encoders import ARCHITECTURES, EncoderReference, encoder_reference
 
-from flashsvd_jax.encoder_config import EncoderConfig
-from flashsvd_jax.models.encoder import classification_logits, hidden_states, masked_lm_logits, pooled
+from flashsvd_jax.models import encoder
+from flashsvd_jax.models.encoder import hidden_states, masked_lm_logits, pooled
 from flashsvd_jax.models.encoder_weights import EncoderWeights, encoder_weights_from_params
 from flashsvd_jax.schema import check_shapes, flatten
 
@@ -23,15 +20,7 @@ def factorized(request: pytest.FixtureRequest) -> bool:
     return request.param == "factorized"
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def outputs(config: EncoderConfig, weights: EncoderWeights, tokens: Any, mask: Any, types: Any = None) -> jax.Array:
-    """What transformers' class gives first: hidden states, or the head's logits."""
-    x = hidden_states(config, weights, tokens, mask, types)
-    if config.head is None:
-        return x
-    if config.head.kind == "masked_lm":
-        return masked_lm_logits(config, weights, x)
-    return classification_logits(config, weights, x, mask.astype(bool))
+outputs = jax.jit(encoder.outputs, static_argnums=0)
 
 
 def weights_of(pair: EncoderReference) -> EncoderWeights:
