@@ -12,15 +12,18 @@ __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._sibl
 
 _EXPORTS = {
     "Completion": "generation",
+    "EncoderModel": "encoder_model",
     "Model": "model",
     "Piece": "generation",
     "SamplingParams": "sampling",
     "batch_generate": "generation",
     "compile_count": "compile_cache",
+    "encode": "encoding",
     "expect_no_compile": "compile_cache",
     "generate": "generation",
     "inspect": "inspection",
     "load": "model",
+    "load_encoder": "encoder_model",
     "load_params": "checkpoint",
     "perplexity": "scoring",
     "score": "scoring",
@@ -29,6 +32,7 @@ _EXPORTS = {
 
 __all__ = [
     "Completion",
+    "EncoderModel",
     "Model",
     "Piece",
     "SamplingParams",
@@ -36,10 +40,12 @@ __all__ = [
     "batch_generate",
     "compile_count",
     "convert",
+    "encode",
     "expect_no_compile",
     "generate",
     "inspect",
     "load",
+    "load_encoder",
     "load_params",
     "perplexity",
     "score",
@@ -50,6 +56,8 @@ if TYPE_CHECKING:
     from converters import convert
     from flashsvd_jax.checkpoint import load_params
     from flashsvd_jax.compile_cache import compile_count, expect_no_compile
+    from flashsvd_jax.encoder_model import EncoderModel, load_encoder
+    from flashsvd_jax.encoding import encode
     from flashsvd_jax.generation import Completion, Piece, batch_generate, generate, stream_generate
     from flashsvd_jax.inspection import inspect
     from flashsvd_jax.model import Model, load

@@ -116,7 +116,9 @@ def load(
     with open_folder(path) as folder:
         config = folder.config
         if not isinstance(config, ModelConfig):
-            raise RequestError(f"{path} is an encoder, a {config.model_type}; what is loaded here generates text")
+            raise RequestError(
+                f"{path} is an encoder, a {config.model_type}: load it with load_encoder, encode with it"
+            )
         weights = load_weights(folder, partial(build_weights, config), materialize, dtype, progress)
     tokenizer = Tokenizer(path)
     config = dataclasses.replace(config, eos_token_ids=_end_ids(path, config, tokenizer))

@@ -1,7 +1,6 @@
 """Log-probabilities of given tokens, and the perplexity of a text, through forward passes of a few fixed shapes."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -12,6 +11,7 @@ import numpy as np
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import SMALLEST_BUCKET
 from flashsvd_jax.errors import RequestError
+from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.decoder import full_logits
 from flashsvd_jax.models.weights import DecoderWeights
@@ -20,8 +20,6 @@ from flashsvd_jax.progress import progress_bar
 PERPLEXITY_WINDOW = 2048
 # From so many windows on, the spread between them gives the error; tokens of one window are not independent.
 ENOUGH_WINDOWS = 20
-# Memory of the largest temporary of a pass, by which the batch size is chosen where none is given.
-_WORKSPACE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,8 @@ def score(
     Raises:
       RequestError: a sequence is too short or too long, or has a token outside the vocabulary.
     """
-    return _score(model, sequences, [_bucket(model, len(ids) - 1) for ids in sequences], batch, progress)
+    buckets = [bucket(len(ids) - 1, model.max_length, SMALLEST_BUCKET) for ids in sequences]
+    return _score(model, sequences, buckets, batch, progress)
 
 
 def perplexity(
@@ -111,7 +110,8 @@ def perplexity(
     ids = _token_ids(model, text)
     windows = list(_windows(len(ids), window, stride))
     pieces = [ids[start:end] for start, end, _ in windows]
-    buckets = [_bucket(model, min(window, len(ids)) - 1)] * len(pieces)  # the last one's too: one shape is enough
+    padded = bucket(min(window, len(ids)) - 1, model.max_length, SMALLEST_BUCKET)
+    buckets = [padded] * len(pieces)  # the last one's too: one shape is enough
     scores = _score(model, pieces, buckets, batch, progress)
     losses = [
         -piece.logprobs[first - start - 1 :].astype(np.float64)
@@ -165,17 +165,17 @@ def _score(
     model: Model, sequences: Sequence[Sequence[int]], buckets: Sequence[int], batch: int | None, progress: bool
 ) -> list[TokenScores]:
     _check(model, sequences, batch)
-    # The largest first: if memory does not suffice, that shows at once.
-    order = sorted(range(len(sequences)), key=lambda i: (buckets[i], len(sequences[i])), reverse=True)
+    lengths = [len(ids) for ids in sequences]
     found: dict[int, TokenScores] = {}
-    with progress_bar("scoring", total=sum(map(len, sequences)), unit=" tokens", enabled=progress) as bar:
-        for bucket, group in itertools.groupby(order, key=buckets.__getitem__):
-            rows = list(group)
-            size = batch or _batch_size(model.config, bucket, len(rows))
-            for chunk in itertools.batched(rows, size):
-                pieces = [sequences[i] for i in chunk]
-                found |= zip(chunk, _score_batch(model, pieces, bucket, size), strict=True)
-                bar.update(sum(map(len, pieces)))
+
+    def batch_size(padded: int, count: int) -> int:
+        return batch or _batch_size(model.config, padded, count)
+
+    with progress_bar("scoring", total=sum(lengths), unit=" tokens", enabled=progress) as bar:
+        for padded, size, rows in length_batches(lengths, buckets, batch_size):
+            pieces = [sequences[i] for i in rows]
+            found |= zip(rows, _score_batch(model, pieces, padded, size), strict=True)
+            bar.update(sum(map(len, pieces)))
     return [found[i] for i in range(len(sequences))]
 
 
@@ -190,16 +190,9 @@ def _check(model: Model, sequences: Sequence[Sequence[int]], batch: int | None) 
             raise RequestError(f"sequence {number} has token ids outside the vocabulary of {model.config.vocab_size}")
 
 
-def _bucket(model: Model, length: int) -> int:
-    """The padded length in which so many tokens are read."""
-    return min(max(1 << (length - 1).bit_length(), SMALLEST_BUCKET), model.max_length)
-
-
-def _batch_size(config: ModelConfig, bucket: int, count: int) -> int:
-    """A power of two: not above what keeps logits and attention scores within the workspace, nor above the need."""
-    largest = 4 * bucket * max(config.vocab_size, config.num_heads * bucket)
-    fitting = 1 << (max(_WORKSPACE_BYTES // largest, 1).bit_length() - 1)
-    return min(fitting, 1 << (count - 1).bit_length())
+def _batch_size(config: ModelConfig, padded: int, count: int) -> int:
+    """Sequences at once, by the largest temporary of one: logits or attention scores."""
+    return batch_within_workspace(4 * padded * max(config.vocab_size, config.num_heads * padded), count)
 
 
 def _score_batch(model: Model, sequences: Sequence[Sequence[int]], bucket: int, batch: int) -> list[TokenScores]:

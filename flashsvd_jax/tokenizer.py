@@ -41,6 +41,15 @@ class Tokenizer:
         """Token ids, with the special tokens that the model expects at the start."""
         return list(self.hf.encode(text, verbose=False))
 
+    def encode_all(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+        """The same for many texts, cut off so that each has at most ``limit`` tokens, special ones at its end included."""
+        cut = {} if limit is None else {"truncation": True, "max_length": limit}
+        try:
+            given = self.hf(list(texts), verbose=False, **cut)
+        except Exception as error:  # transformers raises whatever its backends do
+            raise RequestError(f"the tokenizer does not take these texts: {first_line(error)}") from error
+        return [list(row) for row in given["input_ids"]]
+
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next.
 

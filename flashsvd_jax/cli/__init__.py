@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "convert, run and measure the bundled model",
     "generate": "complete a prompt",
     "chat": "talk to a model that has a chat template",
+    "encode": "turn lines of text into vectors, with an encoder",
     "convert": "turn a PyTorch SVD checkpoint into a folder that the other commands load",
     "inspect": "ranks, sizes and memory of a model, from file headers alone",
     "perplexity": "perplexity of a text file, with its standard error",

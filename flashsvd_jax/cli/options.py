@@ -8,12 +8,17 @@ from flashsvd_jax.factorization import MATERIALIZE
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The model and how it is loaded."""
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """The model and how its weights are loaded."""
     parser.add_argument("model", help="folder that `flashsvd convert` wrote, or the hub id of one")
     parser.add_argument("--dtype", choices=_DTYPES, help="compute in this; as stored if not given")
     add_materialize(parser)
     add_kernels(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """A decoder and how it is loaded."""
+    add_loading_options(parser)
     parser.add_argument("--max-length", type=int, metavar="N", help="longest prompt plus completion, in tokens")
 
 

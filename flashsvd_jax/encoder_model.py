@@ -1,0 +1,115 @@
+"""An encoder ready to encode: configuration, weights on the device, tokenizer, and its compiled forward pass."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashsvd_jax.checkpoint import open_folder
+from flashsvd_jax.compile_cache import enable_persistent_cache
+from flashsvd_jax.encoder_config import EncoderConfig
+from flashsvd_jax.engine import check_kernels
+from flashsvd_jax.errors import RequestError
+from flashsvd_jax.hub import resolve_model
+from flashsvd_jax.loading import check_dtype, load_weights
+from flashsvd_jax.models.encoder import hidden_states, pooled
+from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
+from flashsvd_jax.models.expansion import expanded_sites
+from flashsvd_jax.schema import flatten
+from flashsvd_jax.tokenizer import Tokenizer
+from pallas_kernels import hardware_rank, prefer, record
+from pallas_kernels.registry import Record
+
+_TINY = 1e-12  # what the length of a vector is taken for where it is less, as PyTorch's normalize does
+
+
+class EncoderModel:
+    """What `load_encoder` returns.
+
+    Attributes:
+      config: the model's shape.
+      weights: as the forward pass reads them, on the device.
+      tokenizer: None for a model that was made without one.
+      kernels_used: implementations that the passes compiled so far use, and why others refused.
+    """
+
+    def __init__(
+        self, config: EncoderConfig, weights: EncoderWeights, tokenizer: Tokenizer | None = None, kernels: str = "auto"
+    ):
+        check_kernels(kernels)
+        self.config, self.weights, self.tokenizer, self.kernels = config, weights, tokenizer, kernels
+        self.kernels_used: Record = {}
+        # A function of its own: what is compiled depends on the kernels that this model prefers.
+        self._vectors = jax.jit(partial(_vectors, config), static_argnames=("pooling", "normalize"))
+
+    @classmethod
+    def from_params(
+        cls, config: EncoderConfig, params: Mapping[str, Any], *, materialize: str = "auto", **options: Any
+    ) -> "EncoderModel":
+        """A model from a canonical parameter tree ``{"params": ...}``.
+
+        Args:
+          config: its configuration.
+          params: the tree, as `load_params` or `load_orbax` gives it.
+          materialize: as for `load`.
+          options: as for the constructor.
+        """
+        expand = expanded_sites(config, materialize, hardware_rank)
+        enable_persistent_cache()
+        get = flatten(params).__getitem__
+        return cls(config, build_encoder_weights(config, get, hardware_rank, jax.device_put, expand), **options)
+
+    def vectors(self, tokens: np.ndarray, real: np.ndarray, *, pooling: str, normalize: bool) -> jax.Array:
+        """One vector a sequence.
+
+        Args:
+          tokens: int32 [batch, tokens].
+          real: bool [batch, tokens], False where a token is padding.
+          pooling: see `flashsvd_jax.models.encoder.pooled`.
+          normalize: scale each to length 1.
+
+        Returns:
+          float32 [batch, embed].
+        """
+        with prefer(None if self.kernels == "auto" else self.kernels), record(self.kernels_used):
+            return self._vectors(self.weights, tokens, real, pooling=pooling, normalize=normalize)
+
+
+def _vectors(
+    config: EncoderConfig, weights: EncoderWeights, tokens: jax.Array, real: jax.Array, *, pooling: str, normalize: bool
+) -> jax.Array:
+    found = pooled(hidden_states(config, weights, tokens, real), real, pooling)
+    return found / jnp.maximum(jnp.linalg.norm(found, axis=-1, keepdims=True), _TINY) if normalize else found
+
+
+def load_encoder(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: str | None = None,
+    materialize: str = "auto",
+    kernels: str = "auto",
+    progress: bool = True,
+) -> EncoderModel:
+    """Loads a converted encoder's folder onto the default device.
+
+    Args:
+      path_or_hub_id: a folder that `convert` wrote, or the hub id of one.
+      dtype, materialize, kernels, progress: as for `load`.
+
+    Raises:
+      FlashSVDError: the folder is missing, damaged, not a converted model, or a decoder.
+    """
+    check_dtype(dtype)
+    check_kernels(kernels)
+    enable_persistent_cache()
+    path = resolve_model(path_or_hub_id)
+    with open_folder(path) as folder:
+        config = folder.config
+        if not isinstance(config, EncoderConfig):
+            raise RequestError(f"{path} is a decoder, a {config.model_type}: load it with load")
+        weights = load_weights(folder, partial(build_encoder_weights, config), materialize, dtype, progress)
+    return EncoderModel(config, weights, Tokenizer(path), kernels)
