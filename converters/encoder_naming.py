@@ -37,6 +37,18 @@ _DISTILBERT = {
     "mlp.down_proj": "ffn.lin2",
     "mlp_norm": "output_layer_norm",
 }
+_MODERNBERT = {
+    "embed_tokens": "embeddings.tok_embeddings",
+    "embed_norm": "embeddings.norm",
+    "layers": "layers",
+    "self_attn_norm": "attn_norm",
+    "self_attn.qkv_proj": "attn.Wqkv",
+    "self_attn.o_proj": "attn.Wo",
+    "mlp_norm": "mlp_norm",
+    "mlp.gate_up_proj": "mlp.Wi",
+    "mlp.down_proj": "mlp.Wo",
+    "norm": "final_norm",
+}
 _BERT_HEADS = {
     "masked_lm": {
         "head.dense": "cls.predictions.transform.dense",
@@ -53,16 +65,21 @@ _DISTILBERT_HEADS = {
     "masked_lm": {"head.dense": "vocab_transform", "head.norm": "vocab_layer_norm", "head.out": "vocab_projector"},
     "classification": {"head.dense": "pre_classifier", "head.out": "classifier"},
 }
+_MODERNBERT_HEADS = {
+    "masked_lm": {"head.dense": "head.dense", "head.norm": "head.norm", "head.out": "decoder"},
+    "classification": {"head.dense": "head.dense", "head.norm": "head.norm", "head.out": "classifier"},
+}
 _FAMILIES = {
     "bert": ("bert.", _BERT, _BERT_HEADS),
     "roberta": ("roberta.", _BERT, _ROBERTA_HEADS),
     "xlm-roberta": ("roberta.", _BERT, _ROBERTA_HEADS),
     "camembert": ("roberta.", _BERT, _ROBERTA_HEADS),
     "distilbert": ("distilbert.", _DISTILBERT, _DISTILBERT_HEADS),
+    "modernbert": ("model.", _MODERNBERT, _MODERNBERT_HEADS),
 }
 
 _LAYER = re.compile(r"^layers_(\d+)\.")
-_OF_HEADS = re.compile(r"^(?:cls|lm_head|classifier|pre_classifier|qa_outputs|vocab_\w+)\.")
+_OF_HEADS = re.compile(r"^(?:cls|lm_head|head|decoder|classifier|pre_classifier|qa_outputs|vocab_\w+)\.")
 _OF_PRETRAINING = re.compile(r"^(?:pooler|cls\.seq_relationship)\.")
 
 

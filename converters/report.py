@@ -81,5 +81,6 @@ class ConversionReport:
         for row, group in groupby(range(len(rows)), key=lambda layer: rows[layer]):
             first, *rest = group
             table.append((f"{first}-{rest[-1]}" if rest else f"{first}", *row))
-        lines = [f"{row[0]:>9}" + "".join(f"{cell:>7}" for cell in row[1:]) for row in table]
+        widths = [9, *(max(7, len(name) + 2) for name in table[0][1:])]
+        lines = ["".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
         return lines + [f"{name:>9}{cell:>7}" for name, cell in cells.items() if not name.startswith("layers_")]

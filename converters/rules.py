@@ -8,6 +8,7 @@ Shape = tuple[int, ...]
 Reading = Literal["as named", "swapped", "either", "neither"]
 
 _ENCODER_MODULE = (
+    r"(?:model\.)?layers\.\d+\.(?:attn\.(?:Wqkv|Wo)|mlp\.(?:Wi|Wo))|"
     r"(?:(?:bert|roberta|distilbert)\.)?(?:encoder|transformer)\.layer\.\d+\."
     r"(?:attention\.(?:self\.(?:query|key|value)|output\.dense|[qkv]_lin|out_lin)|(?:intermediate|output)\.dense|ffn\.lin[12])"
 )

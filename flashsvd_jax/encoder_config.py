@@ -1,58 +1,26 @@
-"""Configuration of encoders: what a Hugging Face ``config.json`` of BERT, RoBERTa or DistilBERT says, checked once and frozen.
+"""Configuration of encoders: what a Hugging Face ``config.json`` of BERT or its kin says, checked once and frozen.
 
 Only fields that change the arithmetic are kept. A field that would change it and is not supported is an error, never ignored.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from flashsvd_jax.config import MAX_LAYERS, RopeConfig
 from flashsvd_jax.config_fields import flag, integer, number
+from flashsvd_jax.encoder_head_config import HeadConfig, activation
 from flashsvd_jax.errors import ConfigError
 from flashsvd_jax.factorization import Factorization
 
-ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")
 
-# Names of activations in transformers -> those of `pallas_kernels`; its variants of gelu_tanh differ by rounding alone.
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadConfig:
-    """What stands on an encoder: a dense layer, its activation, a norm if it has one, and an output layer.
-
-    Attributes:
-      kind: "masked_lm" gives every token's logits over the vocabulary, "classification" those of a sequence over labels.
-      outputs: number of tokens or labels.
-      activation: after the dense layer.
-      has_norm: whether a norm follows.
-      dense_bias, out_bias: whether the layers have biases.
-      tied: whether the token embedding is the output layer's weight.
-      pooling: what of a sequence is classified, its first token ("cls") or the mean over its tokens ("mean").
-    """
-
-    kind: Literal["masked_lm", "classification"]
-    outputs: int
-    activation: str
-    has_norm: bool = False
-    dense_bias: bool = True
-    out_bias: bool = True
-    tied: bool = False
-    pooling: str = "cls"
+_ATTENTION_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """A bidirectional encoder: BERT, RoBERTa and DistilBERT differ only in these fields.
+    """A bidirectional encoder: BERT, RoBERTa, DistilBERT and ModernBERT differ only in these fields.
 
     Attributes:
       max_position: tokens of the longest sequence.
@@ -105,12 +73,16 @@ class EncoderConfig:
         for name in ("is_decoder", "add_cross_attention"):
             if flag(hf, name, False):
                 raise ConfigError(f"config.json: {name} is true; encoders alone are supported")
-        fields = _distilbert(hf) if kind == "distilbert" else _bert(hf)
-        config = cls(model_type=kind, head=_head(hf, kind), factorization=factorization or Factorization(), **fields)
+        fields = {"distilbert": _distilbert, "modernbert": _modernbert}.get(kind, _bert)(hf)
+        config = cls(
+            model_type=kind, head=HeadConfig.from_hf(hf), factorization=factorization or Factorization(), **fields
+        )
         if config.hidden_size % config.num_heads:
             raise ConfigError(
                 f"config.json: {config.num_heads} attention heads do not divide {config.hidden_size}, the width"
             )
+        if config.head_dim % 2 and any(config.ropes):
+            raise ConfigError(f"config.json: heads of {config.head_dim} columns cannot be rotated, that is odd")
         return config
 
     @property
@@ -148,7 +120,7 @@ def _bert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "first_position": first,
         "num_types": integer(hf, "type_vocab_size", 2),
         "norm_eps": number(hf, "layer_norm_eps", 1e-12),
-        "activation": _activation(hf, "hidden_act"),
+        "activation": activation(hf, "hidden_act"),
         "windows": (None,) * layers,
         "ropes": (None,) * layers,
     }
@@ -164,10 +136,57 @@ def _distilbert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": integer(hf, "n_heads"),
         "max_position": integer(hf, "max_position_embeddings"),
         "norm_eps": 1e-12,  # no field of its configuration
-        "activation": _activation(hf, "activation"),
+        "activation": activation(hf, "activation"),
         "windows": (None,) * layers,
         "ropes": (None,) * layers,
     }
+
+
+def _modernbert(hf: Mapping[str, Any]) -> dict[str, Any]:
+    layers = _num_layers(hf, "num_hidden_layers")
+    types = hf.get("layer_types")
+    if types is None:
+        every = integer(hf, "global_attn_every_n_layers", 3)
+        types = [_ATTENTION_TYPES[layer % every > 0] for layer in range(layers)]
+    if not isinstance(types, list | tuple) or len(types) != layers or any(t not in _ATTENTION_TYPES for t in types):
+        raise ConfigError(
+            f"config.json: layer_types must name {' or '.join(_ATTENTION_TYPES)} for each of {layers} layers"
+        )
+    window = integer(hf, "local_attention", 128) // 2
+    ropes = {
+        "full_attention": _rope(hf, "full_attention", number(hf, "global_rope_theta", 160000.0)),
+        "sliding_attention": _rope(hf, "sliding_attention", number(hf, "local_rope_theta", 10000.0)),
+    }
+    return {
+        "vocab_size": integer(hf, "vocab_size"),
+        "hidden_size": integer(hf, "hidden_size"),
+        "intermediate_size": integer(hf, "intermediate_size"),
+        "num_layers": layers,
+        "num_heads": integer(hf, "num_attention_heads"),
+        "max_position": integer(hf, "max_position_embeddings"),
+        "norm_eps": number(hf, "norm_eps", 1e-5),
+        "activation": activation(hf, "hidden_activation"),
+        "windows": tuple(window if kind == "sliding_attention" else None for kind in types),
+        "ropes": tuple(ropes[kind] for kind in types),
+        "learned_positions": False,
+        "norm_bias": flag(hf, "norm_bias", False),
+        "attention_bias": flag(hf, "attention_bias", False),
+        "mlp_bias": flag(hf, "mlp_bias", False),
+        "gated": True,
+        "pre_norm": True,
+        "fused": True,
+    }
+
+
+def _rope(hf: Mapping[str, Any], kind: str, theta: float) -> RopeConfig:
+    """The rotation of layers of a kind; ``theta`` is its base where rope_parameters do not say."""
+    given = hf.get("rope_parameters") or {}
+    own = (given.get(kind) or {}) if isinstance(given, Mapping) else None
+    if not isinstance(own, Mapping) or hf.get("rope_scaling"):
+        raise ConfigError("config.json: rope_parameters must hold sets of values by layer type, and rope_scaling none")
+    if own.get("rope_type", "default") != "default":
+        raise ConfigError(f"config.json: rope scaling {own['rope_type']!r} is not supported for encoders")
+    return RopeConfig.from_hf({"rope_theta": theta, "rope_parameters": own})
 
 
 def _num_layers(hf: Mapping[str, Any], name: str) -> int:
@@ -175,41 +194,3 @@ def _num_layers(hf: Mapping[str, Any], name: str) -> int:
     if layers > MAX_LAYERS:  # every layer is described one by one: a damaged number must not fill the memory
         raise ConfigError(f"config.json: {name} {layers} is beyond the {MAX_LAYERS} that are supported")
     return layers
-
-
-def _activation(hf: Mapping[str, Any], name: str) -> str:
-    given = hf.get(name, "gelu")
-    if not isinstance(given, str) or given not in _ACTIVATIONS:
-        raise ConfigError(f"config.json: {name} {given!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[given]
-
-
-def _head(hf: Mapping[str, Any], kind: str) -> HeadConfig | None:
-    """The head that the class in ``architectures`` has; where none is named, the encoder alone is meant."""
-    names = hf.get("architectures")
-    name = str(names[0]) if isinstance(names, list | tuple) and names else "Model"
-    if name.endswith("Model"):
-        return None
-    if name.endswith(("ForMaskedLM", "ForPreTraining")):
-        activation = {"bert": "hidden_act", "distilbert": "activation"}.get(kind)
-        return HeadConfig(
-            kind="masked_lm",
-            outputs=integer(hf, "vocab_size"),
-            activation="gelu" if activation is None else _activation(hf, activation),
-            has_norm=True,
-            tied=flag(hf, "tie_word_embeddings", True),
-        )
-    if name.endswith("ForSequenceClassification"):
-        return HeadConfig("classification", _num_labels(hf), "relu" if kind == "distilbert" else "tanh")
-    raise ConfigError(
-        f"config.json: the head of {name} is not supported; supported: ForMaskedLM, ForSequenceClassification, and a class "
-        "whose name ends in Model for the encoder alone"
-    )
-
-
-def _num_labels(hf: Mapping[str, Any]) -> int:
-    """Labels are counted by their names; a configuration without names has transformers' two."""
-    names = hf.get("id2label")
-    if names is not None and (not isinstance(names, Mapping) or not names):
-        raise ConfigError(f"config.json: id2label must name the labels, not {names!r}")
-    return integer(hf, "num_labels", 2) if names is None else len(names)

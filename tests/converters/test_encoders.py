@@ -76,6 +76,8 @@ def test_dense_checkpoints(architecture: str, head: str, tmp_path: Path) -> None
     ("architecture", "head", "layer", "family"),
     [
         ("bert", "Model", UVLinear, "aa_svd"),
+        ("modernbert", "Model", UVLinear, "aa_svd"),
+        ("modernbert_bias", "ForMaskedLM", SequentialPair, "sequential"),
         ("bert_tanh", "ForMaskedLM", LinLinear, "fwsvd"),
         ("roberta", "ForSequenceClassification", SequentialPair, "sequential"),
         ("distilbert", "ForMaskedLM", ABLinear, "bare_ab"),
@@ -93,7 +95,10 @@ def test_pairs_of_factors_in_a_pickle(architecture: str, head: str, layer: Any, 
     assert report.verification is not None and report.verification.worst_error <= 1e-12
     np.testing.assert_allclose(folder_outputs(tmp_path / "out"), source_outputs(model), rtol=0, atol=1e-4)
     (row,) = (line for line in str(report).splitlines() if line.strip().startswith("layer"))
-    assert row.split() == ["layer", "q", "k", "v", "o", "up", "down"]
+    columns = (
+        ["qkv", "o", "gate_up", "down"] if architecture.startswith("modern") else ["q", "k", "v", "o", "up", "down"]
+    )
+    assert row.split() == ["layer", *columns]
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
@@ -104,7 +109,7 @@ def test_shards(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert"])
 def test_outputs_are_compared_with_transformers(architecture: str, head: str, tmp_path: Path) -> None:
     model = build_encoder(architecture, head)
     compress(model, ranks_by_module(model), UVLinear)

@@ -25,6 +25,12 @@ _BERT = {
     "max_position_embeddings": 37, "type_vocab_size": 3, "layer_norm_eps": 1e-2,
 }  # fmt: skip
 
+_MODERNBERT = {
+    "hidden_size": 40, "num_attention_heads": 5, "intermediate_size": 28, "vocab_size": 71, "num_hidden_layers": 4,
+    "max_position_embeddings": 37, "norm_eps": 1e-2, "local_attention": 6, "bos_token_id": 1, "eos_token_id": 2,
+    "cls_token_id": 1, "sep_token_id": 2,
+}  # fmt: skip
+
 _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", _BERT),
     "bert_tanh": ("Bert", {**_BERT, "hidden_act": "gelu_new", "tie_word_embeddings": False, "num_labels": 4}),
@@ -34,11 +40,39 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         "DistilBert",
         {"dim": 36, "n_heads": 4, "hidden_dim": 46, "vocab_size": 67, "n_layers": 2, "max_position_embeddings": 35},
     ),
+    "modernbert": ("ModernBert", _MODERNBERT),
+    "modernbert_bias": (
+        "ModernBert",
+        {
+            **_MODERNBERT,
+            "norm_bias": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "classifier_bias": True,
+            "decoder_bias": False,
+            "hidden_activation": "silu",
+            "classifier_pooling": "mean",
+            "classifier_activation": "relu",
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_hidden_layers": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 # From names in transformers to canonical ones, in this order; its models' own names for the body are cut off first.
 _NAMES = (
-    (r"^(?:bert|roberta|distilbert)\.", ""),
+    (r"^(?:bert|roberta|distilbert|model)\.", ""),
+    (r"^embeddings\.tok_embeddings", "embed_tokens"),
+    (r"^embeddings\.norm", "embed_norm"),
+    (r"^layers\.(\d+)", r"layers_\1"),
+    (r"\.attn\.Wqkv", ".self_attn.qkv_proj"),
+    (r"\.attn\.Wo", ".self_attn.o_proj"),
+    (r"\.attn_norm", ".self_attn_norm"),
+    (r"\.mlp\.Wi", ".mlp.gate_up_proj"),
+    (r"\.mlp\.Wo", ".mlp.down_proj"),
+    (r"^final_norm", "norm"),
+    (r"^decoder", "head.out"),
     (r"^embeddings\.word_embeddings", "embed_tokens"),
     (r"^embeddings\.position_embeddings", "embed_positions"),
     (r"^embeddings\.token_type_embeddings", "embed_types"),

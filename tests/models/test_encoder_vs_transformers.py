@@ -62,7 +62,7 @@ def test_heads(architecture: str, head: str, factorized: bool) -> None:
 
 
 @pytest.mark.parametrize("head", ["Model", "ForSequenceClassification"])
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "modernbert"])
 def test_padding_on_either_side_changes_nothing(architecture: str, head: str) -> None:
     pair = encoder_reference(architecture, head, factorized=True)
     tokens, length = inputs(pair)[0][:1, :6], 16
@@ -117,3 +117,14 @@ def test_what_the_model_cannot_do_is_refused() -> None:
         hidden_states(pair.config, weights, tokens)
     with pytest.raises(ValueError, match="this encoder has no masked_lm head, it has none"):
         masked_lm_logits(pair.config, weights, jnp.zeros((1, 40)))
+
+
+def test_the_first_factor_of_a_fused_projection_is_held_once() -> None:
+    pair = encoder_reference("modernbert", factorized=True)
+    ranks, weights = pair.config.factorization, weights_of(pair)
+    for index, layer in enumerate(weights.layers):
+        for packed, site, parts in ((layer.qkv, "self_attn.qkv_proj", 3), (layer.up, "mlp.gate_up_proj", 2)):
+            rank = ranks.rank(f"layers_{index}.{site}")
+            if rank is not None:
+                assert packed.first.shape == (rank, 40)
+                assert (packed.starts, packed.widths) == ((0,) * parts, (rank,) * parts)
