@@ -110,6 +110,8 @@ def load_encoder(
     with open_folder(path) as folder:
         config = folder.config
         if not isinstance(config, EncoderConfig):
-            raise RequestError(f"{path} is a decoder, a {config.model_type}: load it with load")
+            raise RequestError(
+                f"{path} is a decoder, a {config.model_type}: use load and generate, or `flashsvd generate`"
+            )
         weights = load_weights(folder, partial(build_encoder_weights, config), materialize, dtype, progress)
     return EncoderModel(config, weights, Tokenizer(path), kernels)

@@ -117,7 +117,7 @@ def load(
         config = folder.config
         if not isinstance(config, ModelConfig):
             raise RequestError(
-                f"{path} is an encoder, a {config.model_type}: load it with load_encoder, encode with it"
+                f"{path} is an encoder, a {config.model_type}: use load_encoder and encode, or `flashsvd encode`"
             )
         weights = load_weights(folder, partial(build_weights, config), materialize, dtype, progress)
     tokenizer = Tokenizer(path)

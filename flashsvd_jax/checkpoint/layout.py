@@ -13,6 +13,7 @@ COMPANION_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "tokenizer.model",
+    "sentencepiece.bpe.model",
     "vocab.json",
     "vocab.txt",
     "merges.txt",

@@ -25,6 +25,8 @@ def refuses(x: jax.Array, packed: PackedProjection, **options: Any) -> str | Non
     """Why these kernels cannot serve a call."""
     if rows_of(x) > LARGEST_BATCH:
         return f"{rows_of(x)} rows; it serves up to {LARGEST_BATCH}"
+    if options.get("gate") == "gelu":
+        return "a gate of gelu; Pallas-Triton has no error function"
     return unsuited(x.dtype, [weight for weight in (packed.first, *packed.ups) if weight is not None])
 
 

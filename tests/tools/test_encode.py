@@ -144,9 +144,11 @@ def test_what_cannot_be_encoded_is_refused(
 
 
 def test_each_kind_of_model_has_its_own_loader(tiny_encoder: TinyEncoder, tiny: Any) -> None:
-    with pytest.raises(RequestError, match="is an encoder, a roberta: load it with load_encoder"):
+    with pytest.raises(
+        RequestError, match="is an encoder, a roberta: use load_encoder and encode, or `flashsvd encode`"
+    ):
         load(tiny_encoder.folder)
-    with pytest.raises(RequestError, match="is a decoder, a llama: load it with load"):
+    with pytest.raises(RequestError, match="is a decoder, a llama: use load and generate, or `flashsvd generate`"):
         load_encoder(tiny.folder)
     with pytest.raises(RequestError, match="only an encoder encodes texts"):
         encode(tiny.model, ["a"])

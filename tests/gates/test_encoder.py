@@ -1,0 +1,65 @@
+"""An encoder at the width of BERT-base lowers for an H200, whichever implementations its sizes make the ops choose."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from cuda_compile import lower_for_cuda
+
+from flashsvd_jax.encoder_config import EncoderConfig
+from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.models.encoder import outputs
+from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
+from flashsvd_jax.schema import abstract_params, flatten, sites
+from pallas_kernels import ACTIVATIONS, Projection, hardware_rank, pack, project, record
+from pallas_kernels.registry import Record
+
+BASE = {
+    "hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 30522,
+    "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def low_rank(**fields: Any) -> EncoderConfig:
+    """Every projection of the layers at rank 200, but for one of each layer."""
+    dense = EncoderConfig.from_hf({**BASE, **fields})
+    names = [site.name for site in sites(dense) if not site.name.endswith("o_proj") and site.name.startswith("layers_")]
+    return EncoderConfig.from_hf({**BASE, **fields}, Factorization.of(dict.fromkeys(names, 200)))
+
+
+@pytest.mark.parametrize(("batch", "length", "products"), [(1, 16, "triton"), (4, 64, "xla")])
+@pytest.mark.parametrize("fields", [
+    {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
+    {"model_type": "modernbert", "architectures": ["ModernBertForSequenceClassification"]},
+], ids=["bert", "modernbert"])  # fmt: skip
+def test_it_lowers_for_cuda(fields: dict[str, Any], batch: int, length: int, products: str) -> None:
+    config = low_rank(**fields)
+
+    def build(params: dict[str, Any]) -> EncoderWeights:
+        return build_encoder_weights(config, flatten(params).__getitem__, hardware_rank)
+
+    weights = jax.eval_shape(build, abstract_params(config))
+    tokens, mask = (jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (jnp.int32, jnp.bool))
+    chosen: Record = {}
+    with record(chosen):
+        lower_for_cuda(partial(outputs, config), weights, tokens, mask)
+    assert set(chosen["attend_padded"]) == set(chosen["feed_forward"]) == {"products"}
+    assert products in chosen["project"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_lowers_as_a_gate_or_is_refused(activation: str) -> None:
+    x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4, 768), (1152, 768)))
+    chosen: Record = {}
+
+    def gated(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
+        return project(x, pack([Projection(weight=weight), Projection(weight=weight)]), gate=activation)
+
+    with record(chosen):
+        lower_for_cuda(gated, x, weight)
+    (served,) = chosen["project"]
+    assert served == ("xla" if activation == "gelu" else "triton")
+    reasons = chosen["project"][served]
+    assert any("Pallas-Triton has no error function" in reason for reason in reasons) is (activation == "gelu")
