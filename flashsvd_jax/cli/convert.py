@@ -45,13 +45,9 @@ def _logits(folder: str, tokens: object) -> object:
 
     from flashsvd_jax.checkpoint import load_params, open_folder
     from flashsvd_jax.encoder_config import EncoderConfig
-    from flashsvd_jax.models.encoder import outputs
-    from flashsvd_jax.models.encoder_weights import encoder_weights_from_params
-    from flashsvd_jax.models.flax_module import Decoder
+    from flashsvd_jax.models.flax_module import Decoder, Encoder
 
     with open_folder(folder) as opened:
         config = opened.config
-    params, ids = load_params(folder, dtype="float32"), jnp.asarray(tokens)
-    if isinstance(config, EncoderConfig):
-        return outputs(config, encoder_weights_from_params(config, params), ids)
-    return Decoder(config).apply(params, ids)
+    module = Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)
+    return module.apply(load_params(folder, dtype="float32"), jnp.asarray(tokens))

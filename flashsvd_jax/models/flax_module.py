@@ -1,4 +1,4 @@
-"""A thin Flax module over the decoder: the canonical parameter tree goes into ``.apply`` as it is."""
+"""Thin Flax modules over the models: the canonical parameter tree goes into ``.apply`` as it is."""
 
 from typing import Any
 
@@ -6,8 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.models.decoder import full_logits
+from flashsvd_jax.models.encoder import outputs
+from flashsvd_jax.models.encoder_weights import encoder_weights_from_params
 from flashsvd_jax.models.weights import weights_from_params
 from flashsvd_jax.schema import nest, schema
 
@@ -23,14 +27,36 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, attention_mask: jax.Array | None = None) -> jax.Array:
-        if self.is_initializing():
-            for name, value in initial_params(self.config, self.make_rng("params"), self.dtype)["params"].items():
-                self.put_variable("params", name, value)
-        weights = weights_from_params(self.config, {"params": self.variables["params"]})
+        weights = weights_from_params(self.config, _params(self, self.config, self.dtype))
         return full_logits(self.config, weights, tokens, attention_mask)
 
 
-def initial_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+class Encoder(nn.Module):
+    """``Encoder(config).apply({"params": tree}, tokens)`` gives the head's logits in float32, or hidden states without a head.
+
+    Computes in the parameters' own dtype. ``init`` draws weights as `Decoder` does.
+    """
+
+    config: EncoderConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, attention_mask: jax.Array | None = None, token_types: jax.Array | None = None
+    ) -> jax.Array:
+        weights = encoder_weights_from_params(self.config, _params(self, self.config, self.dtype))
+        return outputs(self.config, weights, tokens, attention_mask, token_types)
+
+
+def _params(module: nn.Module, config: AnyConfig, dtype: Any) -> dict[str, Any]:
+    """The module's parameter tree, drawn first where there is none yet."""
+    if module.is_initializing():
+        for name, value in initial_params(config, module.make_rng("params"), dtype)["params"].items():
+            module.put_variable("params", name, value)
+    return {"params": module.variables["params"]}
+
+
+def initial_params(config: AnyConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
     """A random parameter tree: norms at one, biases at zero, everything else normal with deviation 0.02."""
 
     def draw(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import serialization, traverse_util
+from hf_encoders import encoder_reference
 from hf_models import reference
 
 from flashsvd_jax.factorization import Factorization
-from flashsvd_jax.models.flax_module import Decoder
+from flashsvd_jax.models.flax_module import Decoder, Encoder
 from flashsvd_jax.schema import abstract_params, schema
 
 TOKENS = np.arange(10, dtype=np.int32).reshape(2, 5)
@@ -78,3 +79,23 @@ def test_flax_flattens_and_serializes_the_tree() -> None:
     for tree in (again, restored):
         assert jax.tree.structure(tree) == jax.tree.structure(params)
         jax.tree.map(np.testing.assert_array_equal, tree, params)
+
+
+def test_an_encoder_is_drawn_and_applied() -> None:
+    pair = encoder_reference("xlm_roberta", "ForMaskedLM", factorized=True)
+    module, tokens = Encoder(pair.config), 5 + TOKENS
+    made = jax.eval_shape(module.init, jax.random.key(0), tokens)
+    assert made == abstract_params(pair.config, jnp.float32)
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
+    got = np.asarray(jax.jit(module.apply)(jax.device_put(pair.params), tokens, mask))
+    np.testing.assert_allclose(got[mask == 1], pair.outputs(tokens, mask)[mask == 1], rtol=0, atol=1e-4)
+
+
+def test_gradients_reach_every_parameter_of_an_encoder() -> None:
+    pair = encoder_reference("xlm_roberta", "ForMaskedLM", factorized=True)
+    module, tokens = Encoder(pair.config), 5 + TOKENS
+    slopes = jax.jit(jax.grad(lambda params: (module.apply(params, tokens) ** 2).sum()))(jax.device_put(pair.params))
+    # The bias of keys shifts all scores of a query alike: with k apart its slope is zero, save for rounding.
+    flat = traverse_util.flatten_dict(slopes, sep=".")
+    assert all(np.isfinite(slope).all() for slope in flat.values())
+    assert all(np.any(slope) for name, slope in flat.items() if not name.endswith("k_proj.bias"))

@@ -17,6 +17,8 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import flashsvd_jax
+from flashsvd_jax.checkpoint import open_folder
+from flashsvd_jax.checkpoint.orbax_io import load_orbax, save_orbax
 from flashsvd_jax.cli import main
 from flashsvd_jax.compile_cache import compile_count, expect_no_compile
 from flashsvd_jax.encoder_model import EncoderModel, load_encoder
@@ -169,9 +171,13 @@ def test_vectors_do_not_depend_on_how_the_model_is_loaded(tiny_encoder: TinyEnco
     assert ran["attend_padded"] == ran["feed_forward"] == {name}
 
 
-def test_a_model_from_a_parameter_tree(tiny_encoder: TinyEncoder) -> None:
-    params = flashsvd_jax.load_params(tiny_encoder.folder)
-    model = EncoderModel.from_params(tiny_encoder.model.config, params)
+def test_a_model_from_a_parameter_tree_that_orbax_kept(tiny_encoder: TinyEncoder, tmp_path: Path) -> None:
+    with open_folder(tiny_encoder.folder) as folder:
+        params = flashsvd_jax.load_params(tiny_encoder.folder)
+        save_orbax(tmp_path / "orbax", params, folder.hf_config, folder.manifest)
+    restored, config, *_ = load_orbax(tmp_path / "orbax")
+    assert config == tiny_encoder.model.config
+    model = EncoderModel.from_params(config, restored)
     np.testing.assert_allclose(encode(model, [[4, 5]]), [tiny_encoder.vector([4, 5])], rtol=0, atol=1e-4)
 
 
@@ -182,13 +188,16 @@ def test_half_precision_is_near(tiny_encoder: TinyEncoder) -> None:
     assert got.dtype == np.float32 and (cosines > 0.995).all()
 
 
-def test_inspection_of_an_encoder(tiny_encoder: TinyEncoder, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspection_of_an_encoder(
+    tiny_encoder: TinyEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = flashsvd_jax.inspect(tiny_encoder.folder)
     assert (found.cache_bytes, found.bytes_per_step, found.context) == (None, None, MOST)
     assert found.params == sum(spec.size for spec in schema(tiny_encoder.model.config).values())
     assert found.weight_bytes >= 4 * found.params
     assert json.loads(found.to_json())["model_type"] == "roberta"
-    assert main(["inspect", str(tiny_encoder.folder)]) == 0
+    assert main(["inspect", str(tiny_encoder.folder), "--plot", str(tmp_path / "ranks.svg")]) == 0
+    assert (tmp_path / "ranks.svg").stat().st_size
     out = capsys.readouterr().out
     (row,) = (line for line in out.splitlines() if line.startswith("layers"))
     assert row.split() == ["layers", "q", "k", "v", "o", "up", "down"]
