@@ -92,6 +92,26 @@ def _decode(label: str, case: DecoderCase, implementation: str = "persistent") -
     return KernelCall(name, "decode_layers", implementation, args, max_registers=255)
 
 
+def _encoder(tokens: int = 16) -> list[KernelCall]:
+    """The ops of an encoder of BERT-base's width, with few enough tokens for the kernels of single products."""
+    x, qkv = array(1, tokens, 768), packed(768, *[(768, 200)] * 3)
+    attend = (x, qkv, array(1, tokens, dtype=jnp.bool))
+    feed = (x, packed(768, (3072, 304)), packed(3072, (768, 304)))
+    return [
+        KernelCall(
+            f"attend-padded-{tokens}", "attend_padded", "products", attend, options={"head_dim": 64}, max_registers=192
+        ),
+        KernelCall(
+            f"feed-forward-{tokens}",
+            "feed_forward",
+            "products",
+            feed,
+            options={"activation": "gelu"},
+            max_registers=192,
+        ),
+    ]
+
+
 replace = dataclasses.replace
 LLAMA_7B = DecoderCase(2, 4096, 11008, 32, 32, (1024, 1492), starts=(0,), slots=8192, vocab=32000)
 LLAMA_8B = DecoderCase(2, 4096, 14336, 32, 8, (None, 1592), starts=(0,), slots=8192, vocab=128256)
@@ -128,4 +148,5 @@ KERNEL_CALLS: list[KernelCall] = [
     ),
     _decode("heads-of-32", DecoderCase(2, 256, 704, 8, 4, (72, 120), starts=(0, 0), slots=128, head_dim=32)),
     _decode("7b", LLAMA_7B, "products"),
+    *_encoder(),
 ]
