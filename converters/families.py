@@ -157,5 +157,5 @@ FAMILIES: tuple[Family, ...] = (
         pairs=(_A_AFTER_B,),
         names="none",
     ),
-    Family("dense", "an uncompressed model of those read, or one merged back to dense"),
+    Family("dense", "an uncompressed model, or one merged back to dense"),
 )
