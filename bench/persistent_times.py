@@ -6,6 +6,7 @@ bench/results/<device>/kernels.jsonl, and prints a table.
 """
 
 import contextlib
+import dataclasses
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import prefer
-from pallas_kernels.persistent import building, code, copies, inputs, launch, loading, plan, ring, words
+from pallas_kernels.persistent import building, code, copies, launch, layers, loading, plan, tuning, words
 
 CALLS, REPEATS = 20, 4
 Patch = tuple[Any, str, Any]
@@ -54,17 +55,23 @@ def _parts(change: Callable[[int], int]) -> Patch:
     return building, "parts_for", lambda *sizes: change(plan.parts_for(*sizes))
 
 
+def _tuning(**sizes: int) -> Patch:
+    return layers, "tuning_for", lambda device: dataclasses.replace(tuning.tuning_for(device), **sizes)
+
+
 VARIANTS: dict[str, tuple[Patch, ...]] = {
     "as it is": (),
     "no waits": (NO_WAITS,),
     "no copies": (NO_COPIES,),
     "no waits or copies": (NO_WAITS, NO_COPIES),
     "nothing fetched ahead": ((loading, "fetch_ahead", lambda *arguments: None),),
-    "2 tiles in flight": ((ring, "TILES_IN_FLIGHT", 2),),
-    "4 tiles in flight": ((ring, "TILES_IN_FLIGHT", 4),),
-    "5 tiles in flight": ((ring, "TILES_IN_FLIGHT", 5),),
-    "6 tiles in flight": ((ring, "TILES_IN_FLIGHT", 6),),
-    "64 words at once": ((inputs, "WORDS_IN_REGISTERS", 64),),
+    "2 tiles in flight": (_tuning(tiles_in_flight=2),),
+    "4 tiles in flight": (_tuning(tiles_in_flight=4),),
+    "64 words at once": (_tuning(words_at_once=64),),
+    "128 words at once": (_tuning(words_at_once=128),),
+    "inputs of 8 tiles": (_tuning(largest_input=8),),
+    "inputs of 16 tiles": (_tuning(largest_input=16),),
+    "whole row tiles from 8 on": (_tuning(whole_row_tiles=8),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),

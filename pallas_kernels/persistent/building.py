@@ -8,8 +8,11 @@ import jax
 from pallas_kernels.decode import DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import Plan, parts_for, splits_for
-from pallas_kernels.persistent.steps import MANY_ROW_TILES, TILE_ROWS, Attention, Collect, Group, Phase, Source, Step
+from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Group, Phase, Source, Step
+from pallas_kernels.persistent.tuning import Tuning
 from pallas_kernels.projection import PackedProjection
+
+DEFAULT = Tuning()
 
 
 def heads_of(layer: DecoderLayer, keys: Sequence[jax.Array]) -> tuple[int, int]:
@@ -22,6 +25,7 @@ class _Builder:
     """Phases so far, and the operands of every layer that they name by number."""
 
     programs: int
+    tuning: Tuning
     operands: list[list[jax.Array]]
     steps: list[Step] = dataclasses.field(default_factory=list)
 
@@ -57,9 +61,9 @@ class _Builder:
     def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source) -> int:
         phase = Phase(name, tuple(map(tuple, groups)), source)
         longest = max(group.k for layer in groups for group in layer)
-        splits = splits_for(phase.padded_rows, longest, self.programs)
+        splits = splits_for(phase.padded_rows, longest, self.programs, self.tuning)
         phase = dataclasses.replace(phase, splits=splits)
-        phase = dataclasses.replace(phase, whole=phase.row_tiles_each(self.programs) >= MANY_ROW_TILES)
+        phase = dataclasses.replace(phase, whole=phase.row_tiles_each(self.programs) >= self.tuning.whole_row_tiles)
         self.steps.append(dataclasses.replace(phase, pieces=phase.most_pieces(self.programs)))
         return len(self.steps) - 1
 
@@ -81,14 +85,14 @@ class _Builder:
 
 def plan_of(
     x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
-    values: Sequence[jax.Array], cores: int,
+    values: Sequence[jax.Array], cores: int, tuning: Tuning = DEFAULT,
 ) -> tuple[Plan, list[jax.Array]]:  # fmt: skip
     """The plan of a step on a device of so many cores, and all operands in the order in which it counts them.
 
     Arguments are those of `decode_layers`; arrays may be shapes alone.
     """
     batch, _, width = x.shape
-    build = _Builder(cores // 8 * 8, [[] for _ in layers])  # a multiple of every number of splits
+    build = _Builder(cores // 8 * 8, tuning, [[] for _ in layers])  # a multiple of every number of splits
     mlp, middle = _layer_steps(build, layers, keys, values, batch)
     in_layer, count = len(build.steps), len(build.operands[0])
     of_layers = [array for operands in build.operands for array in operands]
@@ -96,7 +100,9 @@ def plan_of(
     scale = build.operand([norm.scale])
     logits = build.project("head", [head], Source("stream", mlp, stream=middle, behind=1, scale=scale))
     build.steps.append(Collect("logits", logits, head.d_outs[0], build.scaled(logits)))
-    plan = Plan(len(layers), tuple(build.steps), in_layer, batch, build.programs, width, keys[0].shape[2], count)
+    plan = Plan(
+        len(layers), tuple(build.steps), in_layer, batch, build.programs, width, keys[0].shape[2], count, tuning
+    )
     return plan, [*of_layers, *build.operands[0]]
 
 
@@ -128,7 +134,7 @@ def _attention(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=keys[0].shape[-1],
-        parts=parts_for(batch, kv_heads, build.programs),
+        parts=parts_for(batch, kv_heads, build.programs, build.tuning),
         windows=tuple(layer.window or 0 for layer in layers),
         of=qkv,
         columns=(q, k, v),

@@ -20,8 +20,6 @@ from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
 from pallas_kernels.persistent.words import Read, load_run, load_words, store_word
 
-WORDS_IN_REGISTERS = 96
-
 Loaded = tuple[list[Value], list[Value]]
 """Four columns, and the words they are made of."""
 
@@ -107,7 +105,7 @@ class _Loader:
         w.meet()  # nobody multiplies the last input any more
         total = w.mul(w.integer(self.plan.batch * TILE_K // CHUNK), self.k_tiles)
         most = -(-self.plan.batch * self.phase.activation_tiles * TILE_K // CHUNK // THREADS)
-        together = min(most, max(1, WORDS_IN_REGISTERS // (CHUNK * max(1, self._parts))))
+        together = min(most, max(1, self.plan.tuning.words_at_once // (CHUNK * max(1, self._parts))))
         rounds = w.quotient(w.add(total, w.integer(THREADS * together - 1)), THREADS * together)
         none = [w.number(0.0)] * (self.plan.batch if self.is_stream else 0)
 

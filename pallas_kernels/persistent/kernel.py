@@ -55,7 +55,7 @@ def run_layers(
         maps, addresses, x, cos, sin, lengths, numbers, words, stall = refs[:9]
         logits, activations, small, slots, barriers, ready = refs[len(operands) :]
         launch = Launch(plan, words, stall, addresses, numbers, columns, small, activations, eps)
-        ring = Ring(slots, barriers, maps)
+        ring = Ring(slots, barriers, maps, plan.tuning.tiles_in_flight)
         _Program(launch, ring, x, (cos, sin), lengths, refs[9 : len(operands)], logits, ready).run()
 
     (logits,) = plgpu.kernel(

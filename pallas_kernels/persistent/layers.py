@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from pallas_kernels.decode import Decoded, DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
+from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS
+from pallas_kernels.persistent.tuning import tuning_for
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import Target, target
 
@@ -68,7 +70,7 @@ def refuses(
     weights = [weight for part in packed for weight in (part.first, *part.ups) if weight is not None]
     if any(weight.shape[1] % 8 for weight in weights):
         return "a contraction axis that is no multiple of 8"
-    return plan_of(x, layers, norm, head, keys, values, target().cores)[0].problems()
+    return _plan(x, layers, norm, head, keys, values)[0].problems()
 
 
 def run(
@@ -80,7 +82,7 @@ def run(
     from pallas_kernels.persistent.tensor_maps import describe
 
     batch, _, width = x.shape
-    plan, operands = plan_of(x, layers, norm, head, keys, values, target().cores)
+    plan, operands = _plan(x, layers, norm, head, keys, values)
     # One reference for both kernels, so that the cache of which the first tells the address is the one that the second changes.
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     of_cache = {id(array): ref for array, ref in zip((*keys, *values), caches, strict=True)}
@@ -91,6 +93,15 @@ def run(
     logits, stall = run_layers(plan, maps, addresses, x.reshape(batch, width), tables, start, given, norm.eps)
     new = [ref[...] for ref in caches]
     return Decoded(logits, tuple(new[: len(keys)]), tuple(new[len(keys) :]), stall)
+
+
+def _plan(
+    x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+) -> tuple[Plan, list[jax.Array]]:  # fmt: skip
+    """For the GPU in use."""
+    device = target()
+    return plan_of(x, layers, norm, head, keys, values, device.cores, tuning_for(device.kind))
 
 
 def _structure(layer: DecoderLayer) -> Any:

@@ -20,14 +20,13 @@ from pallas_kernels.persistent.steps import (
     Phase,
     Step,
 )
+from pallas_kernels.persistent.tuning import Tuning
 
 SHARED_MEMORY = 227 * 1024
 MOST_LAYERS = 250
 """Epochs fit into eight bits."""
 
 _SMALL = 4096  # bytes of shared memory for barriers and reductions
-_LARGEST_INPUT = 12  # tiles; a phase with a larger input is split, so that more of the ring is left
-MOST_PARTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +41,7 @@ class Plan:
       width: of the residual stream.
       slots: of the cache.
       operands: of a layer; those of the head follow all layers'.
+      tuning: sizes.
     """
 
     layers: int
@@ -52,6 +52,7 @@ class Plan:
     width: int
     slots: int
     operands: int
+    tuning: Tuning
 
     @property
     def activation_tiles(self) -> int:
@@ -156,21 +157,21 @@ class Plan:
         return None
 
 
-def splits_for(rows: int, k: int, programs: int) -> int:
+def splits_for(rows: int, k: int, programs: int, tuning: Tuning) -> int:
     """A power of two that gives every program an item, as long as items stay four tiles long, and that keeps inputs small."""
     tiles, k_tiles = -(-rows // TILE_ROWS), -(-k // TILE_K)
     found = 1
     for splits in itertools.takewhile(lambda s: k_tiles >= 4 * s, (2, 4, 8)):
         if tiles * found < programs:
             found = splits
-    while -(-k_tiles // found) > _LARGEST_INPUT and found < 8:
+    while -(-k_tiles // found) > tuning.largest_input and found < 8:
         found *= 2
     return found
 
 
-def parts_for(batch: int, kv_heads: int, programs: int) -> int:
+def parts_for(batch: int, kv_heads: int, programs: int, tuning: Tuning) -> int:
     """A power of two: parts of a sequence's positions that give every program an item of attention."""
     found = 1
-    while found < MOST_PARTS and 2 * found * batch * kv_heads <= programs:
+    while found < tuning.most_parts and 2 * found * batch * kv_heads <= programs:
         found *= 2
     return found

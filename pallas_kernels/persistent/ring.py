@@ -16,9 +16,6 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
 from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
 
-TILES_IN_FLIGHT = 3
-"""Tiles that a program has asked for and not got: 48 KiB a core. Fewer leave memory idle, more make words wait behind weights."""
-
 
 def ring_memory(stages: int) -> list[Any]:
     """Shared memory of a ring: its slots, and their barriers."""
@@ -34,11 +31,13 @@ class Ring:
       slots: [stages, 2, 64, 64], a tile in two halves of columns each.
       barriers: for every slot whether it has been filled, then for every slot whether it may be filled again.
       maps: tensor maps of all operands.
+      in_flight: tiles that have been asked for and have not landed, at the most.
     """
 
     slots: Any
     barriers: Any
     maps: Any
+    in_flight: int
 
     @property
     def stages(self) -> int:
@@ -91,9 +90,9 @@ class Ring:
         def _() -> None:
             self._pass(tiles - self.stages, self.stages)
 
-        @pl.when(tiles >= TILES_IN_FLIGHT)
+        @pl.when(tiles >= self.in_flight)
         def _() -> None:
-            self.await_tile(tiles - TILES_IN_FLIGHT)
+            self.await_tile(tiles - self.in_flight)
 
         @w.emitted(plgpu.RefType(), plgpu.RefType(w.TILED), plgpu.RefType(), *[w.SCALAR(())] * 4)
         def emit(context: Any, maps: Any, slots: Any, barriers: Any, *numbers: Any) -> None:

@@ -15,9 +15,6 @@ CHUNK = 4
 HALF_TILE = 64
 """Columns of half a tile: what 128 bytes, the widest swizzle of a bulk copy, hold."""
 
-MANY_ROW_TILES = 16
-"""From so many a program on, row tiles are shared out whole."""
-
 HEAD_DIMS = (32, 64, 128)
 """That attention can have: halves that are a power of two of lanes, and no more than a tile has columns."""
 
@@ -130,8 +127,17 @@ class Phase:
         """Weight tiles of a row tile of one of a team's splits."""
         return -(-self.layers[layer][self.teams[team][0]].k // (TILE_K * self.splits))
 
+    @functools.cached_property
+    def _team_programs(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        return {}
+
     def team_programs(self, layer: int, programs: int) -> tuple[int, ...]:
         """How many programs each team has: a multiple of the splits, more where each of them has most to do."""
+        if (layer, programs) not in self._team_programs:
+            self._team_programs[layer, programs] = self._divide(layer, programs)
+        return self._team_programs[layer, programs]
+
+    def _divide(self, layer: int, programs: int) -> tuple[int, ...]:
         sizes = [self.splits] * len(self.teams)
         for _ in range(sum(sizes), programs, self.splits):
             busiest = max(range(len(sizes)), key=lambda t: self.team_tiles(t, layer) / sizes[t])

@@ -6,15 +6,13 @@ Measured choices are data, `tuned/<device>.json`: rules in order, the first that
 
 import dataclasses
 import functools
-import json
-import re
-from importlib import resources
 from typing import Any
 
 from pallas_kernels.rounding import power_of_two_within
 from pallas_kernels.target import Target
 from pallas_kernels.triton.call import padded_batch
 from pallas_kernels.triton.plan import Blocks, ProductPlan
+from pallas_kernels.tuned import table
 
 MATVEC_BATCH = 4
 """Up to this many rows multiply-and-add keeps up with memory; beyond, tensor cores do."""
@@ -72,6 +70,4 @@ def _within(value: int, bounds: list[int | None]) -> bool:
 
 @functools.cache
 def _tuned(kind: str) -> list[dict[str, Any]]:
-    name = re.sub(r"\W+", "_", kind.lower()) + ".json"
-    file = resources.files("pallas_kernels.triton") / "tuned" / name
-    return json.loads(file.read_text(encoding="utf-8")) if kind and file.is_file() else []
+    return table("pallas_kernels.triton", kind) or []

@@ -15,9 +15,8 @@ from persistent_models import MODELS, PROGRAMS, Item, Model, eighths, items_of, 
 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.launch import SMALL_FLOATS, numbers_of, varying
-from pallas_kernels.persistent.plan import MOST_PARTS, SHARED_MEMORY, Plan, parts_for, splits_for
+from pallas_kernels.persistent.plan import SHARED_MEMORY, Plan, parts_for, splits_for
 from pallas_kernels.persistent.steps import (
-    MANY_ROW_TILES,
     TILE_BYTES,
     TILE_K,
     TILE_ROWS,
@@ -26,6 +25,9 @@ from pallas_kernels.persistent.steps import (
     Phase,
     sharer,
 )
+from pallas_kernels.persistent.tuning import Tuning, tuning_for
+
+TUNING = Tuning()
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,7 +101,9 @@ def check_pieces(plan: Plan, number: int, layer: int) -> None:
     assert isinstance(phase, Phase)
     pieces = pieces_of(plan, number, layer)
     if phase.whole:
-        assert phase.row_tiles_each(plan.programs) >= MANY_ROW_TILES and set(pieces) == {phase.pieces} == {1}
+        assert phase.row_tiles_each(plan.programs) >= plan.tuning.whole_row_tiles and set(pieces) == {phase.pieces} == {
+            1
+        }
         return
     assert max(pieces) <= phase.pieces and phase.parts == phase.splits * phase.pieces
     row_tile = 0
@@ -204,7 +208,7 @@ def test_parts_of_the_positions_cover_what_is_visible_once(length: int, window: 
 @given(st.integers(1, 40000), eighths(4000), PROGRAMS)
 @settings(deadline=None)
 def test_splits_are_powers_of_two_and_items_stay_long(rows: int, k: int, programs: int) -> None:
-    splits, k_tiles = splits_for(rows, k, programs), math.ceil(k / TILE_K)
+    splits, k_tiles = splits_for(rows, k, programs, TUNING), math.ceil(k / TILE_K)
     assert splits in (1, 2, 4, 8) and programs % splits == 0 and 128 % splits == 0
     assert splits == 8 or math.ceil(k_tiles / splits) <= 12
     assert splits == 1 or k_tiles >= 4 * splits
@@ -213,17 +217,22 @@ def test_splits_are_powers_of_two_and_items_stay_long(rows: int, k: int, program
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 20).map(lambda n: 8 * n))
 @settings(deadline=None)
 def test_parts_are_powers_of_two_and_fit_the_programs(batch: int, kv_heads: int, programs: int) -> None:
-    parts = parts_for(batch, kv_heads, programs)
-    assert 128 % parts == 0 and parts <= MOST_PARTS
+    parts = parts_for(batch, kv_heads, programs, TUNING)
+    assert 128 % parts == 0 and parts <= TUNING.most_parts
     assert parts == 1 or parts * batch * kv_heads <= programs
-    assert parts == MOST_PARTS or 2 * parts * batch * kv_heads > programs
+    assert parts == TUNING.most_parts or 2 * parts * batch * kv_heads > programs
 
 
 def test_splits_fill_the_programs_and_leave_items_long() -> None:
     shapes = ((1024, 4096), (4096, 1024), (3072, 4096), (22016, 1536), (1536, 11008))
-    assert [splits_for(rows, k, 128) for rows, k in shapes] == [8, 2, 4, 1, 8]
-    assert splits_for(64, 256, 128) == 1
-    assert [parts_for(batch, kv_heads, 128) for batch, kv_heads in ((1, 8), (1, 32), (4, 8), (4, 40))] == [16, 4, 4, 1]
+    assert [splits_for(rows, k, 128, TUNING) for rows, k in shapes] == [8, 2, 4, 1, 8]
+    assert splits_for(64, 256, 128, TUNING) == 1
+    assert [parts_for(batch, kv_heads, 128, TUNING) for batch, kv_heads in ((1, 8), (1, 32), (4, 8), (4, 40))] == [
+        16,
+        4,
+        4,
+        1,
+    ]
 
 
 def test_problems_are_told() -> None:
@@ -247,3 +256,10 @@ def test_problems_are_told() -> None:
         (with_first(k=2**20), "no shared memory"),
     ):
         assert reason in str(changed.problems())
+
+
+def test_sizes_of_a_device_are_data() -> None:
+    measured = tuning_for("NVIDIA H200")
+    assert dataclasses.asdict(measured).keys() == dataclasses.asdict(TUNING).keys()
+    assert 1 <= measured.tiles_in_flight < 8 and measured.words_at_once % 4 == 0
+    assert tuning_for("NVIDIA of another kind") == tuning_for("") == TUNING

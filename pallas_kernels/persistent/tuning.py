@@ -1,0 +1,37 @@
+"""Sizes of the persistent kernel that are found by measurement, not by thought.
+
+What was measured on a device is data, `tuned/<device>.json`, each figure with what it was chosen by; `bench/persistent_times.py`
+measures again. Where there is none, the defaults below serve.
+"""
+
+import dataclasses
+import functools
+
+from pallas_kernels.tuned import table
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """Sizes.
+
+    Attributes:
+      tiles_in_flight: tiles of 16 KiB that a program has asked for and not got. Fewer leave memory idle, more make words wait
+        behind weights.
+      words_at_once: words that a thread waits for together, at the most: as many as its registers hold.
+      largest_input: tiles; a phase with a larger input is split, so that more of shared memory is left for weights.
+      whole_row_tiles: from so many row tiles a program on, they are shared out whole.
+      most_parts: of a sequence's positions.
+    """
+
+    tiles_in_flight: int = 3
+    words_at_once: int = 96
+    largest_input: int = 12
+    whole_row_tiles: int = 16
+    most_parts: int = 16
+
+
+@functools.cache
+def tuning_for(device: str) -> Tuning:
+    """For a device, by the name that it gives itself."""
+    found = table("pallas_kernels.persistent", device)
+    return Tuning(**found["tuning"]) if found else Tuning()
