@@ -6,6 +6,7 @@ device, which is measured first. Weights are random: the time does not depend on
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -35,6 +36,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", default=",".join(ALL_PEERS), metavar="NAME,..", help="PyTorch's variants, or none")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no case after so long")
     parser.add_argument("--case-limit", type=float, default=150.0, metavar="S", help="a case that takes longer fails")
+    parser.add_argument(
+        "--no-autotune", action="store_true", help="decode with our kernels alone, started sooner: no times of prompts"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/<device>/decode.jsonl if not given")
     return parser.parse_args(argv)
 
@@ -70,11 +74,13 @@ def plan(
     return found
 
 
-def environment(script: str = "ours.py", backend: str = "") -> dict[str, str]:
+def environment(script: str = "ours.py", backend: str = "", autotune: bool = True) -> dict[str, str]:
     """Of a process: this checkout importable, our engine with nearly the whole GPU, and PyTorch with none of it taken by JAX."""
     paths = [str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "FLASHSVD_COMMIT": provenance()["commit"]}
     if script == "ours.py" and backend != "cpu":
+        flags = "" if autotune else "--xla_gpu_autotune_level=0 "
+        found["XLA_FLAGS"] = flags + found.get("XLA_FLAGS", "")
         return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **found}
     return found | {"JAX_PLATFORMS": "cpu"}
 
@@ -99,7 +105,7 @@ def measured(todo: Sequence[Job], limit: float, backend: str, left_out: list[str
         rows = 0
         if time.time() <= job.deadline:
             print(f"[{time.time() - start:5.0f} s] {number}/{len(todo)} {job.impl}, {job.cases[0]}", flush=True)
-            for row in jobs.run(job, limit, environment(job.script, backend)):
+            for row in jobs.run(job, limit, environment(job.script, backend, job.autotune)):
                 rows += 1
                 yield row
         left_out += [f"{job.impl}, {case}" for case in job.cases[rows:]]
@@ -123,7 +129,10 @@ def main() -> int:
     try:
         ours = [impl for impl in OURS if impl in parsed.ours.split(",")]
         peers = [name for name in ALL_PEERS if name in parsed.peers.split(",")]
-        cases, device = chosen(parsed.cases, parsed.model), probe()
+        cases = chosen(parsed.cases, parsed.model)
+        if parsed.no_autotune and (peers or "flashsvd_jax-xla" in ours or any(c.suite != "decode" for c in cases)):
+            raise RequestError("--no-autotune is for decoding with our kernels: no peers, no plain XLA, no end-to-end")
+        device = probe()
     except FlashSVDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -131,6 +140,8 @@ def main() -> int:
     print(f"{device['device']}, reads {device['bandwidth'] / 1e12:.3f} TB/s; rows go to {out}", flush=True)
     rows, left_out = [], []
     todo = plan(cases, ours, peers, device, deadline)
+    if parsed.no_autotune:
+        todo = [dataclasses.replace(job, autotune=False) for job in todo]
     for row in measured(todo, parsed.case_limit, device["backend"], left_out):
         row = {"device": device["device"], **row}
         rows.append(row)

@@ -39,7 +39,8 @@ def rows(job: Job) -> Iterator[dict[str, Any]]:
             repeats=case.repeats, bandwidth=job.bandwidth, kernels=job.variant,
         )[-1]  # fmt: skip
         peak = found.peak_bytes if case is job.cases[0] else None
-        return dataclasses.asdict(dataclasses.replace(found, peak_bytes=peak))
+        told = dataclasses.asdict(dataclasses.replace(found, peak_bytes=peak))
+        return told if job.autotune else {**told, "prefill_ms": None, "cold_start_s": None, "total_ms": None}
 
     return serve(job, row)
 

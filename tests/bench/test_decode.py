@@ -89,6 +89,18 @@ def test_the_plan_has_every_case_of_every_implementation_once() -> None:
     assert [job.impl for job in todo[:3]] == ["flashsvd_jax-persistent", "flashsvd_jax-products", "flashsvd_jax-xla"]
 
 
+def test_without_autotuning_only_our_kernels_decode(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    assert "--xla_gpu_autotune_level=0" in decode.environment(backend="gpu", autotune=False)["XLA_FLAGS"]
+    assert "autotune" not in decode.environment(backend="gpu")["XLA_FLAGS"]
+    for options in (["--peers", "eager"], ["--ours", "flashsvd_jax-xla"], ["--cases", "end-to-end"]):
+        rest = {"--cases": "core", "--ours": "flashsvd_jax-persistent", "--peers": "none"} | dict([tuple(options)])
+        monkeypatch.setattr(
+            sys, "argv", ["decode.py", "--no-autotune", *(word for pair in rest.items() for word in pair)]
+        )
+        assert decode.main() == 1
+        assert "no peers, no plain XLA, no end-to-end" in capsys.readouterr().err
+
+
 def test_a_cpu_runs_eager_alone_of_the_peers() -> None:
     todo = decode.plan(CASES, [], ALL_PEERS, {**GPU, "backend": "cpu"}, 1e12)
     assert {job.impl for job in todo} == {"torch-eager"}
