@@ -46,8 +46,8 @@ class Job:
       bandwidth: bytes a second that the device reads.
       deadline: seconds since the epoch after which no further case is started.
       dtype: of weights and activations.
-      autotune: whether XLA tries matrix products out before it chooses them. Without, a process starts sooner, and our kernels decode
-        as fast; but prompts take longer, so rows do not tell of them.
+      autotune: whether XLA tries matrix products out before it chooses them. Without, a process starts sooner, and our kernels
+        decode as fast; but prompts take longer, so rows do not tell of them.
     """
 
     script: str
