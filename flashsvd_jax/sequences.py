@@ -29,9 +29,7 @@ class DecodeState:
     """Where every sequence of a batch stands. Donated to each step, so the cache is updated in place."""
 
     cache: KVCache
-    token: (
-        jax.Array
-    )  # int32 [batch], chosen last and not in the cache yet; NO_TOKEN before the first and after the last
+    token: jax.Array  # int32 [batch], chosen last, not in the cache yet; NO_TOKEN before the first and after the last
     length: jax.Array  # int32 [batch], tokens in the cache; of the whole prompt from its first chunk on
     counts: TokenCounts  # of all tokens chosen, or of none but the first if all requests are greedy
 
