@@ -174,6 +174,7 @@ MODELS = {
     "norms and biases of dense ones": Model(DENSE[:2], DENSE[:2], head=64, batch=3, heads=4, norms=True, biases=True),
     "one first factor for gate and up": Model(LOW_RANK, LOW_RANK, batch=1, kv_heads=1, shared=(0, 2)),
     "split inputs": Model((136, 72), DENSE[:2], batch=3, heads=8, width=1024),
+    "many rows": Model(DENSE[:2], LOW_RANK[:2], batch=1, vocab=8200),
     "split latents": Model(DENSE[:2], (1000, 64), 904, kv_heads=1, width=1024, ff=1160, norms=True, shared=(0,)),
 }
 

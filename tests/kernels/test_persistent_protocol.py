@@ -87,6 +87,10 @@ def test_the_models_have_what_the_protocol_must_stand() -> None:
     }
     assert parts == {1, 2, 4, 8, 16}
     assert varying(plans["low rank, other ranks in every layer"])
+    few, _ = plan_of(shapes_of(MODELS["many rows"]), 8)
+    phases = [step for step in few.steps if isinstance(step, Phase)]
+    assert {step.name for step in phases if step.whole} == {"head"}
+    assert {step.pieces for step in phases} >= {1, 2}
 
 
 @pytest.mark.parametrize("name", ["norms and biases", "dense attention, low-rank MLP"])
