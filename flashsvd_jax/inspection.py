@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import jax
@@ -12,11 +12,13 @@ from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.manifest import SourceFile
 from flashsvd_jax.checkpoint.reader import ModelFolder, open_folder
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.inspection_text import describe
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.model import DEFAULT_MAX_LENGTH
+from flashsvd_jax.models.decoder import decode_kernel
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
 from flashsvd_jax.models.expansion import expanded_sets
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
@@ -82,6 +84,8 @@ class Inspection:
       cache_bytes: of the keys and values; None for an encoder, as are the next two.
       bytes_per_step: read to decode one token for every sequence, when all of the context is in use.
       dense_bytes_per_step: the same for the model with no site factorized.
+      decode_kernel: implementation of a decode step on this machine; decode_refusals: others, and why they do not serve it.
+      decode_workspace: device memory that a step takes beside weights and cache; None where nobody has counted it.
     """
 
     path: str
@@ -104,6 +108,9 @@ class Inspection:
     cache_bytes: int | None
     bytes_per_step: int | None
     dense_bytes_per_step: int | None
+    decode_kernel: str | None
+    decode_refusals: Mapping[str, str]
+    decode_workspace: int | None
 
     @property
     def projections(self) -> dict[str, str]:
@@ -155,12 +162,14 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
         for found in expanded_sets(config, materialize, hardware_rank)
     )
     expanded = {name for expansion in expansions for name in expansion.sites}
-    held, read = _device_sizes(config, expanded)
-    cache, step, dense_step = None, None, None
-    if isinstance(config, ModelConfig):
+    weights, held = _on_device(config, manifest.dtype, expanded)
+    cache, step, dense_step, kernel = None, None, None, (None, {}, None)
+    if isinstance(config, ModelConfig) and isinstance(weights, DecoderWeights):
         cache = cache_bytes(config, batch, context, itemsize)
-        step = read * itemsize + cache
-        dense_step = _device_sizes(config.dense())[1] * itemsize + cache
+        step = _read_by_a_step(weights) + cache
+        dense, _ = _on_device(config.dense(), manifest.dtype)
+        dense_step = _read_by_a_step(dense) + cache
+        kernel = decode_kernel(config, weights, batch, -(-context // CACHE_UNIT) * CACHE_UNIT)
     return Inspection(
         path=str(folder.path),
         model_type=config.model_type,
@@ -182,6 +191,9 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
         cache_bytes=cache,
         bytes_per_step=step,
         dense_bytes_per_step=dense_step,
+        decode_kernel=kernel[0],
+        decode_refusals=kernel[1],
+        decode_workspace=kernel[2],
     )
 
 
@@ -196,11 +208,10 @@ def _site_infos(config: AnyConfig, expanded: Collection[str]) -> tuple[SiteInfo,
     return tuple(found)
 
 
-def _device_sizes(config: AnyConfig, expanded: Collection[str] = ()) -> tuple[int, int]:
-    """Numbers in the weights as `load` makes them, shared ones once, and those among them that a decode step reads.
-
-    An array is counted as often as it is read, and an encoder has no such step. Shapes stand in place of arrays.
-    """
+def _on_device(
+    config: AnyConfig, dtype: str, expanded: Collection[str] = ()
+) -> tuple[DecoderWeights | EncoderWeights, int]:
+    """The weights as `load` makes them, shapes in place of arrays, and how many numbers they hold, shared ones once."""
     owners, held = config.factorization.owner_by_name, 0
 
     def place(array: jax.Array) -> jax.Array:
@@ -216,6 +227,12 @@ def _device_sizes(config: AnyConfig, expanded: Collection[str] = ()) -> tuple[in
             return build_weights(config, get, hardware_rank, place, expanded)
         return build_encoder_weights(config, get, hardware_rank, place, expanded)
 
-    specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in schema(config).items()}
+    specs = {name: jax.ShapeDtypeStruct(spec.shape, dtype) for name, spec in schema(config).items()}
     weights = jax.eval_shape(build, specs)
-    return held, sum(array.size for array in weights.read_by_a_step()) if isinstance(weights, DecoderWeights) else 0
+    return weights, held
+
+
+def _read_by_a_step(weights: DecoderWeights | EncoderWeights) -> int:
+    """Bytes, an array counted as often as it is read."""
+    assert isinstance(weights, DecoderWeights)
+    return sum(array.size * array.dtype.itemsize for array in weights.read_by_a_step())

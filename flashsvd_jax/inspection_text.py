@@ -80,7 +80,15 @@ def _totals(found: "Inspection") -> list[str]:
         f"on the device  {both}: weights {weights} (as loaded: ranks padded), KV cache {cache} ({at}); temporaries come on top",
         f"read per step  {_size(found.bytes_per_step)} to decode one token for each sequence ({at});"
         f" dense {_size(found.dense_bytes_per_step)}",
+        *_kernel(found),
     ]
+
+
+def _kernel(found: "Inspection") -> list[str]:
+    """How a step is computed on this machine, and why not otherwise."""
+    own = "" if found.decode_workspace is None else f", {_size(found.decode_workspace)} of memory for itself"
+    refusals = [f"  not {name}: {reason}" for name, reason in found.decode_refusals.items()]
+    return [f"decodes with   {found.decode_kernel}{own}, on this machine", *refusals]
 
 
 def _shape(site: "SiteInfo | None") -> str:

@@ -30,6 +30,7 @@ class Implementation:
       run: computes the op.
       refuses: ``refuses(*args, **kwargs)`` gives the reason why it cannot serve a call, or None.
       unavailable: gives the reason why it can serve no call at all on a device, or None.
+      workspace: bytes of GPU memory that a call takes beside its arguments and results; None where nobody has counted them.
       whole: computes what other ops would; passed over where an implementation of those is preferred that this op has none of.
     """
 
@@ -38,6 +39,7 @@ class Implementation:
     refuses: Callable[..., str | None] = lambda *args, **kwargs: None
     unavailable: Callable[[Target], str | None] = lambda device: None
     whole: bool = False
+    workspace: Callable[..., int] | None = None
 
 
 class Op:

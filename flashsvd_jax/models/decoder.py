@@ -5,12 +5,14 @@ prompt alone; without a cache the same layers give the logits of whole sequences
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flashsvd_jax.config import ModelConfig
-from flashsvd_jax.kv_cache import KVCache, write
+from flashsvd_jax.kv_cache import KVCache, empty_cache, write
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from flashsvd_jax.rope import rotary_tables
 from pallas_kernels import (
@@ -154,14 +156,42 @@ def decode(
     Returns:
       The cache, float32 logits [batch, vocab], and what `pallas_kernels.Decoded` calls the stall.
     """
+    done = decode_layers(*_decode_arguments(config, weights, cache, tokens, positions, rotations))
+    return KVCache(done.keys, done.values), done.logits, done.stall
+
+
+def decode_kernel(
+    config: ModelConfig, weights: DecoderWeights, batch: int, slots: int
+) -> tuple[str, dict[str, str], int | None]:
+    """What `decode` would use here.
+
+    Args:
+      config: the model.
+      weights: its weights; shapes suffice.
+      batch: sequences.
+      slots: of the cache.
+
+    Returns:
+      The name of the implementation of the op `decode_layers`, the reasons for which others refuse, and the bytes of GPU memory
+      that it takes for itself, None if nobody has counted them.
+    """
+    cache = jax.eval_shape(lambda: empty_cache(config, batch, slots, weights.embedding.dtype))
+    numbers = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    arguments = jax.eval_shape(partial(_decode_arguments, config), weights, cache, numbers, numbers)
+    chosen, refusals = decode_layers.choose(*arguments)
+    return chosen.name, refusals, chosen.workspace and chosen.workspace(*arguments)
+
+
+def _decode_arguments(
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array,
+    rotations: jax.Array | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Of the op `decode_layers`; see `decode`."""
     if rotations is None:
         rotations = rotations_ahead(config, positions, 1)[0]
-    norm = Norm(weights.norm, config.rms_norm_eps)
-    done = decode_layers(
-        weights.embedding[tokens[:, None]], _layers(config, weights), norm, _head(weights), cache.keys, cache.values,
-        rotations.real, rotations.imag, positions,
-    )  # fmt: skip
-    return KVCache(done.keys, done.values), done.logits, done.stall
+    x, norm = weights.embedding[tokens[:, None]], Norm(weights.norm, config.rms_norm_eps)
+    layers, head = _layers(config, weights), _head(weights)
+    return x, layers, norm, head, cache.keys, cache.values, rotations.real, rotations.imag, positions
 
 
 def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> jax.Array:

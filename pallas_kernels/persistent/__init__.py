@@ -41,4 +41,6 @@ from pallas_kernels.decode import decode_layers
 from pallas_kernels.persistent import layers
 from pallas_kernels.registry import Implementation
 
-decode_layers.register(Implementation("persistent", layers.run, layers.refuses, layers.unavailable, whole=True))
+decode_layers.register(
+    Implementation("persistent", layers.run, layers.refuses, layers.unavailable, whole=True, workspace=layers.workspace)
+)

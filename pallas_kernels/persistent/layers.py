@@ -13,6 +13,7 @@ from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS
+from pallas_kernels.persistent.tensor_maps import described_bytes
 from pallas_kernels.persistent.tuning import tuning_for
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import Target, target
@@ -93,6 +94,15 @@ def run(
     logits, stall = run_layers(plan, maps, addresses, x.reshape(batch, width), tables, start, given, norm.eps)
     new = [ref[...] for ref in caches]
     return Decoded(logits, tuple(new[: len(keys)]), tuple(new[len(keys) :]), stall)
+
+
+def workspace(
+    x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
+    values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array,
+) -> int:  # fmt: skip
+    """Bytes of the words, and of the operands' tensor maps and addresses. Weights and caches are used as they are."""
+    plan, operands = _plan(x, layers, norm, head, keys, values)
+    return 4 * plan.words + described_bytes(len(operands))
 
 
 def _plan(

@@ -18,6 +18,15 @@ from pallas_kernels.persistent import copies
 from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_ROWS
 
 
+def described_bytes(count: int) -> int:
+    """Of what `describe` makes for so many operands."""
+    return _padded(count) * (copies.MAP_BYTES + 8)
+
+
+def _padded(count: int) -> int:
+    return -(-count // THREADS) * THREADS
+
+
 def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
     """Maps and addresses of operands.
 
@@ -40,7 +49,7 @@ def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tupl
 
         emit(template, *given, sizes, maps, addresses, scratch)
 
-    padded = -(-count // THREADS) * THREADS
+    padded = _padded(count)
     call = plgpu.kernel(
         tensor_maps,
         out_type=(

@@ -25,7 +25,8 @@ from flashsvd_jax.models.expansion import expanded_sites
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.plotting import plot_ranks
 from flashsvd_jax.schema import count_params, nest, schema
-from pallas_kernels import hardware_rank
+from pallas_kernels import assume_target, hardware_rank
+from pallas_kernels.target import H200
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +222,21 @@ def test_plotting_names_the_extra_it_needs(found: Inspection, tmp_path: Path, mo
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"flashsvd-jax\[plot\]"):
         plot_ranks(found, tmp_path / "ranks.png")
+
+
+def test_it_says_how_a_step_is_computed_here(tmp_path: Path) -> None:
+    hf = {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    folder = write_zeros(
+        tmp_path / "model", hf, Factorization.of({"layers_0.mlp.down_proj": 16, "layers_1.mlp.down_proj": 24})
+    )
+    here = inspect(folder)
+    assert (here.decode_kernel, here.decode_workspace) == ("products", None)
+    assert "not persistent: written for Hopper" in str(here)
+    with assume_target(H200):
+        there, more = inspect(folder), inspect(folder, batch=5)
+    assert there.decode_kernel == "persistent" and there.decode_refusals == {}
+    assert 2**14 < (there.decode_workspace or 0) < 2**18 and "of memory for itself" in str(there)
+    assert more.decode_kernel == "products" and "5 sequences" in more.decode_refusals["persistent"]
