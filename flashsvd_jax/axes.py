@@ -13,6 +13,7 @@ f       mlp        intermediate width of the MLP
 r       rank       inner width of a factorized weight
 v       vocab      tokens known
 l       labels     classes of a classification head
+-       groups     blocks of a block-diagonal second factor
 -       positions, types   rows of an encoder's tables
 i, o    -          input and output axis of a projection in general
 """

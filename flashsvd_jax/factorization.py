@@ -18,15 +18,24 @@ class Factorization:
       ranks: ``(site, rank)`` for every low-rank site, sorted; a site not listed is dense.
       shared: ``(name, owner)`` for every array that is another one, such as
         ``("layers_1.self_attn.q_proj.down", "layers_0.self_attn.q_proj.down")``; the owner is stored, the name is not.
+      groups: ``(site, number)`` for every site whose second factor is block-diagonal, such as one of single heads; its rank is
+        that of each group.
     """
 
     ranks: tuple[tuple[str, int], ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
+    groups: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def of(cls, ranks: Mapping[str, int], shared: Mapping[str, str] | None = None) -> "Factorization":
-        """From plain mappings, in any order."""
-        return cls(tuple(sorted(ranks.items())), tuple(sorted((shared or {}).items())))
+    def of(
+        cls,
+        ranks: Mapping[str, int],
+        shared: Mapping[str, str] | None = None,
+        groups: Mapping[str, int] | None = None,
+    ) -> "Factorization":
+        """From plain mappings, in any order; sites of one group may be left out."""
+        several = {site: number for site, number in (groups or {}).items() if number > 1}
+        return cls(*(tuple(sorted(given.items())) for given in (ranks, shared or {}, several)))
 
     def rank(self, site: str) -> int | None:
         """The true (unpadded) rank of a site, or None where it is dense."""
@@ -35,6 +44,11 @@ class Factorization:
     @property
     def rank_by_site(self) -> dict[str, int]:
         return dict(self.ranks)
+
+    @property
+    def groups_by_site(self) -> dict[str, int]:
+        """Groups of every low-rank site, 1 for most."""
+        return dict.fromkeys(self.rank_by_site, 1) | dict(self.groups)
 
     @property
     def owner_by_name(self) -> dict[str, str]:
@@ -51,7 +65,8 @@ class Factorization:
                 owner = new_owners.setdefault(owner, name)
             if name != owner:
                 shared[name] = owner
-        return Factorization.of({site: rank for site, rank in self.ranks if site not in sites}, shared)
+        ranks, groups = ({site: n for site, n in given if site not in sites} for given in (self.ranks, self.groups))
+        return Factorization.of(ranks, shared, groups)
 
     def __bool__(self) -> bool:
         return bool(self.ranks)

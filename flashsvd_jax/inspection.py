@@ -33,7 +33,8 @@ class SiteInfo:
     Attributes:
       name: its path, such as ``layers_0.self_attn.q_proj``.
       d_out, d_in: shape of the weight it stands for.
-      rank: as stored; None where it is dense.
+      rank: as stored, that of each group; None where it is dense.
+      groups: groups of outputs with factors of their own, such as heads; 1 for most.
       kept: numbers in its factors as a share of those in the weight, shared ones included; 1 where it is dense.
       borrowed: those of its arrays that another site stores, such as ``("down",)``.
       expanded: whether `load` turns it into a dense weight.
@@ -43,6 +44,7 @@ class SiteInfo:
     d_out: int
     d_in: int
     rank: int | None
+    groups: int
     kept: float
     borrowed: tuple[str, ...]
     expanded: bool
@@ -198,13 +200,14 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
 
 
 def _site_infos(config: AnyConfig, expanded: Collection[str]) -> tuple[SiteInfo, ...]:
-    owners = config.factorization.owner_by_name
+    owners, groups = config.factorization.owner_by_name, config.factorization.groups_by_site
     found = []
     for site in sites(config):
         rank = config.factorization.rank(site.name)
-        kept = 1.0 if rank is None else rank * (site.d_out + site.d_in) / (site.d_out * site.d_in)
+        number = groups.get(site.name, 1)
+        kept = 1.0 if rank is None else rank * (site.d_out + number * site.d_in) / (site.d_out * site.d_in)
         borrowed = tuple(part for part in ("weight", "down", "up", "bias") if f"{site.name}.{part}" in owners)
-        found.append(SiteInfo(site.name, site.d_out, site.d_in, rank, kept, borrowed, site.name in expanded))
+        found.append(SiteInfo(site.name, site.d_out, site.d_in, rank, number, kept, borrowed, site.name in expanded))
     return tuple(found)
 
 

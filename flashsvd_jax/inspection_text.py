@@ -39,6 +39,8 @@ def _rank_table(found: "Inspection") -> list[str]:
     lines += [f"{head.name}: {_cell(head)}, {_shape(head)}" for head in heads]
     if any(site.exceeds_dense for site in found.sites):
         lines.append("! rank above break-even: the factors hold more than the dense weight would")
+    if any(site.groups > 1 for site in found.sites):
+        lines.append("x so many heads, or other groups of outputs, with factors of this rank each")
     if any(site.borrowed for site in found.sites):
         lines.append("= reads a factor that another site stores")
     return lines + _expansions(found)
@@ -99,7 +101,8 @@ def _cell(site: "SiteInfo | None") -> str:
     if site is None or site.rank is None:
         return "dense" if site else ""
     marks = "!" * site.exceeds_dense + "=" * bool(site.borrowed) + "~" * site.expanded
-    return f"{site.rank} {site.kept:.0%}{marks}"
+    rank = site.rank if site.groups == 1 else f"{site.groups}x{site.rank}"
+    return f"{rank} {site.kept:.0%}{marks}"
 
 
 def _size(count: int) -> str:

@@ -27,15 +27,17 @@ class Site:
     in_axis: str
     has_bias: bool
 
-    def params(self, rank: int | None) -> dict[str, ParamSpec]:
-        """The site's arrays at a rank, or dense for None."""
+    def params(self, rank: int | None, groups: int = 1) -> dict[str, ParamSpec]:
+        """The site's arrays at a rank, or dense for None; in several groups each has a first factor of that rank."""
         if rank is None:
             params = {"weight": ParamSpec((self.d_out, self.d_in), (self.out_axis, self.in_axis))}
         else:
             params = {
-                "down": ParamSpec((rank, self.d_in), ("rank", self.in_axis)),
+                "down": ParamSpec((groups * rank, self.d_in), ("rank", self.in_axis)),
                 "up": ParamSpec((self.d_out, rank), (self.out_axis, "rank")),
             }
+            if groups > 1:
+                params["up"] = ParamSpec((groups, self.d_out // groups, rank), ("groups", self.out_axis, "rank"))
         if self.has_bias:
             params["bias"] = ParamSpec((self.d_out,), (self.out_axis,))
         return {f"{self.name}.{part}": spec for part, spec in params.items()}

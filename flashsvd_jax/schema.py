@@ -35,15 +35,21 @@ def schema(config: AnyConfig) -> dict[str, ParamSpec]:
     """Flat name -> shape of every parameter, those that share an array included.
 
     Raises:
-      CheckpointError: the factorization names a site that the model does not have.
+      CheckpointError: the factorization names a site that the model does not have, or groups that do not divide it.
     """
     ranks, by_layer = config.factorization.rank_by_site, sites(config)
-    unknown = ranks.keys() - {site.name for site in by_layer}
+    groups = config.factorization.groups_by_site
+    unknown = groups.keys() - {site.name for site in by_layer}
     if unknown:
         raise CheckpointError(f"the factorization names sites the model does not have: {', '.join(sorted(unknown))}")
+    if dense := groups.keys() - ranks.keys():
+        raise CheckpointError(f"the factorization groups the outputs of dense sites: {', '.join(sorted(dense))}")
     specs = params_of_no_site(config)
     for site in by_layer:
-        specs |= site.params(ranks.get(site.name))
+        number = groups.get(site.name, 1)
+        if site.d_out % number:
+            raise CheckpointError(f"{site.name} has {site.d_out} outputs, which do not form {number} equal groups")
+        specs |= site.params(ranks.get(site.name), number)
     return specs
 
 

@@ -16,6 +16,9 @@ from pallas_kernels.target import not_nvidia
 SUPPORTED_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(jnp.float32))
 """Of kernels; XLA takes any."""
 
+BLOCK_DIAGONAL = "a block-diagonal second factor, as of single heads"
+"""What kernels refuse that have no such factors."""
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -57,7 +60,7 @@ def project_reference(
     for up, bias, start, width in zip(packed.ups, packed.biases, packed.starts, packed.widths, strict=True):
         y = lax.slice_in_dim(latent, start, start + width, axis=-1)
         if up is not None:
-            y = product(y.astype(x.dtype), up)
+            y = _lifted(y.astype(x.dtype), up, product)
         if bias is not None:
             y = y + bias.astype(jnp.float32)
         outputs.append(y.astype(dtype or x.dtype))
@@ -68,6 +71,14 @@ def project_reference(
         (y,) = outputs
         outputs = [residual + y]
     return tuple(outputs)
+
+
+def _lifted(latent: jax.Array, up: jax.Array, product: Callable[[jax.Array, jax.Array], jax.Array]) -> jax.Array:
+    """Outputs from a latent [..., groups * rank], each group of them from its own share where ``up`` is block-diagonal."""
+    if up.ndim == 2:
+        return product(latent, up)
+    shares = latent.reshape(*latent.shape[:-1], up.shape[0], up.shape[2])
+    return jax.vmap(product, (-2, 0), -2)(shares, up).reshape(*latent.shape[:-1], -1)
 
 
 def _matrix_product(x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -89,6 +100,8 @@ def rows(x: jax.Array) -> int:
 def unsuited(x_dtype: jnp.dtype, weights: Sequence[jax.Array]) -> str | None:
     """Why kernels cannot multiply rows of a dtype by these weights [n, k], or None."""
     for weight in weights:
+        if weight.ndim != 2:
+            return BLOCK_DIAGONAL
         if x_dtype not in SUPPORTED_DTYPES or weight.dtype != x_dtype:
             return f"x is {x_dtype} and a weight {weight.dtype}; it serves one of bfloat16, float16, float32"
         if weight.shape[1] % 8:

@@ -7,6 +7,9 @@ ones and the whole weights of the dense ones, are stacked by rows into one array
     widths[i]                         the rank of a low-rank member, d_out of a dense one
     ups[i] [d_out_i, width_i]         None for a dense member, whose product is already its output
 
+A second factor may be block-diagonal, [groups, d_out_i / groups, width_i / groups]: each group of outputs, such as a head's, reads
+its own share of the latent.
+
 Members whose `down` is one array share its rows.
 
 Every matrix keeps its contraction axis last, as checkpoints store it and as matrix-vector kernels read it.
@@ -30,8 +33,8 @@ class Projection:
 
     Attributes:
       weight: [d_out, d_in] of a dense projection, else None.
-      down: [rank, d_in] of a low-rank one, else None.
-      up: [d_out, rank] of a low-rank one, else None.
+      down: [rank, d_in] of a low-rank one, else None; [groups * rank, d_in] where ``up`` is block-diagonal.
+      up: [d_out, rank] of a low-rank one, else None; [groups, d_out / groups, rank] where it is block-diagonal.
       bias: [d_out] or None.
     """
 
@@ -46,14 +49,14 @@ class Projection:
 
     @property
     def rank(self) -> int | None:
-        """Inner width of the factors; None for a dense projection."""
-        return self.down.shape[0] if self.down is not None else None
+        """Inner width of the factors, of one group where there are several; None for a dense projection."""
+        return self.up.shape[-1] if self.up is not None else None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(d_out, d_in), whichever way the weight is held."""
         if self.down is not None and self.up is not None:
-            return self.up.shape[0], self.down.shape[1]
+            return math.prod(self.up.shape[:-1]), self.down.shape[1]
         assert self.weight is not None
         return self.weight.shape[0], self.weight.shape[1]
 
@@ -78,7 +81,9 @@ class Projection:
     def __jax_array__(self) -> jax.Array:
         """The weight [d_out, d_in] without bias, so that the projection can stand where an array can."""
         if self.down is not None and self.up is not None:
-            return jnp.einsum("or,ri->oi", self.up, self.down, preferred_element_type=jnp.float32).astype(self.dtype)
+            down = by_group(self.down, self.up)
+            wide = jnp.einsum("...or,...ri->...oi", self.up, down, preferred_element_type=jnp.float32)
+            return wide.reshape(self.shape).astype(self.dtype)
         assert self.weight is not None
         return self.weight
 
@@ -100,7 +105,19 @@ class PackedProjection:
 
     @property
     def d_outs(self) -> tuple[int, ...]:
-        return tuple(width if up is None else up.shape[0] for up, width in zip(self.ups, self.widths, strict=True))
+        return tuple(
+            width if up is None else math.prod(up.shape[:-1]) for up, width in zip(self.ups, self.widths, strict=True)
+        )
+
+
+def groups_of(up: Any) -> int:
+    """How many groups of outputs a second factor has: 1 unless it is block-diagonal."""
+    return up.shape[0] if up.ndim == 3 else 1
+
+
+def by_group(down: Any, up: Any) -> Any:
+    """A first factor as its second one reads it: [groups, rank, d_in] where that is block-diagonal, else as it is."""
+    return down.reshape(*up.shape[:-2], up.shape[-1], -1)
 
 
 def hardware_rank(rank: int) -> int:
@@ -118,21 +135,32 @@ def pack(projections: Sequence[Projection], pad_rank: Callable[[int], int] = lam
     xp: ModuleType = np if all(isinstance(a, np.ndarray) for a in jax.tree.leaves(list(projections))) else jnp
     firsts: list[Any] = []
     ups, starts, widths = [], [], []
-    place: dict[int, tuple[int, int]] = {}
+    place: dict[tuple[int, int], tuple[int, int]] = {}
     rows = 0
     for p in projections:
         original, up = (p.weight, None) if p.up is None else (p.down, p.up)
         assert original is not None
-        if id(original) not in place:
-            extra = 0 if up is None else pad_rank(original.shape[0]) - original.shape[0]
-            firsts.append(xp.pad(original, ((0, extra), (0, 0))) if extra else original)
-            place[id(original)] = rows, original.shape[0] + extra
-            rows += original.shape[0] + extra
-        start, width = place[id(original)]
-        if up is not None and width > up.shape[1]:
-            up = xp.pad(up, ((0, 0), (0, width - up.shape[1])))
+        extra = 0 if up is None else pad_rank(up.shape[-1]) - up.shape[-1]
+        key = id(original), 1 if up is None else groups_of(up)  # other groups are padded in other places
+        if key not in place:
+            padded = (
+                _padded(xp, by_group(original, up), -2, extra).reshape(-1, original.shape[1]) if extra else original
+            )
+            firsts.append(padded)
+            place[key] = rows, padded.shape[0]
+            rows += padded.shape[0]
+        start, width = place[key]
+        if up is not None and extra:
+            up = _padded(xp, up, -1, extra)
         ups.append(up)
         starts.append(start)
         widths.append(width)
     first: Any = firsts[0] if len(firsts) == 1 else xp.concatenate(firsts)
     return PackedProjection(first, tuple(ups), tuple(p.bias for p in projections), tuple(starts), tuple(widths))
+
+
+def _padded(xp: ModuleType, array: Any, axis: int, extra: int) -> Any:
+    """An array with zeros behind it along one axis."""
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = 0, extra
+    return xp.pad(array, widths)

@@ -29,7 +29,7 @@ class Manifest:
     Attributes:
       family: the compression method or checkpoint family, such as ``svdllm``.
       dtype: of every stored array: ``bfloat16``, ``float16`` or ``float32``.
-      factorization: ranks by site, and shared arrays.
+      factorization: ranks and groups by site, and shared arrays.
       params: number of stored parameters, shared arrays counted once.
       params_dense: number of parameters of the same model with no site factorized.
       base_model: name of the base model, where it is known.
@@ -62,6 +62,8 @@ class Manifest:
             "ranks": self.factorization.rank_by_site,
             "shared": self.factorization.owner_by_name,
         }
+        if self.factorization.groups:  # absent from most, so that older versions read those
+            fields["groups"] = dict(self.factorization.groups)
         return json.dumps(fields, indent=2) + "\n"
 
     @classmethod
@@ -78,7 +80,7 @@ class Manifest:
         manifest = cls(
             family=fields.take("family", str),
             dtype=fields.take("dtype", str),
-            factorization=Factorization.of(_ranks(fields), _shared(fields)),
+            factorization=Factorization.of(_counts(fields, "ranks"), _shared(fields), _counts(fields, "groups", {})),
             params=fields.take_count("params"),
             params_dense=fields.take_count("params_dense"),
             base_model=fields.take_optional("base_model", str, None),
@@ -91,12 +93,13 @@ class Manifest:
         return manifest
 
 
-def _ranks(fields: Fields) -> dict[str, int]:
-    ranks = fields.take("ranks", dict)
-    for site, rank in ranks.items():
-        if type(rank) is not int or rank < 1:
-            fields.fail(f"ranks[{site!r}]", f"must be a positive whole number, not {reprlib.repr(rank)}")
-    return ranks
+def _counts(fields: Fields, name: str, default: dict[str, int] | None = None) -> dict[str, int]:
+    """A whole number by site; the field must be there if it has no default."""
+    counts = fields.take(name, dict) if default is None else fields.take_optional(name, dict, default)
+    for site, count in counts.items():
+        if type(count) is not int or count < 1:
+            fields.fail(f"{name}[{site!r}]", f"must be a positive whole number, not {reprlib.repr(count)}")
+    return counts
 
 
 def _shared(fields: Fields) -> dict[str, str]:

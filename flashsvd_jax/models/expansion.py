@@ -41,15 +41,16 @@ class SiteSet:
 def site_sets(config: AnyConfig, pad_rank: Callable[[int], int]) -> list[SiteSet]:
     """All low-rank sites of a model, in the sets described in this module's text."""
     ranks, by_name = config.factorization.rank_by_site, {site.name: site for site in sites(config)}
+    number = config.factorization.groups_by_site
     groups: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
     for group in packed_sites(config):
         groups[first_parts(config, group, ranks.keys())].append(group)
     found = []
     for parts, in_common in groups.items():
         pairs = [pair for group in in_common for pair in zip(group, parts, strict=True)]
-        members = [(by_name[name], down, pad_rank(ranks[name])) for name, down in pairs if name in ranks]
+        members = [(by_name[name], down, pad_rank(ranks[name]), number[name]) for name, down in pairs if name in ranks]
         # With one site expanded, each layer would need a packed array of its own: so all that hold one in common go together.
-        keys = {down: "" if len(in_common) > 1 else down for _, down, _ in members}
+        keys = {down: "" if len(in_common) > 1 else down for _, down, *_ in members}
         for key in dict.fromkeys(keys.values()):
             found.append(_site_set([member for member in members if keys[member[1]] == key]))
     return found
@@ -84,9 +85,9 @@ def as_loaded[C: AnyConfig](config: C, materialize: str, pad_rank: Callable[[int
     return dataclasses.replace(config, factorization=config.factorization.without(expanded))
 
 
-def _site_set(members: Sequence[tuple[Site, str, int]]) -> SiteSet:
-    """Counts a set; members are (site, name of its first factor, padded rank)."""
-    downs = {down: rank * site.d_in for site, down, rank in members}
-    ups = sum(site.d_out * rank for site, _, rank in members)
-    dense = sum(site.d_out * site.d_in for site, _, _ in members)
-    return SiteSet(tuple(site.name for site, _, _ in members), sum(downs.values()) + ups, dense)
+def _site_set(members: Sequence[tuple[Site, str, int, int]]) -> SiteSet:
+    """Counts a set; members are (site, name of its first factor, padded rank, groups)."""
+    downs = {down: groups * rank * site.d_in for site, down, rank, groups in members}
+    ups = sum(site.d_out * rank for site, _, rank, _ in members)
+    dense = sum(site.d_out * site.d_in for site, *_ in members)
+    return SiteSet(tuple(site.name for site, *_ in members), sum(downs.values()) + ups, dense)

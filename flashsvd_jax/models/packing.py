@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from flashsvd_jax.any_config import AnyConfig
+from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.schema import sites
 from pallas_kernels import PackedProjection, Projection, pack
+from pallas_kernels.projection import by_group
 
 # Projections of one input, which are packed together; every other one is packed alone.
 _GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -102,7 +104,12 @@ class Packer:
 
 
 def _split(projection: Projection, parts: int) -> list[Projection]:
-    """A projection as several with an equal share of its outputs each; factors have their first one in common."""
+    """A projection as several with an equal share of its outputs each; factors have their first one in common, or also share
+    that out where the second is block-diagonal.
+
+    Raises:
+      CheckpointError: the parts would cut a group of outputs in two.
+    """
 
     def share(array: Any, part: int) -> Any:
         if array is None:
@@ -112,14 +119,22 @@ def _split(projection: Projection, parts: int) -> list[Projection]:
 
     if parts == 1:
         return [projection]
+    down, up = projection.down, projection.up
+    is_grouped = up is not None and up.ndim == 3
+    if is_grouped and up.shape[0] % parts:
+        raise CheckpointError(f"a projection that stands for {parts} has {up.shape[0]} groups, no multiple of that")
     return [
-        Projection(share(projection.weight, n), projection.down, share(projection.up, n), share(projection.bias, n))
+        Projection(
+            share(projection.weight, n), share(down, n) if is_grouped else down, share(up, n), share(projection.bias, n)
+        )
         for n in range(parts)
     ]
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _product(up: jax.Array, down: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """up [d_out, rank] times down [rank, d_in], in float32 whatever the device would take for that by itself."""
-    wide = jnp.matmul(up.astype(jnp.float32), down.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-    return wide.astype(dtype)
+    """up times down as [d_out, d_in], in float32 whatever the device would take for that by itself."""
+    wide = jnp.matmul(
+        up.astype(jnp.float32), by_group(down, up).astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    return wide.reshape(-1, down.shape[1]).astype(dtype)

@@ -15,6 +15,7 @@ from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS
 from pallas_kernels.persistent.tensor_maps import described_bytes
 from pallas_kernels.persistent.tuning import tuning_for
+from pallas_kernels.products import BLOCK_DIAGONAL
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import Target, target
 
@@ -61,6 +62,8 @@ def refuses(
         return "dense and low-rank members of one input"
     if any((layer.q_norm is None) != (layer.k_norm is None) for layer in layers):
         return "a norm of queries or of keys alone"
+    if any(up is not None and up.ndim != 2 for part in packed for up in part.ups):
+        return BLOCK_DIAGONAL
     norms = [
         n for layer in layers for n in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm) if n is not None
     ]

@@ -16,7 +16,9 @@ WHERE = "some/factorization.json"
 MANIFEST = Manifest(
     family="svdllm",
     dtype="float16",
-    factorization=Factorization.of({"a.q_proj": 3, "b.q_proj": 3}, {"b.q_proj.down": "a.q_proj.down"}),
+    factorization=Factorization.of(
+        {"a.q_proj": 3, "b.q_proj": 3}, {"b.q_proj.down": "a.q_proj.down"}, {"a.q_proj": 2, "b.q_proj": 2}
+    ),
     params=100,
     params_dense=200,
     base_model="someone/some-model",
@@ -39,6 +41,12 @@ def read(fields: Any) -> Manifest:
 
 def test_round_trip() -> None:
     assert Manifest.from_json(MANIFEST.to_json(), WHERE) == MANIFEST
+
+
+def test_groups_are_written_only_where_there_are_some() -> None:
+    plain = dataclasses.replace(MANIFEST, factorization=dataclasses.replace(MANIFEST.factorization, groups=()))
+    assert "groups" not in json.loads(plain.to_json())
+    assert read(json.loads(plain.to_json())) == plain
 
 
 def test_optional_fields_may_be_absent() -> None:
@@ -68,6 +76,8 @@ def test_missing_field_is_named(name: str) -> None:
         ({"ranks": {"a": "3"}}, r"ranks\['a'\] must be a positive whole number, not '3'"),
         ({"ranks": {"a": 3.0}}, r"ranks\['a'\] must be a positive whole number, not 3.0"),
         ({"shared": {"a": 1}}, r"shared\['a'\] must be the name of an array, not 1"),
+        ({"groups": []}, r"groups must be an object, not \[\]"),
+        ({"groups": {"a": 0}}, r"groups\['a'\] must be a positive whole number, not 0"),
         ({"sources": {}}, r"sources must be a list, not \{\}"),
         ({"sources": ["x"]}, r"sources\[0\] must be an object, not 'x'"),
         ({"sources": [{"name": "x", "bytes": 1}]}, r"sources\[0\]: sha256 is missing"),

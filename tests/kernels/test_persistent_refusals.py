@@ -80,6 +80,7 @@ def test_it_refuses_weights_with_reasons() -> None:
         (changed(qkv=with_biases(layer.qkv, bias, None, bias)), "biases of some"),
         (changed(qkv=with_biases(layer.qkv, None, None, None)), "biases of some"),
         (changed(gate_up=mixed), "dense and low-rank members"),
+        (changed(o=dataclasses.replace(layer.o, ups=(shape(2, 128, 68),))), "block-diagonal"),
         (changed(mlp_norm=other), "different eps"),
         (changed(q_norm=Norm(layer.q_norm.scale, 1e-6)), "different eps"),
         ((x, (layer, last), other, head, *rest), "different eps"),

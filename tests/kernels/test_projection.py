@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import PackedProjection, Projection, hardware_rank, pack, project
+from pallas_kernels import PackedProjection, Projection, assume_target, hardware_rank, pack, project
+from pallas_kernels.jax_triton.implementation import refuses as refuses_matrix_vector
 from pallas_kernels.products import _matrix_product, _row_reduction
+from pallas_kernels.target import H200
 
 D_IN = 13
-# (d_out, rank or None for dense, has a bias)
-MIXTURES = {
+# (d_out, rank or None for dense, has a bias, groups where there are several)
+MIXTURES: dict[str, list[Any]] = {
     "dense": [(7, None, False)],
     "dense_bias": [(7, None, True)],
     "low_rank": [(9, 3, False)],
@@ -22,6 +24,8 @@ MIXTURES = {
     "rank_one": [(5, 1, False)],
     "all_low_rank": [(11, 5, False), (3, 2, True), (3, 7, False)],
     "all_dense": [(11, None, True), (3, None, False), (5, None, True)],
+    "heads": [(12, 2, True, 4), (6, 3, False, 2), (5, 1, True, 5)],
+    "heads_mixed": [(12, 2, True, 3), (7, 5, True), (3, None, False)],
     "mixed": [(11, None, False), (3, 5, True), (5, None, True), (9, 1, False)],
 }
 
@@ -30,18 +34,30 @@ def up_to(multiple: int) -> Callable[[int], int]:
     return lambda rank: -(-rank // multiple) * multiple
 
 
-def draw(d_out: int, rank: int | None, has_bias: bool, seed: int = 0, dtype: Any = np.float32) -> Projection:
+def draw(
+    d_out: int, rank: int | None, has_bias: bool, groups: int = 1, seed: int = 0, dtype: Any = np.float32
+) -> Projection:
     rng = np.random.default_rng([seed, d_out])
     array = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
     bias = array(d_out) if has_bias else None
     if rank is None:
         return Projection(weight=array(d_out, D_IN), bias=bias)
-    return Projection(down=array(rank, D_IN), up=array(d_out, rank), bias=bias)
+    up = array(d_out, rank) if groups == 1 else array(groups, d_out // groups, rank)
+    return Projection(down=array(groups * rank, D_IN), up=up, bias=bias)
+
+
+def product(p: Projection) -> np.ndarray:
+    """The weight [d_out, d_in] of two factors in float64; groups one by one."""
+    down, up = (np.asarray(a, np.float64) for a in (p.down, p.up))
+    if up.ndim == 2:
+        return up @ down
+    rank = up.shape[2]
+    return np.concatenate([block @ down[g * rank : (g + 1) * rank] for g, block in enumerate(up)])
 
 
 def exact(x: np.ndarray, p: Projection) -> np.ndarray:
     wide = lambda a: np.asarray(a, np.float64)  # noqa: E731
-    y = wide(x) @ wide(p.weight).T if p.weight is not None else wide(x) @ wide(p.down).T @ wide(p.up).T
+    y = wide(x) @ (wide(p.weight) if p.weight is not None else product(p)).T
     return y if p.bias is None else y + wide(p.bias)
 
 
@@ -60,7 +76,7 @@ def test_project_is_each_members_product(members: list[Projection], shape: tuple
         np.testing.assert_allclose(got, exact(x, member), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("members", ["mixed"], indirect=True)
+@pytest.mark.parametrize("members", ["mixed", "heads_mixed"], indirect=True)
 def test_bfloat16_is_added_up_in_float32_and_only_latents_and_outputs_are_rounded(members: list[Projection]) -> None:
     members = jax.tree.map(lambda a: a.astype(jnp.bfloat16), members)
     x = np.random.default_rng(1).standard_normal((4, D_IN)).astype(jnp.bfloat16)
@@ -71,7 +87,8 @@ def test_bfloat16_is_added_up_in_float32_and_only_latents_and_outputs_are_rounde
             want = exact(x, member)
         else:
             latent = exact(x, Projection(weight=member.down)).astype(jnp.bfloat16)
-            want = exact(latent, Projection(weight=member.up, bias=member.bias))
+            eye = np.eye(member.down.shape[0], dtype=np.float32)
+            want = exact(latent, Projection(down=eye, up=member.up, bias=member.bias))
         np.testing.assert_allclose(unrounded, want, rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(output.astype(jnp.float32), want, rtol=2**-8, atol=1e-5)  # half a unit of its 8 bits
 
@@ -104,6 +121,31 @@ def test_padding_is_zero_on_both_factors(multiple: int, width: int) -> None:
     np.testing.assert_array_equal(packed.first[:5], member.down)
     np.testing.assert_array_equal(up[:, :5], member.up)
     assert not packed.first[5:].any() and not up[:, 5:].any()
+
+
+@pytest.mark.parametrize(("multiple", "width"), [(1, 5), (4, 8), (16, 16)])
+def test_each_group_is_padded_by_itself(multiple: int, width: int) -> None:
+    member = draw(9, 5, True, 3)
+    packed = pack([member], up_to(multiple))
+    (up,) = packed.ups
+    assert up is not None and member.down is not None
+    assert (packed.first.shape, up.shape) == ((3 * width, D_IN), (3, 3, width))
+    assert (packed.widths, packed.d_outs) == ((3 * width,), (9,))
+    first = np.asarray(packed.first).reshape(3, width, D_IN)
+    np.testing.assert_array_equal(first[:, :5], np.reshape(member.down, (3, 5, D_IN)))
+    np.testing.assert_array_equal(up[..., :5], member.up)
+    assert not first[:, 5:].any() and not up[..., 5:].any()
+
+
+def test_factors_of_heads_are_served_by_xla_alone() -> None:
+    packed = pack([Projection(down=jnp.zeros((24, 16)), up=jnp.zeros((3, 8, 8)))])
+    for rows, served in ((1, "xla_rows"), (3, "xla")):
+        x = jnp.zeros((rows, 16))
+        with assume_target(H200):
+            chosen, refusals = project.choose(x, packed)
+        assert chosen.name == served
+        assert "block-diagonal" in refusals["triton"]
+        assert "block-diagonal" in str(refuses_matrix_vector(x, packed))
 
 
 def test_dense_members_are_not_padded_and_keep_their_place_between_padded_ones() -> None:
@@ -155,16 +197,17 @@ def test_projection_describes_the_weight_it_stands_for(rank: int | None, low_ran
     np.testing.assert_array_equal(jax.tree.leaves(p)[0], p.down if low_rank else p.weight)
 
 
-@pytest.mark.parametrize("rank", [None, 3])
-def test_projection_stands_where_an_array_can(rank: int | None) -> None:
-    p = jax.device_put(draw(7, rank, True))
-    weight = np.asarray(p.weight) if rank is None else np.asarray(p.up) @ np.asarray(p.down)
+@pytest.mark.parametrize(("d_out", "rank", "groups"), [(7, None, 1), (7, 3, 1), (8, 3, 4)])
+def test_projection_stands_where_an_array_can(d_out: int, rank: int | None, groups: int) -> None:
+    p = jax.device_put(draw(d_out, rank, True, groups))
+    assert (p.shape, p.rank) == ((d_out, D_IN), rank)
+    weight = np.asarray(p.weight) if rank is None else product(p)
     x = np.random.default_rng(1).standard_normal((2, D_IN)).astype(np.float32)
     close = {"rtol": 1e-5, "atol": 1e-5}
     np.testing.assert_allclose(jnp.asarray(p), weight, **close)
     np.testing.assert_allclose(jnp.einsum("bi,oi->bo", x, p), x @ weight.T, **close)
     np.testing.assert_allclose(jax.jit(lambda p: jnp.matmul(p, x.T))(p), weight @ x.T, **close)
-    assert jax.eval_shape(lambda p: p, p).shape == (7, D_IN)
+    assert jax.eval_shape(lambda p: p, p).shape == (d_out, D_IN)
 
 
 def test_low_rank_weight_has_the_factors_dtype() -> None:

@@ -24,11 +24,17 @@ LAYERS = 3
 Q, K, V = (f"layers_{{}}.self_attn.{name}_proj" for name in "qkv")
 DOWN = "layers_{}.mlp.down_proj"
 # Shapes: q 48x48, k and v 16x48, gate and up 52x48, down 48x52; break-even of q is rank 24, of k and v 12.
-CASES: dict[str, tuple[dict[str, int], dict[str, str]]] = {
-    "alone": ({Q.format(0): 25, K.format(0): 3, DOWN.format(1): 24, DOWN.format(2): 40}, {}),
+CASES: dict[str, tuple[dict[str, int], dict[str, str], dict[str, int]]] = {
+    "alone": ({Q.format(0): 25, K.format(0): 3, DOWN.format(1): 24, DOWN.format(2): 40}, {}, {}),
+    "heads": (
+        {Q.format(0): 5, K.format(0): 3, V.format(0): 9, Q.format(1): 13, V.format(1): 2},
+        {},
+        {Q.format(0): 3, V.format(0): 2, Q.format(1): 3, V.format(1): 4},
+    ),
     "in a group": (
         {Q.format(0): 30, K.format(0): 20, V.format(0): 20, DOWN.format(0): 5},
         {f"{V.format(0)}.down": f"{K.format(0)}.down"},
+        {},
     ),
     "across layers": (
         {site.format(i): rank for i in (0, 1) for site, rank in ((Q, 20), (K, 40), (V, 40), (DOWN, 33))},
@@ -37,10 +43,12 @@ CASES: dict[str, tuple[dict[str, int], dict[str, str]]] = {
             f"{DOWN.format(1)}.down": f"{DOWN.format(0)}.down",
             **{f"{site}.down": f"{K.format(0)}.down" for site in (V.format(0), K.format(1), V.format(1))},
         },
+        {},
     ),
     "across layers in part": (  # q is shared, but each layer has a k of its own, so each holds a packed array of its own
         {site.format(i): rank for i in (0, 1) for site, rank in ((Q, 22), (K, 9))},
         {f"{Q.format(1)}.down": f"{Q.format(0)}.down"},
+        {},
     ),
 }  # fmt: skip
 
@@ -51,9 +59,9 @@ def up_to(multiple: int) -> Callable[[int], int]:
 
 def model(case: str) -> tuple[ModelConfig, dict[str, np.ndarray]]:
     """A Llama with a case's ranks, and random arrays of it by name; shared ones are one object."""
-    ranks, shared = CASES[case]
+    ranks, shared, groups = CASES[case]
     dense = ModelConfig.from_hf(build_model("llama", num_hidden_layers=LAYERS).config.to_dict())
-    config = dataclasses.replace(dense, factorization=Factorization.of(ranks, shared))
+    config = dataclasses.replace(dense, factorization=Factorization.of(ranks, shared, groups))
     rng = np.random.default_rng(0)
     arrays = {
         name: (rng.standard_normal(spec.shape) * spec.shape[-1] ** -0.5).astype(np.float32)
@@ -95,20 +103,26 @@ def test_sites_that_share_go_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("site", "rank", "multiple", "expected"),
+    ("site", "rank", "groups", "multiple", "expected"),
     [
-        (Q, 24, 1, False),  # as many numbers as the weight
-        (Q, 25, 1, True),
-        (Q, 17, 16, True),  # padded to 32
-        (Q, 16, 16, False),
-        (K, 12, 1, False),
-        (K, 13, 1, True),
+        (Q, 24, 1, 1, False),  # as many numbers as the weight
+        (Q, 25, 1, 1, True),
+        (Q, 17, 1, 16, True),  # padded to 32
+        (Q, 16, 1, 16, False),
+        (K, 12, 1, 1, False),
+        (K, 13, 1, 1, True),
+        (Q, 12, 3, 1, False),  # each group's own first factor counts
+        (Q, 13, 3, 1, True),
+        (Q, 9, 3, 16, True),
     ],
 )
-def test_auto_expands_what_holds_more_than_its_weight(site: str, rank: int, multiple: int, expected: bool) -> None:
+def test_auto_expands_what_holds_more_than_its_weight(
+    site: str, rank: int, groups: int, multiple: int, expected: bool
+) -> None:
     config, _ = model("alone")
-    config = dataclasses.replace(config, factorization=Factorization.of({site.format(0): rank}))
-    assert expanded_sites(config, "auto", up_to(multiple)) == ({site.format(0)} if expected else set())
+    name = site.format(0)
+    config = dataclasses.replace(config, factorization=Factorization.of({name: rank}, groups={name: groups}))
+    assert expanded_sites(config, "auto", up_to(multiple)) == ({name} if expected else set())
 
 
 def test_a_shared_factor_counts_once() -> None:
@@ -130,7 +144,7 @@ def test_never_and_always() -> None:
         expanded_sets(config, "maybe", hardware_rank)
 
 
-@pytest.mark.parametrize("case", ["alone", "in a group", "across layers in part"])
+@pytest.mark.parametrize("case", ["alone", "heads", "in a group", "across layers in part"])
 def test_no_packed_group_reads_more_than_its_dense_weights(case: str) -> None:
     config, arrays = model(case)
     expand = expanded_sites(config, "auto", hardware_rank)
@@ -235,6 +249,8 @@ def test_without_makes_sites_dense_and_finds_new_owners() -> None:
         and not factorization.without(factorization.rank_by_site).shared
     )
     left = factorization.without({K.format(0), Q.format(1)})
+    heads = model("heads")[0].factorization
+    assert heads.without({Q.format(0)}).groups == tuple((site, n) for site, n in heads.groups if site != Q.format(0))
     assert left.rank_by_site.keys() == factorization.rank_by_site.keys() - {K.format(0), Q.format(1)}
     owner = f"{V.format(0)}.down"
     assert left.owner_by_name == {
