@@ -8,7 +8,7 @@ from typing import Any
 
 from converters.families import FAMILIES
 from converters.family import architectures
-from converters.sources import TensorSource
+from converters.sources import TensorSource, folder_of
 from flashsvd_jax.any_config import AnyConfig, config_from_hf
 from flashsvd_jax.checkpoint.json_files import read_object
 from flashsvd_jax.checkpoint.layout import CONFIG_FILE
@@ -83,8 +83,3 @@ def base_name(own: FoundConfig | None) -> str | None:
     hf = own.hf if own else {}
     name = hf.get("base_model_id") or hf.get("_name_or_path")
     return name if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) else None
-
-
-def folder_of(path: Path) -> Path:
-    """The folder itself, or that of a file."""
-    return path if path.is_dir() else path.parent

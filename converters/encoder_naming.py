@@ -22,6 +22,7 @@ _BERT = {
     "mlp.up_proj": "intermediate.dense",
     "mlp.down_proj": "output.dense",
     "mlp_norm": "output.LayerNorm",
+    "norm": "norm",  # in FlashSVD's class alone
 }
 _DISTILBERT = {
     "embed_tokens": "embeddings.word_embeddings",

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from converters.base_config import FoundConfig, base_config, base_name, folder_of, model_config, own_config
+from converters.base_config import FoundConfig, base_config, base_name, model_config, own_config
 from converters.detect import Detection, detect, refuse_files
 from converters.plan import Plan, make_plan
 from converters.report import ConversionReport
-from converters.sources import TensorSource, open_source
+from converters.sources import TensorSource, folder_of, open_source
 from converters.sources.hashing import sha256_of
 from converters.verify import verify_folder
 from converters.verify_logits import LogitsFunction
@@ -22,6 +22,7 @@ from flashsvd_jax.checkpoint import FolderWriter, Manifest, SourceFile, WeightWa
 from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.config import ModelConfig, RopeConfig
+from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.errors import ConversionError
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import count_params
@@ -88,7 +89,7 @@ def convert(
         verification = None
         if verify:
             try:
-                verification = verify_folder(source, job.detection.family, job.plan, job.base.hf, dst, logits_fn)
+                verification = verify_folder(job.source, job.detection.family, job.plan, job.base.hf, dst, logits_fn)
             except BaseException:
                 shutil.rmtree(dst)  # made above, so it is ours to delete
                 raise
@@ -111,6 +112,9 @@ def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job
     where, own = str(source.path), own_config(source)
     detection = detect(own.hf if own else {}, source.infos(), where)
     found = base_config(own, base, where)
+    if detection.family.relaid is not None:
+        source = relaid = detection.family.relaid(source, model_config(found))
+        found = FoundConfig({**found.hf, **relaid.hf}, found.origin)
     rank_map = own.hf.get(detection.family.rank_map) if own else None
     plan = make_plan(model_config(found), source.infos(), detection.family, rank_map, where)
     for dropped, kept in plan.equal:
@@ -179,6 +183,11 @@ def _notes(source: TensorSource, detection: Detection, plan: Plan) -> tuple[str,
         notes.append(
             f"the family's own Llama class rotates positions with base 10000 and no scaling; the base configuration "
             f"counts: base {rope.theta:g}, scaling {rope.kind}"
+        )
+    if isinstance(plan.config, EncoderConfig) and not plan.config.is_transformers:
+        notes.append(
+            "as in the class that FlashSVD saves, the embedding is multiplied with the square root of the width, and the last "
+            "layer's output normed once more; config.json says so as embedding_scale and final_norm"
         )
     if plan.dropped:
         notes.append(f"{len(plan.dropped)} tensors were not needed: {_listing(plan.dropped)}")

@@ -5,6 +5,7 @@ share its tensor names. A new family is an entry here and a test.
 """
 
 from converters.family import Family
+from converters.head_factors import FIRST, SECOND, HeadFactorSource
 from converters.rules import PairRule
 
 _A_AFTER_B = PairRule("{module}.BLinear.weight", "{module}.ALinear.weight")
@@ -122,9 +123,10 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "flashsvd_encoder",
-        "FlashSVD's BERT and RoBERTa states",
+        "FlashSVD's BERT and RoBERTa states, factors of single heads",
+        pairs=(PairRule(FIRST, SECOND),),
         key_pattern=r"(?:^|\.)(?:Pq|Uo|U1)$",
-        refusal="its factors are of single heads",
+        relaid=HeadFactorSource,
     ),
     Family(
         "flashsvd_gpt2",

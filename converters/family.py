@@ -1,11 +1,14 @@
 """What is known of a family of checkpoints, and how to recognise it by that."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from converters.head_factors import HeadFactorSource
 from converters.rules import PairRule
+from converters.sources import TensorSource
+from flashsvd_jax.any_config import AnyConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Family:
       names: "binding": factors whose shapes fit only the other way round are an error; "hint": the shapes decide, and
         the names where the shapes cannot; "none": the shapes decide alone.
       fixed_rope: its own model code rotates positions with base 10000 and no scaling, whatever the configuration says.
+      relaid: makes a source of the names and layouts that ``pairs`` mean from one of the family's own, for the base model.
       refusal: why the family is recognised and not read.
     """
 
@@ -43,6 +47,7 @@ class Family:
     prefix: str = ""
     names: Literal["binding", "hint", "none"] = "binding"
     fixed_rope: bool = False
+    relaid: Callable[[TensorSource, AnyConfig], HeadFactorSource] | None = None
     refusal: str = ""
 
     def bare(self, name: str) -> str:

@@ -13,14 +13,18 @@ from flashsvd_jax.schema import Site
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of a projection: down [rank, d_in], up [d_out, rank]."""
+    """The factors of a projection: down [rank, d_in], up [d_out, rank]; in groups as `flashsvd_jax.param_specs.Site` has them."""
 
     down: TensorInfo
     up: TensorInfo
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.up.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        return self.up.shape[0] if len(self.up.shape) == 3 else 1
 
 
 @dataclass(frozen=True)

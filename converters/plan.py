@@ -74,6 +74,7 @@ def make_plan(
     equal = _drop_twins(naming, pool)
     factors, notes = take_factors(family, by_module, pool)
     ranks = {by_module[module].name: pair.rank for module, pair in factors.items() if pair is not None}
+    groups = {by_module[module].name: pair.groups for module, pair in factors.items() if pair is not None}
     broken = {by_module[module].name for module, pair in factors.items() if pair is None}
     found: dict[str, TensorInfo] = {}
     for module, site in by_module.items():
@@ -97,7 +98,8 @@ def make_plan(
     pool.problems += [f"not floating point: {t.name} is {t.dtype}" for t in found.values() if t.dtype not in _FLOATS]
     if pool.problems:
         raise ConversionError(_message(where, family, pool.problems))
-    factorization = Factorization.of(ranks, _shared(replace(config, factorization=Factorization.of(ranks)), found))
+    apart = Factorization.of(ranks, groups=groups)
+    factorization = Factorization.of(ranks, _shared(replace(config, factorization=apart), found), groups)
     return Plan(replace(config, factorization=factorization), found, tuple(pool.dropped), equal, tuple(notes))
 
 

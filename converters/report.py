@@ -71,7 +71,9 @@ class ConversionReport:
         ranks = self.config.factorization.rank_by_site
         if not ranks:
             return []
+        groups = dict(self.config.factorization.groups)
         cells = {site.name: str(ranks.get(site.name, "dense")) for site in sites(self.config)}
+        cells |= {name: f"{number}x{ranks[name]}" for name, number in groups.items()}
         rows = []
         for layer in range(self.config.num_layers):
             prefix = f"layers_{layer}."

@@ -1,5 +1,6 @@
 """How a family names the two factors of a projection, and which of two matrices comes first by their shapes."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -81,7 +82,11 @@ def read_shapes(first: Shape, second: Shape, d_out: int, d_in: int) -> Reading:
 
 
 def _composes(down: Shape, up: Shape, d_out: int, d_in: int) -> bool:
-    return len(down) == len(up) == 2 and (down[1], up[0]) == (d_in, d_out) and down[0] == up[1] > 0
+    """Whether down [rank, d_in] and up [d_out, rank] do, or up in groups [groups, d_out / groups, rank of a group]."""
+    if len(down) != 2 or len(up) not in (2, 3) or down[0] == 0:
+        return False
+    groups = up[0] if len(up) == 3 else 1
+    return (down[1], math.prod(up[:-1])) == (d_in, d_out) and down[0] == groups * up[-1]
 
 
 def _pattern(template: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from converters.encoder_naming import naming_of
 from converters.family import Family
+from converters.head_factors import HeadFactorSource
 from converters.naming import Naming
 from converters.plan import Plan
 from converters.sources import TensorSource
@@ -117,13 +118,18 @@ class _Original:
     def outputs(self, site: str, x: np.ndarray) -> list[np.ndarray]:
         """What a projection makes of x [tokens, d_in], in every order of its layers that the family allows."""
         names = self._layers(site)
+        if isinstance(self._source, HeadFactorSource) and len(names) > 1:
+            return [self._with_bias(self._source.output(self._names[names[0]], x), site)]
         orders = [names] if self._family.names == "binding" else [names, names[::-1]]
         return [self._output(site, order, x) for order in orders if self._chains(order, x.shape[1])]
 
     def _output(self, site: str, layers: list[str], x: np.ndarray) -> np.ndarray:
         for name in layers:
             x = _apply(x, self._get(name))
-        bias = next((name for name in self._naming.biases(site, layers[-1]) if name in self._names), None)
+        return self._with_bias(x, site, layers[-1])
+
+    def _with_bias(self, x: np.ndarray, site: str, second: str | None = None) -> np.ndarray:
+        bias = next((name for name in self._naming.biases(site, second) if name in self._names), None)
         return x if bias is None else x + self._get(bias).astype(np.float64)
 
     def _layers(self, site: str) -> list[str]:
@@ -150,7 +156,12 @@ class _Original:
 def _converted_output(x: np.ndarray, site: Site, folder: ModelFolder) -> np.ndarray:
     rank = folder.config.factorization.rank(site.name)
     for part in ("weight",) if rank is None else ("down", "up"):
-        x = _apply(x, folder.get(f"{site.name}.{part}"))
+        weight = folder.get(f"{site.name}.{part}")
+        if weight.ndim == 2:
+            x = _apply(x, weight)
+        else:
+            shares = np.split(x, len(weight), axis=1)
+            x = np.concatenate([_apply(share, block) for share, block in zip(shares, weight, strict=True)], axis=1)
     return x + folder.get(f"{site.name}.bias").astype(np.float64) if site.has_bias else x
 
 

@@ -49,6 +49,8 @@ def compare_logits(
         return "logits not compared: PyTorch is not installed"
     if 4 * count_params(plan.config.dense()) > _MAX_BYTES:
         return f"logits not compared: the dense model takes more than {_MAX_BYTES / 1e9:g} GB in float32"
+    if isinstance(plan.config, EncoderConfig) and not plan.config.is_transformers:
+        return "logits not compared: transformers has no encoder with a scaled embedding or a norm behind BERT's last layer"
     tokens = np.random.default_rng(_SEED).integers(plan.config.vocab_size, size=_SHAPE, dtype=np.int32)
     if isinstance(plan.config, EncoderConfig) and plan.config.first_position:
         # RoBERTa in transformers takes every padding token for padding, whatever the mask says.
@@ -78,8 +80,9 @@ def _dense_weights(source: TensorSource, plan: Plan) -> dict[str, np.ndarray]:
         if plan.config.factorization.rank(site.name) is None:
             weights[f"{module}.weight"] = get(f"{site.name}.weight")
         else:
-            product = get(f"{site.name}.up", np.float64) @ get(f"{site.name}.down", np.float64)
-            weights[f"{module}.weight"] = product.astype(np.float32)
+            up, down = (get(f"{site.name}.{part}", np.float64) for part in ("up", "down"))
+            product = up @ down.reshape(*up.shape[:-2], up.shape[-1], site.d_in)
+            weights[f"{module}.weight"] = product.reshape(site.d_out, site.d_in).astype(np.float32)
         if site.has_bias:
             weights[f"{module}.bias"] = get(f"{site.name}.bias")
     weights |= {twin: weights[kept] for twin, kept in naming.twins}

@@ -29,7 +29,9 @@ class EncoderConfig:
       learned_positions: whether there is a position table.
       norm_eps: added to the variance by every norm; norm_bias: whether they have biases.
       activation: of the feed-forward layers; ``gated``: whether it gates a second projection.
-      pre_norm: norms stand before attention and feed-forward, and one behind the last layer; otherwise behind each of them.
+      pre_norm: norms stand before attention and feed-forward; otherwise behind each of them.
+      final_norm: one more norm stands behind the last layer: ModernBERT's, and that of the class FlashSVD saves BERT in.
+      embedding_scale: what the embedding is multiplied with; FlashSVD's class takes the square root of the width.
       fused: q, k and v are one projection with one rank, and so are gate and up.
       windows: how far each layer's tokens see to either side; None: everywhere.
       ropes: each layer's rotary embedding, or None.
@@ -56,6 +58,8 @@ class EncoderConfig:
     mlp_bias: bool = True
     gated: bool = False
     pre_norm: bool = False
+    final_norm: bool = False
+    embedding_scale: float = 1.0
     fused: bool = False
     head: HeadConfig | None = None
     factorization: Factorization = dataclasses.field(default_factory=Factorization)
@@ -90,6 +94,11 @@ class EncoderConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def is_transformers(self) -> bool:
+        """Whether transformers has this model; `embedding_scale` and BERT's `final_norm` are none of its fields."""
+        return self.embedding_scale == 1.0 and self.final_norm == self.pre_norm
+
+    @property
     def tie_embeddings(self) -> bool:
         """Whether the token embedding is an output layer too."""
         return self.head is not None and self.head.tied
@@ -121,6 +130,8 @@ def _bert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_types": integer(hf, "type_vocab_size", 2),
         "norm_eps": number(hf, "layer_norm_eps", 1e-12),
         "activation": activation(hf, "hidden_act"),
+        "final_norm": flag(hf, "final_norm", False),
+        "embedding_scale": number(hf, "embedding_scale", 1.0),
         "windows": (None,) * layers,
         "ropes": (None,) * layers,
     }
@@ -174,6 +185,7 @@ def _modernbert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_bias": flag(hf, "mlp_bias", False),
         "gated": True,
         "pre_norm": True,
+        "final_norm": True,
         "fused": True,
     }
 

@@ -31,7 +31,7 @@ def encoder_params(config: EncoderConfig) -> dict[str, ParamSpec]:
         if has_attention_norm(config, layer):
             specs |= _norm(config, f"layers_{layer}.self_attn_norm")
         specs |= _norm(config, f"layers_{layer}.mlp_norm")
-    if config.pre_norm:
+    if config.final_norm:
         specs |= _norm(config, "norm")
     if config.head is not None and config.head.has_norm:
         specs |= _norm(config, "head.norm")

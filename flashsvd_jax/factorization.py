@@ -34,8 +34,8 @@ class Factorization:
         groups: Mapping[str, int] | None = None,
     ) -> "Factorization":
         """From plain mappings, in any order; sites of one group may be left out."""
-        several = {site: number for site, number in (groups or {}).items() if number > 1}
-        return cls(*(tuple(sorted(given.items())) for given in (ranks, shared or {}, several)))
+        several = sorted((site, number) for site, number in (groups or {}).items() if number > 1)
+        return cls(tuple(sorted(ranks.items())), tuple(sorted((shared or {}).items())), tuple(several))
 
     def rank(self, site: str) -> int | None:
         """The true (unpadded) rank of a site, or None where it is dense."""

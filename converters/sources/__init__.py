@@ -1,6 +1,6 @@
 """Reading checkpoints written by PyTorch: no PyTorch is needed and nothing in a checkpoint is executed."""
 
-from converters.sources.base import TensorInfo, TensorSource
+from converters.sources.base import TensorInfo, TensorSource, folder_of
 from converters.sources.open_source import open_source
 
-__all__ = ["TensorInfo", "TensorSource", "open_source"]
+__all__ = ["TensorInfo", "TensorSource", "folder_of", "open_source"]

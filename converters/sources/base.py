@@ -83,3 +83,8 @@ class TensorSource(ABC):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def folder_of(path: Path) -> Path:
+    """The folder itself, or that of a file."""
+    return path if path.is_dir() else path.parent

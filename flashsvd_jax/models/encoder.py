@@ -152,7 +152,8 @@ def _embed(
         x = x + weights.positions[positions + config.first_position]
     if weights.types is not None:
         x = x + weights.types[jnp.zeros_like(tokens) if token_types is None else token_types]
-    return layer_norm(x, weights.embed_norm)
+    x = layer_norm(x, weights.embed_norm)
+    return x if config.embedding_scale == 1 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 
 def _layer(

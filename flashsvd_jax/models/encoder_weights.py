@@ -83,7 +83,7 @@ def build_encoder_weights(
         types=packer.array("embed_types.weight") if config.num_types else None,
         embed_norm=norm("embed_norm"),
         layers=tuple(layer(index) for index in range(config.num_layers)),
-        norm=norm("norm") if config.pre_norm else None,
+        norm=norm("norm") if config.final_norm else None,
         head=_head(config, packer, norm),
     )
 

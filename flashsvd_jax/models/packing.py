@@ -14,7 +14,7 @@ from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.schema import sites
 from pallas_kernels import PackedProjection, Projection, pack
-from pallas_kernels.projection import by_group
+from pallas_kernels.projection import by_group, groups_of
 
 # Projections of one input, which are packed together; every other one is packed alone.
 _GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -120,12 +120,12 @@ def _split(projection: Projection, parts: int) -> list[Projection]:
     if parts == 1:
         return [projection]
     down, up = projection.down, projection.up
-    is_grouped = up is not None and up.ndim == 3
-    if is_grouped and up.shape[0] % parts:
-        raise CheckpointError(f"a projection that stands for {parts} has {up.shape[0]} groups, no multiple of that")
+    groups = 1 if up is None else groups_of(up)
+    if groups > 1 and groups % parts:
+        raise CheckpointError(f"a projection that stands for {parts} has {groups} groups, no multiple of that")
     return [
         Projection(
-            share(projection.weight, n), share(down, n) if is_grouped else down, share(up, n), share(projection.bias, n)
+            share(projection.weight, n), share(down, n) if groups > 1 else down, share(up, n), share(projection.bias, n)
         )
         for n in range(parts)
     ]

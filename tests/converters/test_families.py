@@ -74,6 +74,11 @@ def test_names_outside_a_decoder_are_no_evidence() -> None:
     assert found(["vision.blocks.0.attn.q_proj.ALinear.weight", "x.U.weight", "model.layers.0.mlp.0.weight"]) == "dense"
 
 
+@pytest.mark.parametrize("name", ["svd_layers.0.Pq", "bert.encoder.layer.11.block.U1", "encoder.layer.0.block.Uo"])
+def test_blocks_of_flashsvd_are_told_by_their_factors(name: str) -> None:
+    assert found(["bert.embeddings.word_embeddings.weight", name]) == "flashsvd_encoder"
+
+
 def test_prefix_of_lems_is_looked_through() -> None:
     assert found([f"wrapped_model.{Q}.mod_a.weight", f"wrapped_model.{Q}.mod_b.weight"]) == "lems"
 
@@ -89,7 +94,6 @@ REFUSED_NAMES = {
     "basis_sharing": "model.q_basis.0.weight",
     "palu": f"{V}.VT.weight",
     "eigen_attention": "model.layers.0.self_attn.k_proj_low.weight",
-    "flashsvd_encoder": "svd_layers.0.Pq",
     "flashsvd_gpt2": "blocks.0.q_U",
     "mla": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "lora": f"base_model.model.{Q}.lora_A.weight",
