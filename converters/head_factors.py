@@ -5,7 +5,8 @@ A block of FlashSVD (its `why_finetuning` and `src/utils/FlashSVDBlocks.py`) hol
     Pq, Pk, Pv  [h, d, r]     Vq, Vk, Vv  [h, r, o]     bq, bk, bv  [1, h, 1, o]     one more axis of size 1 in front or not
     Uo  [d, r]  Vo  [r, d]  bo_attn       U1  [d, r]  V1  [r, mlp]  b1       U2  [mlp, r]  V2  [r, d]  b2       ln1, ln2
 
-so that a product is ``x @ P[h] @ V[h]`` or ``x @ U @ V``. The canonical factors contract over their last axis.
+so that a product is ``x @ P[h] @ V[h]`` or ``x @ U @ V``. The canonical factors contract over their last axis. Blocks stand in a
+model of transformers, or as ``svd_layers`` in a class of FlashSVD that multiplies the embedding with the square root of its width.
 """
 
 import re
@@ -69,15 +70,18 @@ class HeadFactorSource(TensorSource):
             )
         self._config = config
         self._stored: dict[str, _Stored] = {}
+        # Stored name -> shape before its last two axes change places, None where they stay, and shape in the end.
+        self._layouts: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {}
         self._problems: list[str] = []
         self._infos = self._renamed()
         if self._problems:
             listed = "".join(f"\n  {problem}" for problem in self._problems)
             count = f"{len(self._problems)} problem{'s' * (len(self._problems) > 1)}"
             raise ConversionError(f"{self._where}, read as FlashSVD's blocks, has {count}:{listed}")
-        # The class that saves such blocks as svd_layers scales embeddings and norms the last layer's output once more.
-        is_own_class = {"norm.weight", "norm.bias"} <= self._infos.keys()
-        self.hf = {"embedding_scale": config.hidden_size**0.5, "final_norm": True} if is_own_class else {}
+        self.hf: dict[str, float | bool] = {}
+        if any(name.startswith("svd_layers.") for name in source.infos()):
+            self.hf = {"embedding_scale": config.hidden_size**0.5, "final_norm": True}
+            self._tie_last_norms()
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Tensors by their names here; an entry's own name is the one in the file, its shape the canonical one."""
@@ -107,8 +111,6 @@ class HeadFactorSource(TensorSource):
 
     def _renamed(self) -> dict[str, TensorInfo]:
         """All tensors by their names here; blocks are taken apart, and what is wrong with them is noted."""
-        # Stored name -> shape before its last two axes change places, None where they stay, and shape in the end.
-        self._layouts: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {}
         found: dict[str, TensorInfo] = {}
         blocks: dict[str, dict[str, TensorInfo]] = {}
         for name, info in self._source.infos().items():
@@ -132,6 +134,13 @@ class HeadFactorSource(TensorSource):
                 self._problems.append(f"unexpected: {name}, the checkpoint holds {taken[name].name} as well")
             found |= taken
         return found
+
+    def _tie_last_norms(self) -> None:
+        """The class that calls its blocks svd_layers norms the last layer's output twice, by one module: savers may keep either."""
+        for leaf in ("weight", "bias"):
+            twins = f"norm.{leaf}", f"encoder.layer.{self._config.num_layers - 1}.output.LayerNorm.{leaf}"
+            there = [self._infos[name] for name in twins if name in self._infos]
+            self._infos |= dict.fromkeys(twins, there[0]) if len(there) == 1 else {}
 
     def _factors(
         self, path: str, module: str, names: tuple[str, ...], parts: dict[str, TensorInfo], claimed: Mapping[str, int]

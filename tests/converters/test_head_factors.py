@@ -159,6 +159,15 @@ def test_the_class_that_saves_itself(tmp_path: Path) -> None:
     assert row[1:] == [f"{heads}x{RANK_ATTN}"] * 3 + [str(RANK_WO), str(RANK_FF), str(RANK_FF)]
 
 
+@pytest.mark.parametrize("dropped", ["norm", "svd_layers.1.ln2"])
+def test_savers_that_keep_one_name_of_the_norm_that_is_used_twice(dropped: str, tmp_path: Path) -> None:
+    model = saveable()
+    converted(save(tmp_path / "in", model, **{f"{dropped}.{leaf}": None for leaf in ("weight", "bias")}), tmp_path)
+    with torch.no_grad():
+        want = model(torch.from_numpy(TOKENS).long()).numpy()
+    np.testing.assert_allclose(folder_outputs(tmp_path / "out"), want, rtol=0, atol=1e-5)
+
+
 def test_what_is_stored_is_what_was_saved(tmp_path: Path) -> None:
     """Counted and compared with the source's own numbers; the tied norm is stored once."""
     model = saveable()
@@ -221,6 +230,7 @@ def exchanged(model: SaveableSVDModel) -> dict[str, Any]:
             lambda m: {"svd_layers.0.U1": torch.ones(40, 5), "svd_layers.0.V1": torch.ones(5, 46)},
             "svd_config.json says rank_ff 13, svd_layers.0.U1 has 5",
         ),
+        (lambda m: {"norm.bias": None, "svd_layers.1.ln2.bias": None}, r"missing: norm.bias \[40\]"),
         (lambda m: {"svd_layers.0.Wx": torch.ones(3)}, r"unexpected: svd_layers.0.Wx \[3\]"),
         (lambda m: {f"svd_layers.2.{n}": getattr(m.svd_layers[0], n) for n in ("Uo", "Vo", "bo_attn")}, "unexpected: svd_l"),
         (lambda m: {"encoder.layer.0.block.Pq": m.svd_layers[0].Pq}, "the checkpoint holds svd_layers.0.Pq as well"),
