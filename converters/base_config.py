@@ -15,7 +15,7 @@ from flashsvd_jax.checkpoint.layout import CONFIG_FILE
 from flashsvd_jax.errors import ConfigError, ConversionError
 
 # What families add to the base model's configuration; none of it describes the base model.
-_ADDED = {key for family in FAMILIES for key in (*family.config_keys, family.rank_map)} | {
+_ADDED = {key for family in FAMILIES for key in (*family.config_keys, *family.added_keys, family.rank_map)} | {
     "auto_map",
     "low_rank_method",
     "low_rank_format_version",

@@ -110,7 +110,10 @@ def convert(
 
 def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job:
     where, own = str(source.path), own_config(source)
-    detection = detect(own.hf if own else {}, source.infos(), where)
+    claims = own.hf if own else {}
+    detection = detect(claims, source.infos(), where)
+    if detection.family.view:
+        source = detection.family.view(source, claims)
     found = base_config(own, base, where)
     if detection.family.relaid is not None:
         source = relaid = detection.family.relaid(source, model_config(found))

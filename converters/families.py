@@ -7,6 +7,7 @@ share its tensor names. A new family is an entry here and a test.
 from converters.family import Family
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
 from converters.rules import PairRule
+from converters.shared_bases import CONFIG_KEYS, SharedBases
 
 _A_AFTER_B = PairRule("{module}.BLinear.weight", "{module}.ALinear.weight")
 _B_AFTER_A = PairRule("{module}.ALinear.weight", "{module}.BLinear.weight")
@@ -56,8 +57,11 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "basis_sharing",
         "Basis Sharing",
+        pairs=(PairRule("model.{stem}_basis.{layer}.weight", "{module}.weight"),),
+        architectures=("Share",),
         key_pattern=r"(?:^|\.)(?:q|k|v|o|gate|up|down|attn)_basis\.",
-        refusal="layers share a basis, under names that look dense",
+        added_keys=CONFIG_KEYS,
+        view=SharedBases,
     ),
     Family(
         "palu",

@@ -23,14 +23,17 @@ class Family:
       model_types: the family's own ``model_type`` values, any of which is evidence, and the base architecture of each.
       architectures: beginnings of class names in ``architectures``, any of which is evidence.
       config_values: entries that, where present, must have this value.
-      key_pattern: regular expression for tensor names, for a family without pairs.
+      key_pattern: regular expression for tensor names, where no pairs or not their names alone are evidence; with it,
+        none is needed in the configuration.
       files: files in the folder, any of which is enough to refuse it.
       rank_map: key of config.json that maps module names to ranks.
+      added_keys: further keys that it adds to config.json; they are no evidence.
       prefix: what the tensor names may begin with in addition.
       names: "binding": factors whose shapes fit only the other way round are an error; "hint": the shapes decide, and
         the names where the shapes cannot; "none": the shapes decide alone.
       fixed_rope: its own model code rotates positions with base 10000 and no scaling, whatever the configuration says.
       relaid: makes a source of the names and layouts that ``pairs`` mean from one of the family's own, for the base model.
+      view: the checkpoint and the configuration that came with it -> the same with the names that ``pairs`` tells.
       refusal: why the family is recognised and not read.
     """
 
@@ -44,10 +47,12 @@ class Family:
     key_pattern: str = ""
     files: tuple[str, ...] = ()
     rank_map: str = ""
+    added_keys: tuple[str, ...] = ()
     prefix: str = ""
     names: Literal["binding", "hint", "none"] = "binding"
     fixed_rope: bool = False
     relaid: Callable[[TensorSource, AnyConfig], HeadFactorSource] | None = None
+    view: Callable[[TensorSource, Mapping[str, Any]], TensorSource] | None = None
     refusal: str = ""
 
     def bare(self, name: str) -> str:
@@ -57,7 +62,7 @@ class Family:
     def evidence(self, config: Mapping[str, Any], names: Iterable[str]) -> list[str] | None:
         """What speaks for this family, one phrase each; None where something that it needs is absent."""
         said, stored = self.claims(config), self._in_names(names)
-        needs_config = bool(self.config_keys or self.model_types or self.architectures)
+        needs_config = bool(self.config_keys or self.model_types or self.architectures) and not self.key_pattern
         needs_names = bool(self.pairs or self.key_pattern)
         needs_file = bool(self.files) and not (needs_config or needs_names)
         if needs_file or (needs_config and not said) or (needs_names and not stored):
@@ -74,9 +79,11 @@ class Family:
 
     def _in_names(self, names: Iterable[str]) -> list[str]:
         for name in names:
-            if any(rule.matches(self.bare(name)) for rule in self.pairs):
-                return [f"tensor {name}"]
-            if self.key_pattern and re.search(self.key_pattern, name):
+            if self.key_pattern:
+                found = re.search(self.key_pattern, name) is not None
+            else:
+                found = any(rule.matches(self.bare(name)) for rule in self.pairs)
+            if found:
                 return [f"tensor {name}"]
         return []
 

@@ -19,6 +19,7 @@ _PLACEHOLDERS = {
     "module": rf"(?:model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)|lm_head|{_ENCODER_MODULE})",
     "parent": r"model\.layers\.\d+\.(?:self_attn|mlp)",
     "stem": r"(?:[qkvo]|gate|up|down)",
+    "layer": r"\d+",
 }
 
 
@@ -27,7 +28,8 @@ class PairRule:
     """The weights of the layers in ``y = second(first(x))``, as templates.
 
     ``{module}`` is the projection's path in the original model, such as ``model.layers.0.self_attn.q_proj``;
-    ``{parent}`` that of the block around it (``model.layers.0.self_attn``), ``{stem}`` its short name there (``q``).
+    ``{parent}`` that of the block around it (``model.layers.0.self_attn``), ``{stem}`` its short name there (``q``),
+    ``{layer}`` the number of its layer.
 
     Attributes:
       first: name of the weight [rank, d_in].
@@ -49,7 +51,10 @@ class PairRule:
 def expand(template: str, module: str) -> str:
     """Fills a template in for one projection."""
     parent, _, leaf = module.rpartition(".")
-    return template.format(module=module, parent=parent, stem=leaf.removesuffix("_proj"))
+    layer = re.search(r"\.(\d+)\.", module)
+    return template.format(
+        module=module, parent=parent, stem=leaf.removesuffix("_proj"), layer=layer[1] if layer else ""
+    )
 
 
 def bias_names(module: str, second: str | None = None) -> tuple[str, ...]:

@@ -91,7 +91,6 @@ def test_merged_checkpoint_counts_as_dense_and_says_what_its_configuration_claim
 
 REFUSED_NAMES = {
     "quantized": f"{Q}.qweight",
-    "basis_sharing": "model.q_basis.0.weight",
     "palu": f"{V}.VT.weight",
     "eigen_attention": "model.layers.0.self_attn.k_proj_low.weight",
     "flashsvd_gpt2": "blocks.0.q_U",

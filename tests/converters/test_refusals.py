@@ -101,12 +101,10 @@ def test_values_out_of_range_of_the_dtype(published, tmp_path) -> None:
 
 
 def test_family_that_is_not_read(published, tmp_path) -> None:
-    def share_a_basis(tensors: Tensors, config: dict[str, Any]) -> None:
-        tensors["model.q_basis.0.weight"] = torch.ones(3, 40)
+    def split_a_factor(tensors: Tensors, config: dict[str, Any]) -> None:
+        tensors[f"{Q}.VT.weight"] = torch.ones(3, 40)
 
-    refuse(
-        changed(published("dense-mistral"), tmp_path / "in", share_a_basis), "Basis Sharing .*not read yet", tmp_path
-    )
+    refuse(changed(published("dense-mistral"), tmp_path / "in", split_a_factor), "Palu .*not read yet", tmp_path)
 
 
 def test_files_of_a_family_that_is_not_read(published, tmp_path) -> None:

@@ -28,7 +28,9 @@ def test_conversions_verify(case: str, dtype: str, published, tmp_path) -> None:
     source = published(case)
     report = convert(source.path, tmp_path / "out", base=source.base, dtype=dtype, verify=True, progress=False)
     verification = report.verification
-    assert verification is not None and verification.sites == 14 + (not report.config.tie_embeddings)
+    assert verification is not None and verification.sites == 7 * report.config.num_layers + (
+        not report.config.tie_embeddings
+    )
     if dtype == "float32":
         assert verification.worst_error <= 1e-12  # the very same numbers
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from basis_sharing import GROUPS, share_bases, share_config
 from compressed_modules import (
     SVDLLM_MODULES,
     ABLinear,
@@ -274,6 +275,25 @@ def _zs_svd(folder: Path) -> Published:
     return Published(path, model, "zs_svd", ranks)
 
 
+def _basis_sharing(folder: Path) -> Published:
+    """Llama's classes: tied tensors under the names of the model and of the blocks."""
+    model = base_model("llama_bias", num_hidden_layers=4)
+    ranks = share_bases(model)
+    config = hf_config(model, architectures=["ShareLlamaForCausalLM"], **share_config())
+    write_config(folder, config)
+    torch.save(state_dict(model), folder / "pytorch_model.bin")
+    return Published(folder, model, "basis_sharing", ranks)
+
+
+def _basis_sharing_mistral(folder: Path) -> Published:
+    """Names of the model alone, repeated in several shards; some projections are dense."""
+    model = base_model("mistral", num_hidden_layers=4)
+    groups = {stem: GROUPS[stem] for stem in ("q", "k", "o", "gate")}
+    ranks = share_bases(model, groups, in_blocks=False)
+    config = hf_config(model, architectures=["ShareMistralForCausalLM"], **share_config(groups))
+    return Published(save_shards(folder, state_dict(model), config, ".bin"), model, "basis_sharing", ranks)
+
+
 def _dense(folder: Path, architecture: str) -> Published:
     model = base_model(architecture, **(ROPE if architecture == "llama_tied" else {}))
     return Published(save_safetensors(folder, state_dict(model), hf_config(model)), model, "dense", {})
@@ -302,6 +322,8 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "fwsvd": functools.partial(_generic, architecture="llama_tied", layer=LinLinear, family="fwsvd"),
     "dynrank": _dynrank,
     "zs_svd": _zs_svd,
+    "basis_sharing": _basis_sharing,
+    "basis_sharing-mistral": _basis_sharing_mistral,
     "dense-llama-tied": functools.partial(_dense, architecture="llama_tied"),
     "dense-mistral": functools.partial(_dense, architecture="mistral"),
     "dense-qwen2": functools.partial(_dense, architecture="qwen2"),
