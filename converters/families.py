@@ -42,8 +42,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "dobi_remapped",
         "Dobi-SVD with remapped 8-bit factors",
-        files=("remapping_weight.pt",),
-        refusal="its factors are 8-bit codes; the checkpoints named Noremapping hold the same method in floating point",
+        pairs=(PairRule("{module}.vt.weight", "{module}.us.weight"),),
     ),
     Family(
         "asvd",

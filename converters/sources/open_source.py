@@ -4,6 +4,7 @@ import fnmatch
 from pathlib import Path
 
 from converters.sources.base import TensorSource
+from converters.sources.remapped_source import CODES_FILE, RemappedSource
 from converters.sources.safetensors_source import SafetensorsSource
 from converters.sources.sharded_source import ShardedSource, read_index
 from converters.sources.torch_source import TorchSource
@@ -12,8 +13,8 @@ from flashsvd_jax.errors import CheckpointError
 _READERS = {".safetensors": SafetensorsSource, ".pt": TorchSource, ".pth": TorchSource, ".bin": TorchSource}
 # Safetensors first: where a folder holds both formats they hold the same weights.
 _STANDARD_NAMES = ("model.safetensors", "pytorch_model.bin")
-# Files that training leaves beside the weights.
-_NOT_WEIGHTS = ("training_args.*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*")
+# Files that training leaves beside the weights, and factors that mean nothing without the rest of their model.
+_NOT_WEIGHTS = ("training_args.*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*", CODES_FILE)
 _MAX_LISTED = 20
 
 
@@ -24,8 +25,12 @@ def open_source(path: str | Path) -> TensorSource:
     safetensors are preferred. Raises CheckpointError if there are no weights, several candidates, or damaged ones.
     """
     path = Path(path)
+    if path.name == CODES_FILE and path.is_file():
+        path = path.parent  # it holds a part of the model alone
     if path.is_dir():
-        return _open_folder(path)
+        source = _open_folder(path)
+        codes = path / CODES_FILE
+        return RemappedSource(source, TorchSource(codes)) if codes.exists() else source
     if not path.exists():
         raise CheckpointError(f"{path} does not exist")
     return _open_file(path)

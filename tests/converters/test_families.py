@@ -100,7 +100,6 @@ REFUSED_NAMES = {
 }
 REFUSED_CONFIGS = {"modegpt": {"q_ranks": [[3]], "mask_path": "/somewhere/rotary_masks.pt"}}
 REFUSED_FILES = {
-    "dobi_remapped": "remapping_weight.pt",
     "eigen_attention": "low_rank_config.pt",
     "flashsvd_gpt2": "gpt2_block_0.pt",
 }

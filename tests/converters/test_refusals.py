@@ -109,9 +109,9 @@ def test_family_that_is_not_read(published, tmp_path) -> None:
 
 def test_files_of_a_family_that_is_not_read(published, tmp_path) -> None:
     path = shutil.copytree(published("dense-mistral").path, tmp_path / "in")
-    (path / "remapping_weight.pt").touch()
-    refuse(path, "remapped 8-bit factors .file remapping_weight.pt., which is not read yet", tmp_path)
-    refuse(path / "remapping_weight.pt", "remapped 8-bit factors", tmp_path)
+    (path / "low_rank_config.pt").touch()
+    refuse(path, "Eigen Attention .file low_rank_config.pt., which is not read yet", tmp_path)
+    refuse(path / "low_rank_config.pt", "Eigen Attention", tmp_path)
 
 
 def test_no_configuration(published, tmp_path) -> None:

@@ -25,6 +25,7 @@ from compressed_modules import (
     compress,
     compress_in_blocks,
 )
+from dobi_remapping import remap
 from hf_models import build_model
 from safetensors.torch import save_file
 from torch import nn
@@ -82,6 +83,7 @@ def base_model(architecture: str, **overrides: Any) -> Any:
 # Nearly all checkpoints have these ranks, so that models of one architecture compile once: a rank of its own for most
 # projections, every third one dense.
 RANKS = {module: 3 + index for index, module in enumerate(MODULES) if index % 3 != 2}
+REMAPPED = {module: 3 + index for index, module in enumerate(MODULES)}
 RANKS_AND_HEAD = {**RANKS, "lm_head": 11}
 
 
@@ -294,6 +296,20 @@ def _basis_sharing_mistral(folder: Path) -> Published:
     return Published(save_shards(folder, state_dict(model), config, ".bin"), model, "basis_sharing", ranks)
 
 
+def _dobi_remapped(folder: Path) -> Published:
+    """Every projection but the head as codes; what remains of the model is in float16."""
+    model = base_model("llama").half().float()
+    codes = remap(model, REMAPPED)
+    config = hf_config(model)
+    write_config(folder, config)
+    rest = {
+        name: t.half() for name, t in state_dict(model).items() if ".self_attn." not in name and ".mlp." not in name
+    }
+    torch.save(rest, folder / "pytorch_model.bin")
+    torch.save(codes, folder / "remapping_weight.pt")
+    return Published(folder, model, "dobi_remapped", REMAPPED)
+
+
 def _dense(folder: Path, architecture: str) -> Published:
     model = base_model(architecture, **(ROPE if architecture == "llama_tied" else {}))
     return Published(save_safetensors(folder, state_dict(model), hf_config(model)), model, "dense", {})
@@ -324,6 +340,7 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "zs_svd": _zs_svd,
     "basis_sharing": _basis_sharing,
     "basis_sharing-mistral": _basis_sharing_mistral,
+    "dobi_remapped": _dobi_remapped,
     "dense-llama-tied": functools.partial(_dense, architecture="llama_tied"),
     "dense-mistral": functools.partial(_dense, architecture="mistral"),
     "dense-qwen2": functools.partial(_dense, architecture="qwen2"),
