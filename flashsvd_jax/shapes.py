@@ -48,7 +48,7 @@ def shape_config(name: str, ratio: float = 1.0) -> ModelConfig:
     config = _dense_config(name, ratio)
     if ratio == 1:
         return config
-    return _with_ranks(name, {site.name: _rank(site, ratio) for site in _layer_sites(config)})
+    return _with_ranks(name, {site.name: uniform_rank(site, ratio) for site in layer_sites(config)})
 
 
 def mixed_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
@@ -63,17 +63,27 @@ def mixed_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
     config = _dense_config(name, ratio)
     if ratio == 1:
         raise RequestError("a model of mixed ranks needs a ratio below 1")
-    layer_sites = _layer_sites(config)
-    uniform = np.array([_rank(site, ratio) for site in layer_sites])
-    cost = np.array([site.d_out + site.d_in for site in layer_sites])
-    largest = np.array([min(site.d_out, site.d_in) for site in layer_sites])
-    drawn = uniform * np.random.default_rng(seed).uniform(0.3, 1.1, len(layer_sites))
+    projections = layer_sites(config)
+    uniform = np.array([uniform_rank(site, ratio) for site in projections])
+    cost = np.array([site.d_out + site.d_in for site in projections])
+    largest = np.array([min(site.d_out, site.d_in) for site in projections])
+    drawn = uniform * np.random.default_rng(seed).uniform(0.3, 1.1, len(projections))
     budget, scale = (uniform * cost).sum(), 1.0
     for _ in range(20):  # more than once, because ranks are whole numbers with a largest one
         ranks = np.clip(np.rint(scale * drawn), 1, largest)
         scale *= budget / (ranks * cost).sum()
     ranks = np.clip(np.rint(scale * drawn), 1, largest).astype(int)
-    return _with_ranks(name, {site.name: int(rank) for site, rank in zip(layer_sites, ranks, strict=True)})
+    return _with_ranks(name, {site.name: int(rank) for site, rank in zip(projections, ranks, strict=True)})
+
+
+def layer_sites(config: ModelConfig) -> list[Site]:
+    """Every projection of the layers, in the order it is computed; not the head."""
+    return [site for site in sites(config) if site.name.startswith("layers_")]
+
+
+def uniform_rank(site: Site, ratio: float) -> int:
+    """The rank at which two factors hold ``ratio`` of a weight's parameters, rounded down, at least 1."""
+    return max(1, int(ratio * site.d_out * site.d_in / (site.d_out + site.d_in)))
 
 
 def kept_share(config: ModelConfig) -> float:
@@ -86,9 +96,9 @@ def rank_layout(config: ModelConfig) -> str:
     ranks = config.factorization.rank_by_site
     if not ranks:
         return "dense"
-    layer_sites = _layer_sites(config)
-    found = {(site.d_out, site.d_in, ranks.get(site.name)) for site in layer_sites}
-    return "uniform" if len(found) == len({(site.d_out, site.d_in) for site in layer_sites}) else "mixed"
+    projections = layer_sites(config)
+    found = {(site.d_out, site.d_in, ranks.get(site.name)) for site in projections}
+    return "uniform" if len(found) == len({(site.d_out, site.d_in) for site in projections}) else "mixed"
 
 
 def _dense_config(name: str, ratio: float) -> ModelConfig:
@@ -102,14 +112,6 @@ def _dense_config(name: str, ratio: float) -> ModelConfig:
 
 def _with_ranks(name: str, ranks: dict[str, int]) -> ModelConfig:
     return ModelConfig.from_hf(SHAPES[name], Factorization.of(ranks))
-
-
-def _layer_sites(config: ModelConfig) -> list[Site]:
-    return [site for site in sites(config) if site.name.startswith("layers_")]
-
-
-def _rank(site: Site, ratio: float) -> int:
-    return max(1, int(ratio * site.d_out * site.d_in / (site.d_out + site.d_in)))
 
 
 def _projection_params(config: ModelConfig) -> int:
