@@ -75,3 +75,20 @@ def test_heldout_text_is_whole_lines_of_heldout_files_alone(corpus: Any) -> None
     text = corpus.heldout_text(documents)
     assert corpus.HELDOUT_TEXT_BYTES - 20 < len(text.encode()) <= corpus.HELDOUT_TEXT_BYTES
     assert all(int(line.removeprefix("line ")) % 2 for line in text.splitlines())
+
+
+def test_calibration_text_is_whole_lines_of_training_files_alone(corpus: Any) -> None:
+    parts = ["train", "heldout", "validation"] * 200
+    documents = [corpus.Document(f"{i}.py", f"line {i % 3}\n" * 1_000, part) for i, part in enumerate(parts)]
+    text = corpus.calibration_text(documents)
+    assert corpus.CALIBRATION_TEXT_BYTES - 20 < len(text.encode()) <= corpus.CALIBRATION_TEXT_BYTES
+    assert set(text.splitlines()) == {"line 0"}
+
+
+def test_bundled_calibration_text_has_nothing_of_the_heldout_text() -> None:
+    """No block of 300 characters: single lines occur in both."""
+    heldout, calibration = (
+        (ROOT / "flashsvd_jax/bundled" / f"{name}.txt").read_text() for name in ("heldout", "calibration")
+    )
+    blocks = {heldout[start : start + 300] for start in range(0, len(heldout) - 300, 300)}
+    assert not [block for block in blocks if block in calibration]

@@ -2,7 +2,7 @@
 
 `collect()` is deterministic for one Python release: files are taken in sorted order, identical files once, and a file
 belongs to the held-out or validation part by a hash of its relative path alone. Run as a script, it writes the held-out
-text that perplexity is measured on and the licence that this text is under.
+text that perplexity is measured on, the text that compression takes its statistics of, and the licence of both.
 """
 
 import argparse
@@ -23,6 +23,8 @@ MAX_DATA_LINE_SHARE = 0.5
 HELDOUT_TEXT_BYTES = 120_000
 HELDOUT_FILE_BYTES = 12_000
 MIN_HELDOUT_FILE_BYTES = 2_000
+CALIBRATION_TEXT_BYTES = 400_000
+CALIBRATION_FILE_BYTES = 4_000
 
 # Installed packages, and files that the build of the interpreter generates with the paths of the machine in them.
 _SKIPPED = re.compile(r"^(site-packages|dist-packages|config-[^/]*|_sysconfigdata[^/]*)(/|$)")
@@ -72,11 +74,21 @@ def part_of(path: str, size: int) -> Part:
 
 def heldout_text(documents: list[Document]) -> str:
     """Joins the beginnings of held-out files, each cut at a line end, up to HELDOUT_TEXT_BYTES."""
+    heldout = [document for document in documents if document.part == "heldout"]
+    return _beginnings(heldout, HELDOUT_FILE_BYTES, HELDOUT_TEXT_BYTES)
+
+
+def calibration_text(documents: list[Document]) -> str:
+    """Joins the beginnings of training files, in the order of a hash of their path, up to CALIBRATION_TEXT_BYTES."""
+    train = [document for document in documents if document.part == "train"]
+    train.sort(key=lambda document: hashlib.sha256(document.path.encode()).digest())
+    return _beginnings(train, CALIBRATION_FILE_BYTES, CALIBRATION_TEXT_BYTES)
+
+
+def _beginnings(documents: list[Document], file_bytes: int, text_bytes: int) -> str:
     pieces, total = [], 0
     for document in documents:
-        if document.part != "heldout":
-            continue
-        piece = _first_lines(document.text, min(HELDOUT_FILE_BYTES, HELDOUT_TEXT_BYTES - total))
+        piece = _first_lines(document.text, min(file_bytes, text_bytes - total))
         pieces.append(piece)
         total += len(piece.encode())
     return "".join(pieces)
@@ -112,18 +124,19 @@ def _first_lines(text: str, limit: int) -> str:
 
 
 def main() -> None:
-    """Writes the held-out text and the licence, and prints the size of every part."""
+    """Writes both texts and the licence, and prints the size of every part."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stdlib", type=Path, help="standard library folder (default: the running interpreter's)")
-    parser.add_argument("--out", type=Path, default=BUNDLED, help="folder for heldout.txt and PYTHON_LICENSE.txt")
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="folder for the texts and PYTHON_LICENSE.txt")
     parser.add_argument("--list", action="store_true", help="also list the files of the validation and held-out parts")
     options = parser.parse_args()
 
     root = options.stdlib or Path(sysconfig.get_path("stdlib"))
     documents = collect(root)
-    text = heldout_text(documents)
+    texts = {"heldout.txt": heldout_text(documents), "calibration.txt": calibration_text(documents)}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "heldout.txt").write_text(text, encoding="utf-8", newline="")
+    for name, text in texts.items():
+        (options.out / name).write_text(text, encoding="utf-8", newline="")
     shutil.copyfile(root / "LICENSE.txt", options.out / "PYTHON_LICENSE.txt")
 
     print(f"Python {platform.python_version()}")
@@ -132,7 +145,8 @@ def main() -> None:
         print(f"{part:10} {len(chosen):5} files {sum(len(d.text.encode()) for d in chosen):10} bytes")
         if options.list and part != "train":
             print("".join(f"    {d.path} {len(d.text)}\n" for d in chosen), end="")
-    print(f"heldout.txt {len(text.encode())} bytes")
+    for name, text in texts.items():
+        print(f"{name} {len(text.encode())} bytes")
 
 
 if __name__ == "__main__":
