@@ -7,6 +7,7 @@ statistics may be singular; where inputs lie in a subspace, what is left of the 
 """
 
 import dataclasses
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,16 @@ class Loss:
 
     rows: np.ndarray | None = None
     inputs: np.ndarray | None = None
+
+    @cached_property
+    def root(self) -> np.ndarray | None:
+        """S: [d_in, d_in], or its diagonal; by eigenvectors, because a singular moment has no Cholesky factor to rely on."""
+        if self.inputs is None or not self.inputs.any():
+            return None
+        moment = self.inputs.astype(np.float64)
+        values, vectors = (moment, None) if moment.ndim == 1 else np.linalg.eigh(moment)
+        sizes = np.sqrt(np.maximum(values, _SMALLEST_EIGENVALUE * values.max()))
+        return sizes if vectors is None else vectors * sizes
 
 
 class Factors(NamedTuple):
@@ -64,18 +75,10 @@ def _row_scale(weight: np.ndarray, loss: Loss) -> np.ndarray:
 
 
 def _times_root(scaled: np.ndarray, loss: Loss) -> np.ndarray:
-    """D W times S, a root of the second moment: by its eigenvectors, because a Cholesky factor of a singular one may not exist."""
-    if loss.inputs is None or not loss.inputs.any():
+    """D W S from D W."""
+    if loss.root is None:
         return scaled
-    moment = loss.inputs.astype(np.float64)
-    if moment.ndim == 1:
-        return scaled * _root(moment)
-    values, vectors = np.linalg.eigh(moment)
-    return (scaled @ vectors) * _root(values)
-
-
-def _root(eigenvalues: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(eigenvalues, _SMALLEST_EIGENVALUE * eigenvalues.max()))
+    return scaled * loss.root if loss.root.ndim == 1 else scaled @ loss.root
 
 
 def _leading_left_vectors(matrix: np.ndarray, rank: int) -> np.ndarray:

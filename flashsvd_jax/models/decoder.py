@@ -59,6 +59,32 @@ def full_logits(
     return head_logits(config, weights, _through_layers(config, weights, x, attention))
 
 
+def through_layer(
+    config: ModelConfig,
+    weights: LayerWeights,
+    window: int | None,
+    x: jax.Array,
+    product: Callable[..., tuple[jax.Array, ...]] = project,
+) -> jax.Array:
+    """The residual stream x [batch, tokens, embed] of whole sequences, from position 0 on, after one layer.
+
+    Args:
+      config: the model.
+      weights: of the layer.
+      window: the layer's sliding window.
+      x: the residual stream before it, without padding.
+      product: in place of `project`, to see what goes into each packed projection; called with those of queries, keys and
+        values, of the attention's output, of gate and up, and of down, in this order.
+    """
+    batch, tokens, _ = x.shape
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+    tables = rotary_tables(config.rope, config.head_dim, positions, jnp.full(batch, tokens, jnp.int32))
+    mask = causal_mask(positions, positions, jnp.ones((batch, tokens), bool), window)
+    layer = _layer(config, weights, window)
+    projected = product(x, layer.qkv, norm=layer.input_norm)
+    return after_attention(product, x, attend(*_heads(config, weights, tables, *projected), mask), layer)
+
+
 def prefill(
     config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[KVCache, jax.Array]:
@@ -231,25 +257,22 @@ def _through_layers(
 
 def _layers(config: ModelConfig, weights: DecoderWeights) -> list[DecoderLayer]:
     """The layers as `pallas_kernels` takes them."""
+    return [_layer(config, *pair) for pair in zip(weights.layers, config.windows, strict=True)]
 
-    def norm(scale: jax.Array) -> Norm:
-        return Norm(scale, config.rms_norm_eps)
 
-    return [
-        DecoderLayer(
-            input_norm=norm(layer.input_norm),
-            qkv=layer.qkv,
-            q_norm=_norm(config, layer.q_norm),
-            k_norm=_norm(config, layer.k_norm),
-            o=layer.o,
-            mlp_norm=norm(layer.post_attention_norm),
-            gate_up=layer.gate_up,
-            down=layer.down,
-            gate="silu",
-            window=window,
-        )
-        for layer, window in zip(weights.layers, config.windows, strict=True)
-    ]
+def _layer(config: ModelConfig, weights: LayerWeights, window: int | None) -> DecoderLayer:
+    return DecoderLayer(
+        input_norm=Norm(weights.input_norm, config.rms_norm_eps),
+        qkv=weights.qkv,
+        q_norm=_norm(config, weights.q_norm),
+        k_norm=_norm(config, weights.k_norm),
+        o=weights.o,
+        mlp_norm=Norm(weights.post_attention_norm, config.rms_norm_eps),
+        gate_up=weights.gate_up,
+        down=weights.down,
+        gate="silu",
+        window=window,
+    )
 
 
 def _heads(

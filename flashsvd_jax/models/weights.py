@@ -70,26 +70,27 @@ def build_weights(
       dtype: of all arrays; as ``get`` gives them if None.
     """
     packer = Packer(config, get, pad_rank, place, expand, dtype)
-
-    def layer(index: int) -> LayerWeights:
-        prefix = f"layers_{index}"
-        attn = f"{prefix}.self_attn"
-        return LayerWeights(
-            input_norm=packer.array(f"{prefix}.input_layernorm.scale"),
-            qkv=packer.group(config.qkv_bias, _in_layer(index, _QKV)),
-            q_norm=packer.array(f"{attn}.q_norm.scale") if config.qk_norm else None,
-            k_norm=packer.array(f"{attn}.k_norm.scale") if config.qk_norm else None,
-            o=packer.group(config.o_bias, _in_layer(index, _O)),
-            post_attention_norm=packer.array(f"{prefix}.post_attention_layernorm.scale"),
-            gate_up=packer.group(config.mlp_bias, _in_layer(index, _GATE_UP)),
-            down=packer.group(config.mlp_bias, _in_layer(index, _DOWN)),
-        )
-
     return DecoderWeights(
         embedding=packer.array("embed_tokens.weight"),
-        layers=tuple(layer(index) for index in range(config.num_layers)),
+        layers=tuple(layer_weights(config, packer, index) for index in range(config.num_layers)),
         norm=packer.array("norm.scale"),
         head=None if config.tie_embeddings else packer.group(False, ("lm_head",)),
+    )
+
+
+def layer_weights(config: ModelConfig, packer: Packer, index: int) -> LayerWeights:
+    """One layer, as ``packer`` gives its arrays."""
+    prefix = f"layers_{index}"
+    attn = f"{prefix}.self_attn"
+    return LayerWeights(
+        input_norm=packer.array(f"{prefix}.input_layernorm.scale"),
+        qkv=packer.group(config.qkv_bias, _in_layer(index, _QKV)),
+        q_norm=packer.array(f"{attn}.q_norm.scale") if config.qk_norm else None,
+        k_norm=packer.array(f"{attn}.k_norm.scale") if config.qk_norm else None,
+        o=packer.group(config.o_bias, _in_layer(index, _O)),
+        post_attention_norm=packer.array(f"{prefix}.post_attention_layernorm.scale"),
+        gate_up=packer.group(config.mlp_bias, _in_layer(index, _GATE_UP)),
+        down=packer.group(config.mlp_bias, _in_layer(index, _DOWN)),
     )
 
 

@@ -1,0 +1,97 @@
+"""What goes into the projections of a decoder, one layer at a time: its weights and statistics are all that is held of it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashsvd_jax.compress.methods import Statistic, Statistics
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import CheckpointError
+from flashsvd_jax.length_batches import batch_within_workspace
+from flashsvd_jax.models.decoder import through_layer
+from flashsvd_jax.models.packing import Packer, packed_sites
+from flashsvd_jax.models.weights import LayerWeights, layer_weights
+from pallas_kernels import Norm, PackedProjection, project, rms_norm
+
+
+class LayerPass:
+    """The residual stream of all windows between two layers of a dense decoder, float32 in host memory.
+
+    Products are in full float32, whatever the device would take for that by itself; sums over batches in float64.
+
+    Args:
+      config: the dense model.
+      tokens: int32 [windows, length].
+      embedding: [vocab, embed].
+      kind: of the statistics to take: "moment" or "magnitude".
+    """
+
+    def __init__(self, config: ModelConfig, tokens: np.ndarray, embedding: np.ndarray, kind: Statistic):
+        self._config, self._kind = config, kind
+        self._stream = embedding[tokens].astype(np.float32)
+        scores = 4 * tokens.shape[1] * max(config.num_heads * tokens.shape[1], config.intermediate_size)
+        self._batch = batch_within_workspace(scores, len(tokens))
+
+    def statistics(self, index: int, get: Callable[[str], np.ndarray]) -> dict[str, Statistics]:
+        """Measures the inputs of a layer's projections; the stream stays where it is.
+
+        Args:
+          index: of the layer.
+          get: flat name -> array.
+
+        Returns:
+          Statistics by site; sites that read the same inputs have the same object.
+        """
+        groups = [group for group in packed_sites(self._config) if group[0].startswith(f"layers_{index}.")]
+        sums: dict[tuple[str, ...], np.ndarray] = {}
+        weights = self._weights(index, get)
+        for batch in self._batches():
+            _, measured = _measured_layer(self._config, self._config.windows[index], self._kind, weights, batch)
+            for group, array in zip(groups, measured, strict=True):
+                sums[group] = sums.get(group, 0.0) + np.asarray(array, np.float64)
+        for group, total in sums.items():
+            if not np.isfinite(total).all():
+                raise CheckpointError(
+                    f"the model is not usable: on the calibration text, inputs of {group[0]} are not finite"
+                )
+        found = {group: Statistics(**{self._kind: total}) for group, total in sums.items()}
+        return {site: found[group] for group in groups for site in group}
+
+    def advance(self, index: int, get: Callable[[str], np.ndarray]) -> None:
+        """Moves the stream on through a layer with the weights that ``get`` gives, factors multiplied out."""
+        weights = self._weights(index, get)
+        for batch in self._batches():
+            batch[:] = _measured_layer(self._config, self._config.windows[index], None, weights, batch)[0]
+
+    def _weights(self, index: int, get: Callable[[str], np.ndarray]) -> LayerWeights:
+        packer = Packer(self._config, get, lambda rank: rank, jax.device_put, (), jnp.float32)
+        return layer_weights(self._config, packer, index)
+
+    def _batches(self) -> Iterator[np.ndarray]:
+        """Views of the stream."""
+        for start in range(0, len(self._stream), self._batch):
+            yield self._stream[start : start + self._batch]
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _measured_layer(
+    config: ModelConfig, window: int | None, kind: Statistic | None, weights: LayerWeights, x: jax.Array
+) -> tuple[jax.Array, Sequence[jax.Array]]:
+    """The stream after a layer, and what was measured of the inputs of each packed projection, in their order."""
+    found = []
+
+    def product(
+        x: jax.Array, packed: PackedProjection, norm: Norm | None = None, **options: Any
+    ) -> tuple[jax.Array, ...]:
+        x = x if norm is None else rms_norm(x, norm)
+        if kind is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            found.append(rows.T @ rows if kind == "moment" else jnp.abs(rows).sum(0))
+        return project(x, packed, **options)
+
+    with jax.default_matmul_precision("highest"):
+        return through_layer(config, weights, window, x, product), found

@@ -1,0 +1,94 @@
+"""Inputs of projections and Fisher information, against what PyTorch's hooks and gradients say of the same models."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import hf_models
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flashsvd_jax.compress.fisher import fisher_statistics
+from flashsvd_jax.compress.layer_statistics import LayerPass
+from flashsvd_jax.schema import flatten, sites
+
+TOKENS = np.random.default_rng(0).integers(1, 50, (6, 20)).astype(np.int32)
+
+
+def torch_inputs(model: nn.Module) -> dict[str, np.ndarray]:
+    """The inputs [tokens, d_in] of each linear layer, as float64."""
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Any:
+        return lambda _module, inputs: found.__setitem__(name, inputs[0].flatten(0, -2).double().numpy())
+
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
+    hooks = [m.register_forward_pre_hook(keep(_canonical(name))) for name, m in linears]
+    with torch.no_grad():
+        model(torch.tensor(TOKENS).long())
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _canonical(name: str) -> str:
+    return name.removeprefix("model.").replace("layers.", "layers_", 1)
+
+
+def layer_names(config: Any, index: int) -> list[str]:
+    return [site.name for site in sites(config) if site.name.startswith(f"layers_{index}.")]
+
+
+@pytest.fixture(params=[1, 4, 64])
+def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    monkeypatch.setattr("flashsvd_jax.compress.layer_statistics.batch_within_workspace", lambda *_: request.param)
+    yield request.param
+
+
+@pytest.mark.parametrize("architecture", hf_models.ARCHITECTURES)
+def test_inputs_are_those_of_pytorch(architecture: str) -> None:
+    reference = hf_models.reference(architecture)
+    config, flat, expected = reference.config, flatten(reference.params), torch_inputs(reference.model)
+    by_moment, by_magnitude = (
+        LayerPass(config, TOKENS, flat["embed_tokens.weight"], kind) for kind in ("moment", "magnitude")
+    )
+    for index in range(config.num_layers):
+        moments = by_moment.statistics(index, flat.__getitem__)
+        magnitudes = by_magnitude.statistics(index, flat.__getitem__)
+        assert list(moments) == list(magnitudes) == layer_names(config, index)
+        for name in moments:
+            x = expected[name]
+            np.testing.assert_allclose(moments[name].moment, x.T @ x, rtol=1e-4, atol=1e-4 * len(x))
+            np.testing.assert_allclose(magnitudes[name].magnitude, np.abs(x).sum(0), rtol=1e-4)
+        by_moment.advance(index, flat.__getitem__)
+        by_magnitude.advance(index, flat.__getitem__)
+
+
+def test_batches_do_not_matter(batch: int) -> None:
+    reference = hf_models.reference("llama")
+    flat = flatten(reference.params)
+    x = torch_inputs(reference.model)["layers_1.mlp.down_proj"]
+    passed = LayerPass(reference.config, TOKENS, flat["embed_tokens.weight"], "moment")
+    passed.advance(0, flat.__getitem__)
+    found = passed.statistics(1, flat.__getitem__)["layers_1.mlp.down_proj"].moment
+    assert found is not None and found.dtype == np.float64
+    np.testing.assert_allclose(found, x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", ["llama_tied", "qwen2"])
+def test_fisher_information_is_that_of_pytorch(architecture: str) -> None:
+    reference = hf_models.reference(architecture)
+    names = [name for i in range(reference.config.num_layers) for name in layer_names(reference.config, i)]
+    found = fisher_statistics(reference.config, flatten(reference.params).__getitem__, names, TOKENS, False)
+    linears = {_canonical(name): m for name, m in reference.model.named_modules() if isinstance(m, nn.Linear)}
+    expected = dict.fromkeys(names, 0.0)
+    for window in torch.tensor(TOKENS).long():
+        logits = reference.model(window[None, :-1]).logits[0]
+        gradients = torch.autograd.grad(
+            nn.functional.cross_entropy(logits, window[1:]), [linears[n].weight for n in names]
+        )
+        for name, gradient in zip(names, gradients, strict=True):
+            expected[name] += gradient.double().square().sum(1).numpy()
+    for name in names:
+        np.testing.assert_allclose(found[name].fisher, expected[name], rtol=1e-3)
