@@ -15,7 +15,7 @@ from typing import Any
 
 from decode import environment
 from encoder_cases import CASES, IMPLS, EncoderCase
-from jobs import HERE, append_row, results_folder
+from jobs import HERE, append_row, last_line, results_folder
 
 from flashsvd_jax.benchmark import provenance
 
@@ -52,8 +52,7 @@ def measured(case: EncoderCase, limit: float) -> dict[str, Any]:
         return {**case.described(), "error": f"no result after {limit:.0f} s", **provenance()}
     rows = [line for line in result.stdout.splitlines() if line.startswith("{")]
     if result.returncode or not rows:
-        said = [line for line in result.stderr.splitlines() if line.strip()]
-        return {**case.described(), "error": (said or ["no message"])[-1][:300], **provenance()}
+        return {**case.described(), "error": last_line(result.stderr)[:300], **provenance()}
     return json.loads(rows[-1]) | provenance()
 
 

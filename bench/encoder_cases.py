@@ -6,7 +6,8 @@ from typing import Any
 
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
-from flashsvd_jax.schema import schema, sites
+from flashsvd_jax.schema import schema
+from flashsvd_jax.shapes import layer_sites, uniform_rank
 
 _BERT: dict[str, Any] = {
     "model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2,
@@ -47,8 +48,7 @@ class EncoderCase:
         dense = EncoderConfig.from_hf(SHAPES[self.model])
         if self.ratio == 1:
             return dense
-        found = [site for site in sites(dense) if site.name.startswith("layers_")]
-        ranks = {s.name: max(1, int(self.ratio * s.d_out * s.d_in / (s.d_out + s.d_in))) for s in found}
+        ranks = {site.name: uniform_rank(site, self.ratio) for site in layer_sites(dense)}
         return EncoderConfig.from_hf(SHAPES[self.model], Factorization.of(ranks))
 
     def described(self) -> dict[str, Any]:

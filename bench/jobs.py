@@ -124,7 +124,7 @@ def run(job: Job, limit: float, env: Mapping[str, str]) -> Iterator[dict[str, An
                 yield json.loads(line)
         if process.returncode and not reason:
             log.seek(0)
-            reason = f"exit status {process.returncode}: {_last_line(log.read())}"
+            reason = f"exit status {process.returncode}: {last_line(log.read())}"
     if reason:
         for case in job.cases[done:]:
             yield {**described(job, case), "error": reason[:300]}
@@ -138,5 +138,6 @@ def _forward(source: IO[str], lines: "queue.Queue[str | None]") -> None:
     lines.put(None)
 
 
-def _last_line(text: str) -> str:
+def last_line(text: str) -> str:
+    """What a process said last, which tells why it ended."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")

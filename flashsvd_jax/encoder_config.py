@@ -114,17 +114,14 @@ def _bert(hf: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"config.json: position_embedding_type {hf['position_embedding_type']!r} is not supported; only 'absolute' is"
         )
-    layers = _num_layers(hf, "num_hidden_layers")
+    sizes = _sizes(hf)
+    layers = sizes["num_layers"]
     first = 0 if hf["model_type"] == "bert" else 1 + integer(hf, "pad_token_id", 1, least=0)
     rows = integer(hf, "max_position_embeddings")
     if rows <= first:
         raise ConfigError(f"config.json: max_position_embeddings {rows} leaves no position behind the padding token's")
     return {
-        "vocab_size": integer(hf, "vocab_size"),
-        "hidden_size": integer(hf, "hidden_size"),
-        "intermediate_size": integer(hf, "intermediate_size"),
-        "num_layers": layers,
-        "num_heads": integer(hf, "num_attention_heads"),
+        **sizes,
         "max_position": rows - first,
         "first_position": first,
         "num_types": integer(hf, "type_vocab_size", 2),
@@ -154,7 +151,8 @@ def _distilbert(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _modernbert(hf: Mapping[str, Any]) -> dict[str, Any]:
-    layers = _num_layers(hf, "num_hidden_layers")
+    sizes = _sizes(hf)
+    layers = sizes["num_layers"]
     types = hf.get("layer_types")
     if types is None:
         every = integer(hf, "global_attn_every_n_layers", 3)
@@ -169,11 +167,7 @@ def _modernbert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "sliding_attention": _rope(hf, "sliding_attention", number(hf, "local_rope_theta", 10000.0)),
     }
     return {
-        "vocab_size": integer(hf, "vocab_size"),
-        "hidden_size": integer(hf, "hidden_size"),
-        "intermediate_size": integer(hf, "intermediate_size"),
-        "num_layers": layers,
-        "num_heads": integer(hf, "num_attention_heads"),
+        **sizes,
         "max_position": integer(hf, "max_position_embeddings"),
         "norm_eps": number(hf, "norm_eps", 1e-5),
         "activation": activation(hf, "hidden_activation"),
@@ -187,6 +181,17 @@ def _modernbert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "pre_norm": True,
         "final_norm": True,
         "fused": True,
+    }
+
+
+def _sizes(hf: Mapping[str, Any]) -> dict[str, int]:
+    """Fields that most configurations have by the same names."""
+    return {
+        "vocab_size": integer(hf, "vocab_size"),
+        "hidden_size": integer(hf, "hidden_size"),
+        "intermediate_size": integer(hf, "intermediate_size"),
+        "num_layers": _num_layers(hf, "num_hidden_layers"),
+        "num_heads": integer(hf, "num_attention_heads"),
     }
 
 

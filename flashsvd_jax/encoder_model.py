@@ -15,13 +15,11 @@ from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.engine import check_kernels
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
-from flashsvd_jax.loading import check_dtype, load_weights
+from flashsvd_jax.loading import check_dtype, load_weights, place_params
 from flashsvd_jax.models.encoder import hidden_states, pooled
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.expansion import expanded_sites
-from flashsvd_jax.schema import flatten
 from flashsvd_jax.tokenizer import Tokenizer
-from pallas_kernels import hardware_rank, prefer, record
+from pallas_kernels import prefer, record
 from pallas_kernels.registry import Record
 
 _TINY = 1e-12  # what the length of a vector is taken for where it is less, as PyTorch's normalize does
@@ -58,10 +56,8 @@ class EncoderModel:
           materialize: as for `load`.
           options: as for the constructor.
         """
-        expand = expanded_sites(config, materialize, hardware_rank)
-        enable_persistent_cache()
-        get = flatten(params).__getitem__
-        return cls(config, build_encoder_weights(config, get, hardware_rank, jax.device_put, expand), **options)
+        weights = place_params(config, params, partial(build_encoder_weights, config), materialize)
+        return cls(config, weights, **options)
 
     def vectors(self, tokens: np.ndarray, real: np.ndarray, *, pooling: str, normalize: bool) -> jax.Array:
         """One vector a sequence.

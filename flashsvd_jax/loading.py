@@ -1,17 +1,19 @@
-"""Streaming a folder's weights onto the device."""
+"""Bringing weights onto the device, from an open folder or a tree of parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint import ModelFolder
 from flashsvd_jax.checkpoint.manifest import DTYPES
+from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.models.expansion import expanded_sites
 from flashsvd_jax.progress import progress_bar
-from flashsvd_jax.schema import count_params
+from flashsvd_jax.schema import count_params, flatten
 from pallas_kernels import hardware_rank
 
 
@@ -19,6 +21,13 @@ def check_dtype(dtype: str | None) -> None:
     """Raises RequestError for the name of a dtype that weights are not loaded in; None stands for that of the folder."""
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+def place_params[W](config: AnyConfig, params: Mapping[str, Any], build: Callable[..., W], materialize: str) -> W:
+    """Weights from a canonical parameter tree on the default device, ranks padded for it; the rest as `load_weights`."""
+    expand = expanded_sites(config, materialize, hardware_rank)
+    enable_persistent_cache()
+    return build(flatten(params).__getitem__, hardware_rank, jax.device_put, expand)
 
 
 def load_weights[W](

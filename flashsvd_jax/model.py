@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
@@ -16,12 +14,10 @@ from flashsvd_jax.config_fields import token_ids
 from flashsvd_jax.engine import DECODE_CHUNK, Engine, check_kernels
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.hub import resolve_model
-from flashsvd_jax.loading import check_dtype, load_weights
-from flashsvd_jax.models.expansion import expanded_sites
+from flashsvd_jax.loading import check_dtype, load_weights, place_params
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
-from flashsvd_jax.schema import flatten
 from flashsvd_jax.tokenizer import Tokenizer
-from pallas_kernels import hardware_rank, power_of_two
+from pallas_kernels import power_of_two
 
 DEFAULT_MAX_LENGTH = 4096
 
@@ -68,10 +64,7 @@ class Model:
           materialize: as for `load`.
           options: as for the constructor.
         """
-        expand = expanded_sites(config, materialize, hardware_rank)
-        enable_persistent_cache()
-        weights = build_weights(config, flatten(params).__getitem__, hardware_rank, jax.device_put, expand)
-        return cls(config, weights, **options)
+        return cls(config, place_params(config, params, partial(build_weights, config), materialize), **options)
 
     def engine(self, prompts: int) -> Engine:
         """The engine for so many prompts at once: batch sizes are powers of two, so that few are ever compiled."""

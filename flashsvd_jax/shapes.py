@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import Factorization
@@ -76,7 +77,7 @@ def mixed_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
     return _with_ranks(name, {site.name: int(rank) for site, rank in zip(projections, ranks, strict=True)})
 
 
-def layer_sites(config: ModelConfig) -> list[Site]:
+def layer_sites(config: AnyConfig) -> list[Site]:
     """Every projection of the layers, in the order it is computed; not the head."""
     return [site for site in sites(config) if site.name.startswith("layers_")]
 

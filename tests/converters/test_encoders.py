@@ -8,19 +8,16 @@ import numpy as np
 import pytest
 import torch
 from compressed_modules import ABLinear, LinLinear, SequentialPair, UVLinear, compress
+from converted_encoders import TOKENS, converted, folder_outputs
 from hf_encoders import ARCHITECTURES, HEADS, build_encoder, canonical_encoder
 from published_checkpoints import save_safetensors, save_shards, write_config
 
-from converters import ConversionReport, convert
+from converters import convert
 from converters.encoder_naming import naming_of
-from flashsvd_jax.checkpoint import load_params, open_folder
+from flashsvd_jax.checkpoint import load_params
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.errors import ConversionError
-from flashsvd_jax.models.encoder import outputs
-from flashsvd_jax.models.encoder_weights import encoder_weights_from_params
 from flashsvd_jax.schema import flatten, sites
-
-TOKENS = np.random.default_rng(0).integers(5, 67, (2, 9)).astype(np.int32)
 
 
 def hf_config(model: Any, **added: Any) -> dict[str, Any]:
@@ -36,17 +33,6 @@ def tensors(model: Any) -> dict[str, torch.Tensor]:
 def source_outputs(model: Any, tokens: np.ndarray = TOKENS) -> np.ndarray:
     with torch.no_grad():
         return model(torch.from_numpy(tokens).long())[0].numpy()
-
-
-def folder_outputs(path: Path, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    with open_folder(path) as folder:
-        config = folder.config
-    assert isinstance(config, EncoderConfig)
-    return np.asarray(outputs(config, encoder_weights_from_params(config, load_params(path, "float32")), tokens))
-
-
-def converted(source: Path, folder: Path, **options: Any) -> ConversionReport:
-    return convert(source, folder / "out", dtype="float32", progress=False, **options)
 
 
 def ranks_by_module(model: Any) -> dict[str, int]:

@@ -9,20 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from converted_encoders import TOKENS, converted, folder_outputs
 from hf_encoders import build_encoder
 from published_checkpoints import save_safetensors, write_config
 from torch import nn
 
-from converters import ConversionReport, convert
-from flashsvd_jax.checkpoint import load_params, open_folder
-from flashsvd_jax.encoder_config import EncoderConfig
+from flashsvd_jax.checkpoint import load_params
 from flashsvd_jax.errors import ConversionError
 from flashsvd_jax.inspection import inspect
-from flashsvd_jax.models.encoder import outputs
-from flashsvd_jax.models.encoder_weights import encoder_weights_from_params
 from flashsvd_jax.schema import flatten
 
-TOKENS = np.random.default_rng(0).integers(5, 67, (2, 9)).astype(np.int32)
 RANK_ATTN, RANK_WO, RANK_FF = 3, 11, 13
 SVD_CONFIG = {"rank_attn": RANK_ATTN, "rank_wo": RANK_WO, "rank_ff": RANK_FF, "model_type": "bert_svd"}
 
@@ -123,17 +119,6 @@ def save(folder: Path, model: nn.Module, **changed: Any) -> Path:
     tensors = {**model.state_dict(), **changed}
     torch.save({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "pytorch_model.bin")
     return folder
-
-
-def folder_outputs(path: Path, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    with open_folder(path) as folder:
-        config = folder.config
-    assert isinstance(config, EncoderConfig)
-    return np.asarray(outputs(config, encoder_weights_from_params(config, load_params(path, "float32")), tokens))
-
-
-def converted(source: Path, folder: Path, **options: Any) -> ConversionReport:
-    return convert(source, folder / "out", dtype="float32", progress=False, **options)
 
 
 def refusal(source: Path, folder: Path) -> str:
