@@ -11,26 +11,12 @@ import jax
 import jax.numpy as jnp
 from encoder_cases import EncoderCase
 
+from flashsvd_jax.benchmark import random_arrays
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.models.encoder import hidden_states
-from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.schema import schema
+from flashsvd_jax.models.encoder_weights import build_encoder_weights
 from pallas_kernels import hardware_rank, record
 from pallas_kernels.registry import Record
-
-
-def random_weights(case: EncoderCase) -> EncoderWeights:
-    """Weights drawn on the device, scaled so that activations neither vanish nor explode."""
-    config = case.config
-    specs, keys = schema(config), iter(jax.random.split(jax.random.key(0), len(schema(config))))
-
-    def get(name: str) -> jax.Array:
-        shape = specs[name].shape
-        if len(shape) == 1:
-            return (jnp.ones if name.endswith(".scale") else jnp.zeros)(shape, jnp.bfloat16)
-        return (jax.random.normal(next(keys), shape, jnp.float32) / shape[-1] ** 0.5).astype(jnp.bfloat16)
-
-    return build_encoder_weights(config, get, hardware_rank)
 
 
 def seconds(run: Any, repeats: int) -> float:
@@ -55,7 +41,7 @@ def matrix_rate() -> float:
 def main(case: EncoderCase) -> dict[str, Any]:
     """The row of a case."""
     enable_persistent_cache()
-    weights, used = random_weights(case), Record()
+    weights, used = build_encoder_weights(case.config, random_arrays(case.config), hardware_rank), Record()
     tokens = jnp.ones((case.batch, case.length), jnp.int32)
     real = jnp.arange(case.length)[None] < jnp.full((case.batch, 1), case.length)
     with record(used):

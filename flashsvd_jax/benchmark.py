@@ -10,7 +10,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.compile_cache import cache_hits, compile_count
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
@@ -156,6 +157,11 @@ def measure_end_to_end(
 
 def random_weights(config: ModelConfig, dtype: str = "bfloat16") -> DecoderWeights:
     """Weights drawn on the device, scaled so that activations neither vanish nor explode."""
+    return build_weights(config, random_arrays(config, dtype), hardware_rank)
+
+
+def random_arrays(config: AnyConfig, dtype: str = "bfloat16") -> Callable[[str], jax.Array]:
+    """Flat name -> array, drawn on the device as `random_weights` says."""
     specs = schema(config)
     key = jax.random.key(0)
 
@@ -169,7 +175,7 @@ def random_weights(config: ModelConfig, dtype: str = "bfloat16") -> DecoderWeigh
         empty = jnp.ones(specs[name].shape, dtype)
         return empty if name.endswith(".scale") else scaled(draw, empty)
 
-    return build_weights(config, get, hardware_rank)
+    return get
 
 
 def bytes_per_token(config: ModelConfig, weights: DecoderWeights, batch: int, length: int) -> int:
