@@ -16,7 +16,7 @@ from flashsvd_jax.engine import check_kernels
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.loading import check_dtype, load_weights, place_params
-from flashsvd_jax.models.encoder import hidden_states, pooled
+from flashsvd_jax.models.encoder import hidden_states, pooled, real_tokens
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels import prefer, record
@@ -59,12 +59,12 @@ class EncoderModel:
         weights = place_params(config, params, partial(build_encoder_weights, config), materialize)
         return cls(config, weights, **options)
 
-    def vectors(self, tokens: np.ndarray, real: np.ndarray, *, pooling: str, normalize: bool) -> jax.Array:
+    def vectors(self, tokens: np.ndarray, lengths: np.ndarray, *, pooling: str, normalize: bool) -> jax.Array:
         """One vector a sequence.
 
         Args:
-          tokens: int32 [batch, tokens].
-          real: bool [batch, tokens], False where a token is padding.
+          tokens: int32 [batch, tokens], padded on the right.
+          lengths: int32 [batch], tokens of each sequence before the padding.
           pooling: see `flashsvd_jax.models.encoder.pooled`.
           normalize: scale each to length 1.
 
@@ -72,13 +72,13 @@ class EncoderModel:
           float32 [batch, embed].
         """
         with prefer(None if self.kernels == "auto" else self.kernels), record(self.kernels_used):
-            return self._vectors(self.weights, tokens, real, pooling=pooling, normalize=normalize)
+            return self._vectors(self.weights, tokens, lengths, pooling=pooling, normalize=normalize)
 
 
 def _vectors(
-    config: EncoderConfig, weights: EncoderWeights, tokens: jax.Array, real: jax.Array, *, pooling: str, normalize: bool
+    config: EncoderConfig, weights: EncoderWeights, tokens: jax.Array, lengths: jax.Array, *, pooling: str, normalize: bool
 ) -> jax.Array:
-    found = pooled(hidden_states(config, weights, tokens, real), real, pooling)
+    found = pooled(hidden_states(config, weights, tokens, lengths), real_tokens(tokens, lengths), pooling)
     return found / jnp.maximum(jnp.linalg.norm(found, axis=-1, keepdims=True), _TINY) if normalize else found
 
 

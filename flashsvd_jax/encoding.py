@@ -55,10 +55,10 @@ def encode(
     found = np.zeros((len(ids), model.config.hidden_size), np.float32)
     with progress_bar("encoding", total=len(ids), unit=" texts", enabled=progress) as bar:
         for padded, size, rows in length_batches([len(row) for row in ids], buckets, batch_size):
-            tokens, real = np.zeros((size, padded), np.int32), np.zeros((size, padded), bool)
+            tokens, lengths = np.zeros((size, padded), np.int32), np.zeros(size, np.int32)
             for place, row in enumerate(rows):
-                tokens[place, : len(ids[row])], real[place, : len(ids[row])] = ids[row], True
-            vectors = model.vectors(tokens, real, pooling=pooling, normalize=normalize)
+                tokens[place, : len(ids[row])], lengths[place] = ids[row], len(ids[row])
+            vectors = model.vectors(tokens, lengths, pooling=pooling, normalize=normalize)
             found[rows] = np.asarray(vectors)[: len(rows)]
             bar.update(len(rows))
     return found

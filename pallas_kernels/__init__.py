@@ -3,9 +3,9 @@
 from pallas_kernels import persistent as _persistent  # noqa: F401  (both register their implementations)
 from pallas_kernels import triton as _triton  # noqa: F401
 from pallas_kernels.attention import (
+    Visible,
     attend,
     attend_cached,
-    causal_mask,
     rotate,
     rotated_heads,
     split_heads,
@@ -34,12 +34,12 @@ __all__ = [
     "PackedProjection",
     "Projection",
     "Target",
+    "Visible",
     "after_attention",
     "assume_target",
     "attend",
     "attend_cached",
     "attend_padded",
-    "causal_mask",
     "decode_layers",
     "feed_forward",
     "hardware_rank",

@@ -1,5 +1,6 @@
 """Attention of new queries over keys and values held in a cache, or over a sequence's own."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,17 +11,70 @@ from pallas_kernels.norm import Norm, rms_norm
 from pallas_kernels.registry import Op
 
 
-def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """Which keys each query sees, told without a mask of all pairs, so that kernels can pass over what nobody sees.
+
+    Every query has a place among the keys: it is one of the tokens whose keys they are.
+
+    Attributes:
+      ends: int32 [batch]; a sequence's places from there on hold no real token.
+      real: bool [batch, keys], False where a place before that holds none either, as in padding on the left; None where all do.
+      start: int32 [] or [batch], the place of the first query.
+      causal: a query sees nothing behind its own place.
+      window: a query sees what is less than this many places away; all if None.
+      blind_padding: a query whose own place holds no real token sees nothing.
+    """
+
+    ends: jax.Array
+    real: jax.Array | None = None
+    start: jax.Array | None = None
+    causal: bool = dataclasses.field(default=True, metadata={"static": True})
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    blind_padding: bool = dataclasses.field(default=True, metadata={"static": True})
+
+    @property
+    def starts(self) -> jax.Array:
+        """int32 [batch]."""
+        return jnp.broadcast_to(jnp.int32(0) if self.start is None else self.start, self.ends.shape)
+
+    def mask(self, queries: int, keys: int) -> jax.Array:
+        """bool [batch, queries, keys], True where a query sees a key."""
+        own = self.starts[:, None] + jnp.arange(queries, dtype=jnp.int32)
+        places = jnp.arange(keys, dtype=jnp.int32)[None]
+        distance = own[:, :, None] - places[:, None, :]
+        mask = jnp.broadcast_to(self._are_real(places)[:, None, :], distance.shape)
+        if self.blind_padding:
+            mask = mask & self._are_real(own)[:, :, None]
+        if self.causal:
+            mask = mask & (distance >= 0)
+        return mask if self.window is None else mask & (jnp.abs(distance) < self.window)
+
+    def _are_real(self, places: jax.Array) -> jax.Array:
+        within = places < self.ends[:, None]
+        if self.real is None:
+            return within
+        last = self.real.shape[1] - 1
+        return within & jnp.take_along_axis(self.real, jnp.broadcast_to(jnp.minimum(places, last), within.shape), axis=1)
+
+
+def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
     """Softmax attention with grouped heads, scores and softmax in float32.
 
     Args:
       q: [batch, heads, queries, head_dim].
       k, v: [batch, kv_heads, keys, head_dim]; head h reads kv head ``h // (heads // kv_heads)``.
-      mask: bool [batch, queries, keys], True where a query may look. A query that may look nowhere gives zeros.
+      visible: what each query sees; one that sees nothing gives zeros.
 
     Returns:
       [batch, queries, heads * head_dim] in q's dtype.
     """
+    return masked_attention(q, k, v, visible.mask(q.shape[2], k.shape[2]))
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend_reference` with any mask, bool [batch, queries, keys]."""
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
@@ -68,13 +122,6 @@ def rotated_heads(
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def causal_mask(query_positions: jax.Array, key_positions: jax.Array, real: jax.Array, window: int | None) -> jax.Array:
-    """bool [batch, queries, keys]: keys not after the query, real ones only, the last ``window`` of them if that is given."""
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    causal = (distance >= 0) & real[:, None, :]
-    return causal if window is None else causal & (distance < window)
-
-
 def attend_cached_reference(
     q: jax.Array,
     k: jax.Array,
@@ -104,17 +151,13 @@ def attend_cached_reference(
     Returns:
       Attention [batch, tokens, heads * head_dim], and the cache with the new tokens in it.
     """
-    batch, tokens, _ = q.shape
     head_dim = keys.shape[-1]
     q, k = rotated_heads(q, k, cos, sin, head_dim, q_norm, k_norm)
     keys = write_slots(keys, k, start)
     values = write_slots(values, split_heads(v, head_dim), start)
     # Without the barrier XLA's CPU backend fuses the update into the product that reads it too, and copies the cache for that.
     keys, values = lax.optimization_barrier((keys, values))
-    positions = jnp.broadcast_to(start, (batch,))[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-    slots = jnp.arange(keys.shape[2], dtype=jnp.int32)[None]
-    mask = causal_mask(positions, slots, slots < lengths[:, None], window)
-    return attend(q, keys, values, mask), keys, values
+    return attend(q, keys, values, Visible(lengths, start=start, window=window, blind_padding=False)), keys, values
 
 
 def write_slots(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

@@ -20,10 +20,10 @@ from pallas_kernels import (
     Norm,
     PackedProjection,
     Projection,
+    Visible,
     after_attention,
     attend,
     attend_cached,
-    causal_mask,
     decode_layers,
     pack,
     project,
@@ -49,12 +49,12 @@ def full_logits(
     real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     lengths = real.sum(axis=1, dtype=jnp.int32)
-    masks = _masks(config, positions, positions, real)
+    seen = {w: Visible(jnp.full_like(lengths, tokens.shape[1]), real, window=w) for w in set(config.windows)}
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x = weights.embedding[tokens]
 
     def attention(index: int, *projected: jax.Array) -> jax.Array:
-        return attend(*_heads(config, weights.layers[index], tables, *projected), masks[config.windows[index]])
+        return attend(*_heads(config, weights.layers[index], tables, *projected), seen[config.windows[index]])
 
     return head_logits(config, weights, _through_layers(config, weights, x, attention))
 
@@ -78,11 +78,11 @@ def through_layer(
     """
     batch, tokens, _ = x.shape
     positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
-    tables = rotary_tables(config.rope, config.head_dim, positions, jnp.full(batch, tokens, jnp.int32))
-    mask = causal_mask(positions, positions, jnp.ones((batch, tokens), bool), window)
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     layer = _layer(config, weights, window)
-    projected = product(x, layer.qkv, norm=layer.input_norm)
-    return after_attention(product, x, attend(*_heads(config, weights, tables, *projected), mask), layer)
+    heads = _heads(config, weights, tables, *product(x, layer.qkv, norm=layer.input_norm))
+    return after_attention(product, x, attend(*heads, Visible(lengths, window=window)), layer)
 
 
 def prefill(
@@ -101,7 +101,6 @@ def prefill(
       The cache and the hidden states [batch, tokens, embed] before the final norm.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    masks = _masks(config, positions, positions, positions < lengths[:, None])
     tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
     x, start = weights.embedding[tokens], jnp.zeros((), jnp.int32)
 
@@ -109,7 +108,7 @@ def prefill(
         nonlocal cache
         q, k, v = _heads(config, weights.layers[index], tables, *projected)
         cache = write(cache, index, k, v, start)
-        return attend(q, k, v, masks[config.windows[index]])
+        return attend(q, k, v, Visible(jnp.minimum(lengths, tokens.shape[1]), window=config.windows[index]))
 
     x = _through_layers(config, weights, x, attention)
     return cache, x
@@ -228,13 +227,6 @@ def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> j
 
 def _head(weights: DecoderWeights) -> PackedProjection:
     return pack([Projection(weight=weights.embedding)]) if weights.head is None else weights.head
-
-
-def _masks(
-    config: ModelConfig, query_positions: jax.Array, key_positions: jax.Array, real: jax.Array
-) -> dict[int | None, jax.Array]:
-    """One mask [batch, queries, keys] for each window size that occurs."""
-    return {window: causal_mask(query_positions, key_positions, real, window) for window in set(config.windows)}
 
 
 def _norm(config: ModelConfig, scale: jax.Array | None) -> Norm | None:

@@ -15,6 +15,7 @@ from pallas_kernels import (
     ACTIVATIONS,
     PackedProjection,
     Projection,
+    Visible,
     attend_padded,
     feed_forward,
     layer_norm,
@@ -39,7 +40,8 @@ def hidden_states(
       config: the model.
       weights: its weights.
       tokens: int32 [batch, tokens].
-      attention_mask: [batch, tokens], nonzero where a token is real; padding may lie on either side.
+      attention_mask: [batch, tokens], nonzero where a token is real; padding may lie on either side. Or [batch]: how many
+        tokens of each sequence are real, padding being on the right, which more kernels serve.
       token_types: int32 [batch, tokens], for models that have them; zeros if not given.
 
     Returns:
@@ -59,14 +61,31 @@ def hidden_states(
         rope: None if rope is None else rotary_tables(rope, config.head_dim, positions, lengths)
         for rope in set(config.ropes)
     }
+    visible = {window: _visible(real, attention_mask, window) for window in set(config.windows)}
     for layer, window, rope in zip(weights.layers, config.windows, config.ropes, strict=True):
-        x = _layer(config, layer, x, real, tables[rope], window)
+        x = _layer(config, layer, x, visible[window], tables[rope])
     return x if weights.norm is None else layer_norm(x, weights.norm)
 
 
 def real_tokens(tokens: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
-    """bool [batch, tokens]: a mask as the functions here take it, all tokens where there is none."""
-    return jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+    """bool [batch, tokens]: a mask as `hidden_states` takes it, all tokens where there is none."""
+    if attention_mask is None:
+        return jnp.ones(tokens.shape, bool)
+    if attention_mask.ndim == 1:
+        return jnp.arange(tokens.shape[1], dtype=jnp.int32) < attention_mask[:, None]
+    return attention_mask.astype(bool)
+
+
+def _visible(real: jax.Array, attention_mask: jax.Array | None, window: int | None) -> Visible:
+    """What tokens see of each other; ``window`` is how far they see to either side."""
+    after = jnp.arange(1, real.shape[1] + 1, dtype=jnp.int32)
+    on_the_right = attention_mask is None or attention_mask.ndim == 1
+    return Visible(
+        ends=jnp.where(real, after, 0).max(axis=1),
+        real=None if on_the_right else real,
+        causal=False,
+        window=None if window is None else window + 1,
+    )
 
 
 def pooled(x: jax.Array, real: jax.Array, pooling: str) -> jax.Array:
@@ -160,16 +179,15 @@ def _layer(
     config: EncoderConfig,
     layer: EncoderLayerWeights,
     x: jax.Array,
-    real: jax.Array,
+    visible: Visible,
     tables: Tables | None,
-    window: int | None,
 ) -> jax.Array:
     """One block: norms stand before attention and feed-forward, or behind each of them with its residual."""
     inner = x
     if config.pre_norm and layer.attention_norm is not None:
         inner = layer_norm(x, layer.attention_norm)
     with jax.named_scope("attention"):
-        attended = attend_padded(inner, layer.qkv, real, head_dim=config.head_dim, tables=tables, window=window)
+        attended = attend_padded(inner, layer.qkv, visible, head_dim=config.head_dim, tables=tables)
         (x,) = project(attended, layer.o, residual=x)
     if not config.pre_norm and layer.attention_norm is not None:
         x = layer_norm(x, layer.attention_norm)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pallas_kernels import attend
+from pallas_kernels import Visible, attend
+from pallas_kernels.attention import masked_attention
 
 SIZES = {  # (batch, heads, kv_heads, queries, keys, head_dim)
     "one_query": (2, 6, 2, 1, 19, 10),
@@ -43,7 +44,7 @@ def exact(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray) -> np.n
 
 
 def test_is_softmax_attention_over_visible_keys(arrays: tuple[np.ndarray, ...]) -> None:
-    got = jax.jit(attend)(*arrays)
+    got = jax.jit(masked_attention)(*arrays)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, exact(*arrays), rtol=0, atol=2e-6)
 
@@ -52,14 +53,14 @@ def test_agrees_with_torch(arrays: tuple[np.ndarray, ...]) -> None:
     q, k, v, mask = map(torch.tensor, arrays)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
     want = want.transpose(1, 2).flatten(2)
-    np.testing.assert_allclose(attend(*arrays), want, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(masked_attention(*arrays), want, rtol=0, atol=2e-6)
 
 
 def test_a_query_that_may_look_nowhere_gives_zeros_and_disturbs_no_other(arrays: tuple[np.ndarray, ...]) -> None:
     q, k, v, mask = arrays
     blind = mask.copy()
     blind[0, -1] = False
-    got, seeing = np.asarray(attend(q, k, v, blind)), np.asarray(attend(q, k, v, mask))
+    got, seeing = np.asarray(masked_attention(q, k, v, blind)), np.asarray(masked_attention(q, k, v, mask))
     assert not got[0, -1].any()
     np.testing.assert_array_equal(got[0, :-1], seeing[0, :-1])
     np.testing.assert_array_equal(got[1:], seeing[1:])
@@ -67,7 +68,7 @@ def test_a_query_that_may_look_nowhere_gives_zeros_and_disturbs_no_other(arrays:
 
 def test_a_batch_that_sees_nothing_at_all_gives_zeros(arrays: tuple[np.ndarray, ...]) -> None:
     q, k, v, mask = arrays
-    assert not np.asarray(attend(q, k, v, np.zeros_like(mask))).any()
+    assert not np.asarray(masked_attention(q, k, v, np.zeros_like(mask))).any()
 
 
 def test_hidden_keys_do_not_matter_however_large(arrays: tuple[np.ndarray, ...]) -> None:
@@ -76,7 +77,7 @@ def test_hidden_keys_do_not_matter_however_large(arrays: tuple[np.ndarray, ...])
     hidden[:, -1] = True
     mask = mask & ~hidden[:, None]
     loud = np.where(hidden[:, None, :, None], np.float32(1e4), 1)
-    np.testing.assert_array_equal(attend(q, k * loud, v * loud, mask), attend(q, k, v, mask))
+    np.testing.assert_array_equal(masked_attention(q, k * loud, v * loud, mask), masked_attention(q, k, v, mask))
 
 
 @pytest.mark.parametrize("arrays", ["grouped"], indirect=True)
@@ -84,13 +85,38 @@ def test_hidden_keys_do_not_matter_however_large(arrays: tuple[np.ndarray, ...])
 def test_scores_far_from_one_stay_finite(arrays: tuple[np.ndarray, ...], scale: float) -> None:
     q, k, v, mask = arrays
     q = q * np.float32(scale)
-    np.testing.assert_allclose(attend(q, k, v, mask), exact(q, k, v, mask), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(masked_attention(q, k, v, mask), exact(q, k, v, mask), rtol=0, atol=1e-4)
 
 
 def test_bfloat16_in_and_out_with_scores_in_float32(arrays: tuple[np.ndarray, ...]) -> None:
     *halves, mask = (a if a.dtype == bool else a.astype(jnp.bfloat16) for a in arrays)
-    got = np.asarray(jax.jit(attend)(*halves, mask))
+    got = np.asarray(jax.jit(masked_attention)(*halves, mask))
     assert got.dtype == jnp.bfloat16
     want = exact(*(a.astype(np.float32) for a in halves), mask)
     eps = float(jnp.finfo(jnp.bfloat16).eps)
     np.testing.assert_allclose(got.astype(np.float32), want, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_is_visible(causal: bool, window: int | None, blind: bool) -> None:
+    ends, starts, queries, keys = [7, 4, 0], [2, 3, 0], 4, 9
+    real = np.random.default_rng(0).random((3, keys)) < 0.7
+    visible = Visible(
+        jnp.asarray(ends), jnp.asarray(real), jnp.asarray(starts), causal=causal, window=window, blind_padding=blind
+    )
+    got = np.asarray(visible.mask(queries, keys))
+    for b, t, s in np.ndindex(3, queries, keys):
+        own = starts[b] + t
+        is_token = lambda place: place < ends[b] and real[b, place]  # noqa: B023, E731
+        want = is_token(s) and (s <= own or not causal) and (window is None or abs(own - s) < window)
+        assert got[b, t, s] == (want and (is_token(own) or not blind)), (b, t, s)
+
+
+def test_the_op_is_attention_over_what_is_visible(arrays: tuple[np.ndarray, ...]) -> None:
+    q, k, v, _ = arrays
+    start = k.shape[2] - q.shape[2]
+    visible = Visible(jnp.full(len(q), k.shape[2], jnp.int32), start=jnp.int32(start))
+    mask = np.tril(np.ones((q.shape[2], k.shape[2]), bool), start)
+    np.testing.assert_allclose(attend(q, k, v, visible), exact(q, k, v, np.stack([mask] * len(q))), rtol=0, atol=2e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pallas_kernels import PackedProjection, Projection, attend_padded, pack, prefer
+from pallas_kernels import PackedProjection, Projection, Visible, attend_padded, pack, prefer
 
 BATCH, TOKENS, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 5, 133, 22, 4, 2, 6
 LEFT = 70  # more than a tile of any kernel, so that some sequence has a whole tile without a token
@@ -19,6 +19,12 @@ def lengths_mask() -> np.ndarray:
     real = np.zeros((BATCH, TOKENS), bool)
     real[0], real[1, LEFT:], real[2, :-LEFT], real[3, 40] = True, True, True, True
     return real
+
+
+def visible(window: int | None = None) -> Visible:
+    """The same as ops take it."""
+    ends = np.where(lengths_mask(), np.arange(1, TOKENS + 1), 0).max(1).astype(np.int32)
+    return Visible(ends, lengths_mask(), causal=False, window=None if window is None else window + 1)
 
 
 def projections(ranks: tuple[int | None, ...], kv_heads: int = KV_HEADS) -> tuple[list[Projection], PackedProjection]:
@@ -70,7 +76,7 @@ def test_every_row_is_pytorchs_or_zero(ranks: tuple[int | None, ...], window: in
     x, real = inputs(), lengths_mask()
     x[~real] = 1e30  # what padding holds shows nowhere
     with prefer(implementation):
-        got = np.asarray(jax.jit(lambda *a: attend_padded(*a, head_dim=HEAD_DIM, window=window))(x, packed, real))
+        got = np.asarray(jax.jit(lambda *a: attend_padded(*a, head_dim=HEAD_DIM))(x, packed, visible(window)))
     np.testing.assert_allclose(got, by_torch(x, made, real, window), rtol=0, atol=2e-6)
     assert (got[real] != 0).any(-1).all()  # no real row was left unwritten
     assert (got[~real] == 0).all()
@@ -81,14 +87,14 @@ def test_rotation_of_queries_and_keys() -> None:
     x, real = inputs(), lengths_mask()
     angles = np.random.default_rng(2).uniform(0, 6, (BATCH, TOKENS, HEAD_DIM // 2)).astype(np.float32)
     tables = (np.cos(angles), np.sin(angles))
-    got = attend_padded(x, packed, real, head_dim=HEAD_DIM, tables=tables)
+    got = attend_padded(x, packed, visible(), head_dim=HEAD_DIM, tables=tables)
     np.testing.assert_allclose(got, by_torch(x, made, real, None, tables), rtol=0, atol=2e-6)
 
 
 def test_results_have_the_dtype_of_the_input() -> None:
     _, packed = projections((5, 8, 3))
     half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), packed)
-    got = attend_padded(jnp.asarray(inputs(), jnp.bfloat16), half, lengths_mask(), head_dim=HEAD_DIM)
+    got = attend_padded(jnp.asarray(inputs(), jnp.bfloat16), half, visible(), head_dim=HEAD_DIM)
     assert got.dtype == jnp.bfloat16
-    want = np.asarray(attend_padded(inputs(), packed, lengths_mask(), head_dim=HEAD_DIM))
+    want = np.asarray(attend_padded(inputs(), packed, visible(), head_dim=HEAD_DIM))
     np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=0, atol=0.05)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from decoder_cases import DecoderCase
 
-from pallas_kernels import Norm, PackedProjection, Projection, hardware_rank, ops, pack
+from pallas_kernels import Norm, PackedProjection, Projection, Visible, hardware_rank, ops, pack
 from pallas_kernels.triton.blocks import MATVEC_BATCH
 
 Member = tuple[int, int | None]
@@ -95,7 +95,7 @@ def _decode(label: str, case: DecoderCase, implementation: str = "persistent") -
 def _encoder(tokens: int = 16) -> list[KernelCall]:
     """The ops of an encoder of BERT-base's width, with few enough tokens for the kernels of single products."""
     x, qkv = array(1, tokens, 768), packed(768, *[(768, 200)] * 3)
-    attend = (x, qkv, array(1, tokens, dtype=jnp.bool))
+    attend = (x, qkv, Visible(array(1, dtype=jnp.int32), array(1, tokens, dtype=jnp.bool), causal=False))  # pyright: ignore
     feed = (x, packed(768, (3072, 304)), packed(3072, (768, 304)))
     return [
         KernelCall(
