@@ -1,7 +1,9 @@
 """Operations of low-rank inference: what they compute, and the ways to compute them. Knows nothing of models."""
 
-from pallas_kernels import persistent as _persistent  # noqa: F401  (both register their implementations)
+from pallas_kernels import persistent as _persistent  # noqa: F401  (these register their implementations)
 from pallas_kernels import triton as _triton  # noqa: F401
+from pallas_kernels import cudnn as _cudnn  # noqa: F401, I001  (after Triton's: it is tried before them)
+from pallas_kernels.activations import ACTIVATIONS
 from pallas_kernels.attention import (
     Visible,
     attend,
@@ -13,9 +15,9 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode_layers
 from pallas_kernels.feed_forward import feed_forward
-from pallas_kernels.norm import LayerNorm, Norm, layer_norm, rms_norm
+from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, rms_norm
 from pallas_kernels.padded_attention import attend_padded
-from pallas_kernels.products import ACTIVATIONS, project
+from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
 from pallas_kernels.rounding import power_of_two
@@ -35,6 +37,7 @@ __all__ = [
     "Projection",
     "Target",
     "Visible",
+    "add_norm",
     "after_attention",
     "assume_target",
     "attend",

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.norm import Norm, rms_norm
+from pallas_kernels.norm import Norm, rms_norm_reference
 from pallas_kernels.registry import Op
 
 
@@ -24,7 +25,8 @@ class Visible:
       start: int32 [] or [batch], the place of the first query.
       causal: a query sees nothing behind its own place.
       window: a query sees what is less than this many places away; all if None.
-      blind_padding: a query whose own place holds no real token sees nothing.
+      padding: of queries whose own place holds no real token: "blind" ones see nothing, "sighted" ones see what others do, and
+        where what comes out for them does not matter, they are "ignored", as long as it is finite.
     """
 
     ends: jax.Array
@@ -32,7 +34,7 @@ class Visible:
     start: jax.Array | None = None
     causal: bool = dataclasses.field(default=True, metadata={"static": True})
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
-    blind_padding: bool = dataclasses.field(default=True, metadata={"static": True})
+    padding: Literal["blind", "sighted", "ignored"] = dataclasses.field(default="blind", metadata={"static": True})
 
     @property
     def starts(self) -> jax.Array:
@@ -45,7 +47,7 @@ class Visible:
         places = jnp.arange(keys, dtype=jnp.int32)[None]
         distance = own[:, :, None] - places[:, None, :]
         mask = jnp.broadcast_to(self._are_real(places)[:, None, :], distance.shape)
-        if self.blind_padding:
+        if self.padding == "blind":
             mask = mask & self._are_real(own)[:, :, None]
         if self.causal:
             mask = mask & (distance >= 0)
@@ -117,8 +119,8 @@ def rotated_heads(
 ) -> tuple[jax.Array, jax.Array]:
     """Projected queries and keys [batch, tokens, heads * head_dim] as heads, normed if the model does that, and rotated."""
     q, k = split_heads(q, head_dim), split_heads(k, head_dim)
-    q = q if q_norm is None else rms_norm(q, q_norm)
-    k = k if k_norm is None else rms_norm(k, k_norm)
+    q = q if q_norm is None else rms_norm_reference(q, q_norm)
+    k = k if k_norm is None else rms_norm_reference(k, k_norm)
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
@@ -157,7 +159,7 @@ def attend_cached_reference(
     values = write_slots(values, split_heads(v, head_dim), start)
     # Without the barrier XLA's CPU backend fuses the update into the product that reads it too, and copies the cache for that.
     keys, values = lax.optimization_barrier((keys, values))
-    return attend(q, keys, values, Visible(lengths, start=start, window=window, blind_padding=False)), keys, values
+    return attend(q, keys, values, Visible(lengths, start=start, window=window, padding="sighted")), keys, values
 
 
 def write_slots(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

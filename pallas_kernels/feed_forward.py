@@ -1,11 +1,10 @@
 """The op `feed_forward`: the two projections around an activation, so that what lies between them may stay on chip."""
 
-from functools import partial
-from typing import Any
-
 import jax
+import jax.numpy as jnp
 
-from pallas_kernels.products import ACTIVATIONS, project, project_reference
+from pallas_kernels.activations import ACTIVATIONS, activation_for
+from pallas_kernels.products import project, project_reference
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
 
@@ -25,20 +24,24 @@ def feed_forward_reference(
     Returns:
       [..., width] in x's dtype.
     """
-    return _feed_forward(project_reference, x, up, down, activation=activation, residual=residual)
-
-
-def _feed_forward(
-    product: Any, x: jax.Array, up: PackedProjection, down: PackedProjection, *, activation: str,
-    residual: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
     if len(up.widths) == 2:
-        (inner,) = product(x, up, gate=activation)
+        (inner,) = project_reference(x, up, gate=activation)
     else:
-        (inner,) = product(x, up)
+        (inner,) = project_reference(x, up)
         inner = ACTIVATIONS[activation](inner)
-    return product(inner, down, residual=residual)[0]
+    return project_reference(inner, down, residual=residual)[0]
+
+
+def _by_products(
+    x: jax.Array, up: PackedProjection, down: PackedProjection, *, activation: str, residual: jax.Array | None = None
+) -> jax.Array:
+    if len(up.widths) == 2:
+        (inner,) = project(x, up, gate=activation)
+    else:
+        (inner,) = project(x, up)
+        inner = activation_for(activation, x.dtype)(inner.astype(jnp.float32)).astype(x.dtype)
+    return project(inner, down, residual=residual)[0]
 
 
 feed_forward = Op("feed_forward", feed_forward_reference)
-feed_forward.register(Implementation("products", partial(_feed_forward, project)))
+feed_forward.register(Implementation("products", _by_products))

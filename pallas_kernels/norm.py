@@ -1,9 +1,11 @@
-"""Norms: root-mean-square, alone or as what an op does first, and LayerNorm."""
+"""Norms over the last axis, as ops: root-mean-square, alone or as what another op does first, and LayerNorm."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.registry import Op
 
 
 @jax.tree_util.register_dataclass
@@ -15,7 +17,7 @@ class Norm:
     eps: float = dataclasses.field(metadata={"static": True})
 
 
-def rms_norm(x: jax.Array, norm: Norm) -> jax.Array:
+def rms_norm_reference(x: jax.Array, norm: Norm) -> jax.Array:
     """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), statistics in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
@@ -32,10 +34,38 @@ class LayerNorm:
     eps: float = dataclasses.field(metadata={"static": True})
 
 
-def layer_norm(x: jax.Array, norm: LayerNorm) -> jax.Array:
+def layer_norm_reference(x: jax.Array, norm: LayerNorm) -> jax.Array:
     """LayerNorm over the last axis (Ba et al. 2016), in float32 up to the result, which has x's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
     wide = wide * norm.scale.astype(jnp.float32)
     return (wide if norm.bias is None else wide + norm.bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def add_norm_reference(
+    x: jax.Array, added: jax.Array, norm: Norm | LayerNorm, *, keep_sum: bool = True
+) -> tuple[jax.Array | None, jax.Array]:
+    """A residual stream and its norm after something is added to it.
+
+    Args:
+      x: [..., d], the residual stream.
+      added: [..., d], what a layer adds to it.
+      norm: of the sum.
+      keep_sum: whether the sum is wanted; it is not where the norm takes its place in the stream.
+
+    Returns:
+      The sum, rounded to x's dtype, or None; and its norm.
+    """
+    x = x + added
+    return x if keep_sum else None, norm_reference(x, norm)
+
+
+def norm_reference(x: jax.Array, norm: Norm | LayerNorm) -> jax.Array:
+    """Either norm, by its kind."""
+    return rms_norm_reference(x, norm) if isinstance(norm, Norm) else layer_norm_reference(x, norm)
+
+
+rms_norm = Op("rms_norm", rms_norm_reference)
+layer_norm = Op("layer_norm", layer_norm_reference)
+add_norm = Op("add_norm", add_norm_reference)

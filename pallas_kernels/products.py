@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.norm import Norm, rms_norm
+from pallas_kernels.activations import ACTIVATIONS, activation_for
+from pallas_kernels.norm import Norm, rms_norm, rms_norm_reference
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
 from pallas_kernels.target import not_nvidia
@@ -18,14 +20,6 @@ SUPPORTED_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16), jnp.dtype(j
 
 BLOCK_DIAGONAL = "a block-diagonal second factor, as of single heads"
 """What kernels refuse that have no such factors."""
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-}
 
 
 def project_reference(
@@ -47,14 +41,14 @@ def project_reference(
       norm: applied to x first.
       gate: the name of an activation: two members give one output, ``activation(first) * second``.
       residual: [..., d_out], added to the output of the only member.
-      product: for implementations, another way to compute x [..., i] times weight [o, i], contracted over i: float32 [..., o].
+      product: for implementations, another way to compute x [..., i] times weight [o, i], contracted over i: [..., o].
 
     Returns:
       One [..., d_out_i] a member; one alone with a gate.
     """
     product = product or _matrix_product
     if norm is not None:
-        x = rms_norm(x, norm)
+        x = rms_norm_reference(x, norm)
     latent = product(x, packed.first)
     outputs = []
     for up, bias, start, width in zip(packed.ups, packed.biases, packed.starts, packed.widths, strict=True):
@@ -62,7 +56,7 @@ def project_reference(
         if up is not None:
             y = _lifted(y.astype(x.dtype), up, product)
         if bias is not None:
-            y = y + bias.astype(jnp.float32)
+            y = y + bias.astype(y.dtype)
         outputs.append(y.astype(dtype or x.dtype))
     if gate is not None:
         gating, gated = outputs
@@ -92,6 +86,47 @@ def _row_reduction(x: jax.Array, weight: jax.Array) -> jax.Array:
     return (x[..., None, :].astype(jnp.float32) * weight.astype(jnp.float32)).sum(-1)
 
 
+def _rounded(
+    x: jax.Array,
+    packed: PackedProjection,
+    *,
+    dtype: jnp.dtype | None = None,
+    norm: Norm | None = None,
+    gate: str | None = None,
+    residual: jax.Array | None = None,
+) -> tuple[jax.Array, ...]:
+    """`project` of many rows of bfloat16 or float16 by XLA: products are summed in float32 and rounded at once.
+
+    A product in float32 would be written to memory as such, twice the bytes; to a rounded one XLA adds biases and residuals before
+    it is written.
+    """
+    x = x if norm is None else rms_norm(x, norm)
+    separate = rows(x) >= SEPARATE_ROWS and any(up is not None for up in packed.ups)
+    outputs = []
+    latent = None if separate else _rounded_product(x, packed.first)
+    for up, bias, start, width in zip(packed.ups, packed.biases, packed.starts, packed.widths, strict=True):
+        if latent is None:
+            # With one x for all of them, XLA would join these products to one, and copy slices of its result.
+            x = lax.optimization_barrier(x)
+            y = _rounded_product(x, lax.slice_in_dim(packed.first, start, start + width))
+        else:
+            y = lax.slice_in_dim(latent, start, start + width, axis=-1)
+        y = y if up is None else _lifted(y, up, _rounded_product)
+        outputs.append(y if bias is None else y + bias)
+    if gate is not None:
+        gating, gated = (y.astype(jnp.float32) for y in outputs)
+        outputs = [(activation_for(gate, x.dtype)(gating) * gated).astype(x.dtype)]
+    return tuple(outputs if residual is None else [residual + y for y in outputs])
+
+
+SEPARATE_ROWS = 2048
+"""From here on, first factors that stand in one array fill a GPU one by one as well as all together."""
+
+
+def _rounded_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=x.dtype)
+
+
 def rows(x: jax.Array) -> int:
     """Number of vectors [d_in] in x [..., d_in]."""
     return math.prod(x.shape[:-1])
@@ -113,7 +148,16 @@ def _not_one_row(x: jax.Array, packed: PackedProjection, **options: object) -> s
     return None if rows(x) == 1 else f"{rows(x)} rows; it serves one"
 
 
+def _rounding_refuses(x: jax.Array, packed: PackedProjection, **options: Any) -> str | None:
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"x is {x.dtype}; it is for bfloat16 and float16"
+    if options.get("dtype") not in (None, x.dtype):
+        return f"outputs in {options['dtype']}; it rounds to x's own"
+    return None
+
+
 project = Op("project", project_reference)
+project.register(Implementation("xla_rounded", _rounded, _rounding_refuses, not_nvidia))
 project.register(
     Implementation(
         "xla_rows",

@@ -66,6 +66,11 @@ def assume_target(assumed: Target) -> contextlib.AbstractContextManager[None]:
     return setting(_ASSUMED, assumed)
 
 
+def is_assumed() -> bool:
+    """Whether `target` is not the device that runs things here."""
+    return _ASSUMED.get() is not None
+
+
 def not_nvidia(device: Target) -> str | None:
     """Why kernels for NVIDIA GPUs cannot run on a device, or None."""
     return None if device.platform == "cuda" else f"written for NVIDIA GPUs, not {device.platform}"

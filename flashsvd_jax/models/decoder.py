@@ -21,12 +21,15 @@ from pallas_kernels import (
     PackedProjection,
     Projection,
     Visible,
+    add_norm,
     after_attention,
     attend,
     attend_cached,
     decode_layers,
+    feed_forward,
     pack,
     project,
+    rms_norm,
     rotated_heads,
     split_heads,
 )
@@ -108,7 +111,8 @@ def prefill(
         nonlocal cache
         q, k, v = _heads(config, weights.layers[index], tables, *projected)
         cache = write(cache, index, k, v, start)
-        return attend(q, k, v, Visible(jnp.minimum(lengths, tokens.shape[1]), window=config.windows[index]))
+        ends = jnp.minimum(lengths, tokens.shape[1])
+        return attend(q, k, v, Visible(ends, window=config.windows[index], padding="ignored"))
 
     x = _through_layers(config, weights, x, attention)
     return cache, x
@@ -240,11 +244,18 @@ def _through_layers(
 
     ``attention(index, q, k, v)`` takes what is projected, each [batch, tokens, heads * head_dim], and gives q's shape.
     """
+    added = jnp.zeros((), x.dtype)
     for index, layer in enumerate(_layers(config, weights)):
         with jax.named_scope("qkv"):
-            projected = project(x, layer.qkv, norm=layer.input_norm)
-        x = after_attention(project, x, attention(index, *projected), layer)
-    return x
+            x, normed = (x, rms_norm(x, layer.input_norm)) if index == 0 else add_norm(x, added, layer.input_norm)
+            projected = project(normed, layer.qkv)
+        attended = attention(index, *projected)
+        with jax.named_scope("attention_out"):
+            (added,) = project(attended, layer.o)
+        with jax.named_scope("mlp"):
+            x, normed = add_norm(x, added, layer.mlp_norm)
+            added = feed_forward(normed, layer.gate_up, layer.down, activation=layer.gate)
+    return x + added
 
 
 def _layers(config: ModelConfig, weights: DecoderWeights) -> list[DecoderLayer]:

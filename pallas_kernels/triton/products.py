@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm import Norm, rms_norm
+from pallas_kernels.norm import Norm, rms_norm_reference
 from pallas_kernels.products import rows as rows_of
 from pallas_kernels.products import unsuited
 from pallas_kernels.projection import PackedProjection
@@ -25,8 +25,6 @@ def refuses(x: jax.Array, packed: PackedProjection, **options: Any) -> str | Non
     """Why these kernels cannot serve a call."""
     if rows_of(x) > LARGEST_BATCH:
         return f"{rows_of(x)} rows; it serves up to {LARGEST_BATCH}"
-    if options.get("gate") == "gelu":
-        return "a gate of gelu; Pallas-Triton has no error function"
     return unsuited(x.dtype, [weight for weight in (packed.first, *packed.ups) if weight is not None])
 
 
@@ -90,7 +88,7 @@ class _Product:
         if self.norm is None:
             return self._launch(matmul_program, f"{name}_batch")
         # Apart from the product: inside, every program would norm all rows again, between loading and multiplying them.
-        normed = dataclasses.replace(self, x=rms_norm(self.x, self.norm), norm=None)
+        normed = dataclasses.replace(self, x=rms_norm_reference(self.x, self.norm), norm=None)
         return normed._launch(matmul_program, f"{name}_batch")
 
     def _launch(self, program: Callable[..., None], name: str) -> tuple[jax.Array, ...]:

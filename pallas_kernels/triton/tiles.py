@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.products import ACTIVATIONS
+from pallas_kernels.activations import activation_for
 from pallas_kernels.triton.plan import Blocks, Member, ProductPlan
 
 
@@ -47,9 +47,9 @@ def each_tile(plan: ProductPlan, blocks: Blocks, act: Callable[[int, jax.Array],
         first += tiles
 
 
-def output_rows(plan: ProductPlan, number: int, values: Callable[[Member], Any]) -> Any:
-    """Rows of an output before the residual: the ``values`` of its member, or of a gate and what it gates."""
+def output_rows(plan: ProductPlan, number: int, values: Callable[[Member], Any], dtype: jnp.dtype) -> Any:
+    """Rows of an output of ``dtype`` before the residual: the ``values`` of its member, or of a gate and what it gates."""
     if plan.gate is None:
         return values(plan.members[number])
-    activation = ACTIVATIONS[plan.gate]
+    activation = activation_for(plan.gate, dtype)
     return jax.tree.map(lambda g, u: activation(g) * u, values(plan.members[0]), values(plan.members[1]))

@@ -1,5 +1,7 @@
 """Attention against float64 and against PyTorch: masks, grouped heads, rows that see nothing, and dtypes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,21 +99,21 @@ def test_bfloat16_in_and_out_with_scores_in_float32(arrays: tuple[np.ndarray, ..
     np.testing.assert_allclose(got.astype(np.float32), want, rtol=eps, atol=eps)
 
 
-@pytest.mark.parametrize("blind", [False, True])
+@pytest.mark.parametrize("padding", ["blind", "sighted"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
-def test_what_is_visible(causal: bool, window: int | None, blind: bool) -> None:
+def test_what_is_visible(causal: bool, window: int | None, padding: Any) -> None:
     ends, starts, queries, keys = [7, 4, 0], [2, 3, 0], 4, 9
     real = np.random.default_rng(0).random((3, keys)) < 0.7
     visible = Visible(
-        jnp.asarray(ends), jnp.asarray(real), jnp.asarray(starts), causal=causal, window=window, blind_padding=blind
+        jnp.asarray(ends), jnp.asarray(real), jnp.asarray(starts), causal=causal, window=window, padding=padding
     )
     got = np.asarray(visible.mask(queries, keys))
     for b, t, s in np.ndindex(3, queries, keys):
         own = starts[b] + t
         is_token = lambda place: place < ends[b] and real[b, place]  # noqa: B023, E731
         want = is_token(s) and (s <= own or not causal) and (window is None or abs(own - s) < window)
-        assert got[b, t, s] == (want and (is_token(own) or not blind)), (b, t, s)
+        assert got[b, t, s] == (want and (is_token(own) or padding == "sighted")), (b, t, s)
 
 
 def test_the_op_is_attention_over_what_is_visible(arrays: tuple[np.ndarray, ...]) -> None:
