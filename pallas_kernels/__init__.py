@@ -1,8 +1,8 @@
 """Operations of low-rank inference: what they compute, and the ways to compute them. Knows nothing of models."""
 
+from pallas_kernels import cudnn as _cudnn  # noqa: F401  (after Triton's: it is tried before them)
 from pallas_kernels import persistent as _persistent  # noqa: F401  (these register their implementations)
 from pallas_kernels import triton as _triton  # noqa: F401
-from pallas_kernels import cudnn as _cudnn  # noqa: F401, I001  (after Triton's: it is tried before them)
 from pallas_kernels.activations import ACTIVATIONS
 from pallas_kernels.attention import (
     Visible,

@@ -1,4 +1,4 @@
-"""Activations by name, and as kernels can have them: Pallas-Triton has no error function, and XLA's takes longer than memory does."""
+"""Activations by name, and as kernels can have them: Pallas-Triton has no error function, and XLA's is slow."""
 
 import math
 from collections.abc import Callable

@@ -49,7 +49,9 @@ def cudnn_attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> 
     if visible.padding == "ignored" and visible.causal:
         return out
     # cuDNN does not say what it leaves in rows of a sequence without a key.
-    seen = (jnp.arange(queries) if visible.padding == "blind" else jnp.zeros(queries, jnp.int32)) < visible.ends[:, None]
+    seen = (jnp.arange(queries) if visible.padding == "blind" else jnp.zeros(queries, jnp.int32)) < visible.ends[
+        :, None
+    ]
     return jnp.where(seen[..., None], out, jnp.zeros((), out.dtype))
 
 

@@ -2,8 +2,8 @@
 
 from pallas_kernels.attention import attend, attend_cached
 from pallas_kernels.feed_forward import feed_forward as feed_forward_op
-from pallas_kernels.padded_attention import attend_padded
 from pallas_kernels.norm import add_norm, layer_norm, rms_norm
+from pallas_kernels.padded_attention import attend_padded
 from pallas_kernels.products import project
 from pallas_kernels.registry import Implementation
 from pallas_kernels.triton import attention, feed_forward, flash, norms, products, streaming

@@ -3,9 +3,9 @@
     latents [tokens, rank]  ->  up factor  ->  activation  ->  first factor of down  ->  latents [tokens, rank]
                                 [tokens, inner], a few columns of it at a time, on chip
 
-A program holds one tile of tokens with the latents that it reads and those that it adds up, and goes through the inner columns. This
-is FlashSVD's feed-forward kernel V1 (Shao et al. 2025) with every latent of a token in one program, so that nothing is computed
-twice. A gate has latents and a factor of its own, of another rank if need be.
+A program holds one tile of tokens with the latents that it reads and those that it adds up, and goes through the inner columns.
+This is FlashSVD's feed-forward kernel V1 (Shao et al. 2025) with every latent of a token in one program, so that nothing is
+computed twice. A gate has latents and a factor of its own, of another rank if need be.
 """
 
 import dataclasses

@@ -1,7 +1,5 @@
 """The op `attend` in Pallas-Triton: attention of many queries that holds no scores."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 

@@ -235,7 +235,12 @@ def flash_program(*refs: Any, plan: FlashPlan) -> None:
     rows = jnp.minimum(at.rows, plan.queries - 1)
     q = tuple(
         load(
-            q_ref, at.batch, at.head, rows[:, None], p.columns[None], mask=tile_mask(None, p.inside, (rows.size, p.tile))
+            q_ref,
+            at.batch,
+            at.head,
+            rows[:, None],
+            p.columns[None],
+            mask=tile_mask(None, p.inside, (rows.size, p.tile)),
         )
         for p in parts
     )

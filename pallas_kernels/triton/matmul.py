@@ -27,7 +27,9 @@ def matmul_program(*refs: Any, plan: ProductPlan, blocks: Blocks) -> None:
     split = pl.program_id(1)
 
     def act(number: int, rows: jax.Array) -> None:
-        y = output_rows(plan, number, lambda member: _member_rows(plan, blocks, at, member, rows, split), at.outputs[number].dtype)
+        y = output_rows(
+            plan, number, lambda member: _member_rows(plan, blocks, at, member, rows, split), at.outputs[number].dtype
+        )
         batch = jnp.arange(padded_batch(plan.batch))
         real = (batch < plan.batch)[None] & (rows < plan.members[number].rows)[:, None]
         if plan.residual:

@@ -31,7 +31,9 @@ def matvec_program(*refs: Any, plan: ProductPlan, blocks: Blocks) -> None:
 
     def act(number: int, rows: jax.Array) -> None:
         real = rows < plan.members[number].rows
-        sums = output_rows(plan, number, lambda member: _member_rows(plan, blocks, at, member, rows), at.outputs[number].dtype)
+        sums = output_rows(
+            plan, number, lambda member: _member_rows(plan, blocks, at, member, rows), at.outputs[number].dtype
+        )
         for b, y in enumerate(sums):
             if plan.residual:
                 y = y + load(at.residual, b, rows, mask=real).astype(jnp.float32)

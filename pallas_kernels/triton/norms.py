@@ -1,6 +1,6 @@
 """The ops `rms_norm`, `layer_norm` and `add_norm` in Pallas-Triton: each row is read once and written once.
 
-XLA reads the rows once for their statistics and once more to scale them: 57 us for 32768 rows of 768 where the bytes take 24 (H200).
+XLA reads rows once for their statistics and once more to scale them: 57 us for 32768 rows of 768, whose bytes take 24 (H200).
 """
 
 import dataclasses

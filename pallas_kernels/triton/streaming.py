@@ -8,6 +8,7 @@ from pallas_kernels.projection import PackedProjection, groups_of
 from pallas_kernels.target import target
 from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.flash import flash_plan, visibility
+from pallas_kernels.triton.flash_programs import pieces
 from pallas_kernels.triton.streaming_programs import Latent, StreamingPlan, streaming_program
 
 LARGEST_RANK = 128
@@ -29,7 +30,7 @@ def refuses(
         return f"ranks {', '.join(map(str, ranks))} of a head; it streams up to {LARGEST_RANK}"
     if visible.causal and visible.start is not None:
         return "queries that are not the first tokens"
-    if head_dim > 128 or (tables is not None and head_dim & (head_dim - 1)):
+    if head_dim > 128 or (tables is not None and len(pieces(head_dim // 2)) > 1):
         return f"head_dim {head_dim}; it serves up to 128, and powers of two where heads are rotated"
     heads = [d_out // head_dim for d_out in qkv.d_outs]
     for up, count in zip(qkv.ups, heads, strict=True):

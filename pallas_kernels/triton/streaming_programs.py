@@ -11,8 +11,8 @@ factors, keys are rebuilt tile by tile instead, in halves, the pairs of RoPE.
 
     values              sum of w (U_v p_v + b_v) = U_v (sum of w p_v) + b_v, as the weights w add up to 1
 
-so values stay in rank space until the end. This is FlashSVD's rank streaming (Shao et al. 2025), with the absorption that its kernels
-leave out.
+so values stay in rank space until the end. This is FlashSVD's rank streaming (Shao et al. 2025), with the absorption that its
+kernels leave out.
 
 Latents [batch, tokens, columns] are what the packed first factors give. Those of a head are its own where the second factors are
 of single heads; else all heads read the same ones.
@@ -159,10 +159,8 @@ def streaming_program(*refs: Any, plan: StreamingPlan) -> None:
     rows = jnp.minimum(at.rows, flash.queries - 1)
     q_latents = read(plan.q, at.head, rows, None)
     wide = [of_q.lifted(q_latents, part) for half in plan.halves for part in half]
-    if plan.rotary:
-        q = rotated(wide, rows)
-    else:
-        q = of_k.absorbed(plan.halves[0], tuple(w.astype(latents.dtype) for w in wide))
+    rounded = tuple(w.astype(latents.dtype) for w in wide)
+    q = rotated(wide, rows) if plan.rotary else of_k.absorbed(plan.halves[0], rounded)
 
     def scores(places: jax.Array, existing: jax.Array | None) -> jax.Array:
         k = read(plan.k, kv_head, places, existing)
@@ -174,12 +172,12 @@ def streaming_program(*refs: Any, plan: StreamingPlan) -> None:
         return total
 
     sums = attention(flash, at, real, scores, partial(read, plan.v, kv_head), plan.v.pieces, latents.dtype)
-    rounded = tuple(s.astype(latents.dtype) for s in sums)
-    lifted = tuple(of_v.lifted(rounded, part) for part in pieces(flash.head_dim))
+    latent_sums = tuple(s.astype(latents.dtype) for s in sums)
+    lifted = tuple(of_v.lifted(latent_sums, part) for part in pieces(flash.head_dim))
     write_rows(flash, at, out, lifted, pieces(flash.head_dim), _seeing(flash, at, real))
 
 
 def _seeing(flash: FlashPlan, at: Span, real: Any) -> jax.Array | None:
-    """Rows that have a bias: those with a key. Without padding that sees nothing, every row has one unless its sequence is empty."""
+    """Rows that have a bias: those that see a key. Where padding sees too, that is every row of a sequence that is not empty."""
     seeing = sighted(flash, at, real)
     return jnp.broadcast_to(at.end > 0, at.rows.shape) if seeing is None else seeing

@@ -29,7 +29,7 @@ def low_rank(**fields: Any) -> EncoderConfig:
     return EncoderConfig.from_hf({**BASE, **fields}, Factorization.of(dict.fromkeys(names, 200)))
 
 
-@pytest.mark.parametrize(("batch", "length", "products"), [(1, 16, "triton"), (4, 64, "xla")])
+@pytest.mark.parametrize(("batch", "length", "products"), [(1, 16, "triton"), (4, 64, "xla_rounded")])
 @pytest.mark.parametrize("fields", [
     {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
     {"model_type": "modernbert", "architectures": ["ModernBertForSequenceClassification"]},
@@ -45,12 +45,13 @@ def test_it_lowers_for_cuda(fields: dict[str, Any], batch: int, length: int, pro
     chosen: Record = {}
     with record(chosen):
         lower_for_cuda(partial(outputs, config), weights, tokens, mask)
-    assert set(chosen["attend_padded"]) == set(chosen["feed_forward"]) == {"products"}
+    assert set(chosen["attend_padded"]) == {"products"}  # ranks of 200 for a head of 64
+    assert set(chosen["feed_forward"]) == {"stream" if batch * length >= 128 else "products"}
     assert products in chosen["project"]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_activation_lowers_as_a_gate_or_is_refused(activation: str) -> None:
+def test_every_activation_lowers_as_a_gate(activation: str) -> None:
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((4, 768), (1152, 768)))
     chosen: Record = {}
 
@@ -59,7 +60,4 @@ def test_every_activation_lowers_as_a_gate_or_is_refused(activation: str) -> Non
 
     with record(chosen):
         lower_for_cuda(gated, x, weight)
-    (served,) = chosen["project"]
-    assert served == ("xla" if activation == "gelu" else "triton")
-    reasons = chosen["project"][served]
-    assert any("Pallas-Triton has no error function" in reason for reason in reasons) is (activation == "gelu")
+    assert set(chosen["project"]) == {"triton"}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from decoder_cases import DecoderCase
 
-from pallas_kernels import Norm, PackedProjection, Projection, Visible, hardware_rank, ops, pack
+from pallas_kernels import LayerNorm, Norm, PackedProjection, Projection, Visible, hardware_rank, ops, pack
 from pallas_kernels.triton.blocks import MATVEC_BATCH
 
 Member = tuple[int, int | None]
@@ -92,10 +92,52 @@ def _decode(label: str, case: DecoderCase, implementation: str = "persistent") -
     return KernelCall(name, "decode_layers", implementation, args, max_registers=255)
 
 
+def _own_heads(width: int, heads: int, head_dim: int, rank: int) -> PackedProjection:
+    """The shapes of queries, keys and values whose heads have factors of their own."""
+    down, up = array(heads * rank, width), array(heads, head_dim, rank)
+    member = Projection(down=down, up=up, bias=array(heads * head_dim))  # pyright: ignore[reportArgumentType]
+    return jax.eval_shape(partial(pack, pad_rank=hardware_rank), [member] * 3)
+
+
+def _visible(batch: int, *, tokens: int = 0, **fields: Any) -> Visible:
+    """Of sequences padded on the right, or on either side if ``tokens`` says how long they are."""
+    real = array(batch, tokens, dtype=jnp.bool) if tokens else None
+    return Visible(array(batch, dtype=jnp.int32), real, **fields)  # pyright: ignore[reportArgumentType]
+
+
+def _flash(label: str, heads: int, kv_heads: int, head_dim: int, tokens: int, **fields: Any) -> KernelCall:
+    args = (*(array(2, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads)), _visible(2, **fields))
+    return KernelCall(f"flash-{label}", "attend", "triton", args, max_registers=255)
+
+
+def _stream(label: str, rank: int, tables: bool = False, **fields: Any) -> KernelCall:
+    args = (array(8, 512, 768), _own_heads(768, 12, 64, rank), _visible(8, causal=False, **fields))
+    angles = array(8, 512, 32, dtype=jnp.float32)
+    arrays = {"tables": (angles, angles) if tables else None}
+    return KernelCall(f"stream-{label}", "attend_padded", "stream", args, arrays, {"head_dim": 64}, max_registers=192)
+
+
+def _feed_forward(label: str, inner: int, ranks: tuple[int, ...], down_rank: int) -> KernelCall:
+    args = (array(8, 512, 768), packed(768, *[(inner, rank) for rank in ranks]), packed(inner, (768, down_rank)))
+    options = {"activation": "gelu"}
+    return KernelCall(f"feed-forward-{label}", "feed_forward", "stream", args, {}, options, max_registers=255)
+
+
+def _norms() -> list[KernelCall]:
+    x, root = array(512, 4096), Norm(array(4096), 1e-5)  # pyright: ignore[reportArgumentType]
+    layer = LayerNorm(array(768), array(768), 1e-12)  # pyright: ignore[reportArgumentType]
+    return [
+        KernelCall("rms-norm", "rms_norm", "triton", (x, root)),
+        KernelCall("layer-norm", "layer_norm", "triton", (array(512, 768), layer)),
+        KernelCall("add-norm", "add_norm", "triton", (x, x, root)),
+        KernelCall("add-norm-alone", "add_norm", "triton", (*[array(512, 768)] * 2, layer), {}, {"keep_sum": False}),
+    ]
+
+
 def _encoder(tokens: int = 16) -> list[KernelCall]:
     """The ops of an encoder of BERT-base's width, with few enough tokens for the kernels of single products."""
     x, qkv = array(1, tokens, 768), packed(768, *[(768, 200)] * 3)
-    attend = (x, qkv, Visible(array(1, dtype=jnp.int32), array(1, tokens, dtype=jnp.bool), causal=False))  # pyright: ignore
+    attend = (x, qkv, _visible(1, tokens=tokens, causal=False))
     feed = (x, packed(768, (3072, 304)), packed(3072, (768, 304)))
     return [
         KernelCall(
@@ -149,4 +191,16 @@ KERNEL_CALLS: list[KernelCall] = [
     _decode("heads-of-32", DecoderCase(2, 256, 704, 8, 4, (72, 120), starts=(0, 0), slots=128, head_dim=32)),
     _decode("7b", LLAMA_7B, "products"),
     *_encoder(),
+    _flash("7b", 32, 32, 128, 2048, padding="ignored"),
+    _flash("8b-after-others", 32, 8, 128, 512, start=array(dtype=jnp.int32)),
+    _flash("window", 16, 4, 96, 512, window=128),
+    _flash("heads-of-256", 8, 4, 256, 512),
+    _flash("bert", 12, 12, 64, 512, causal=False),
+    _stream("32", 29),
+    _stream("48-padded-left", 44, tokens=512),
+    _stream("modernbert", 44, tables=True, window=65),
+    _feed_forward("bert", 3072, (307,), 307),
+    _feed_forward("bert-narrow", 3072, (192,), 192),
+    _feed_forward("modernbert", 1152, (240, 240), 240),
+    *_norms(),
 ]

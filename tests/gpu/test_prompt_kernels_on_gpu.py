@@ -1,0 +1,103 @@
+"""The kernels of prompts and encoders on a GPU, against PyTorch in float64 on the CPU; twice, for the same bits."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import relative_error
+from prompt_kernel_cases import (
+    ATTENDED,
+    FEED_FORWARDS,
+    STREAMED,
+    FeedForwardCase,
+    PromptCase,
+    attended_call,
+    attended_exact,
+    feed_forward_call,
+    feed_forward_exact,
+    norm_exact,
+    streamed_call,
+    streamed_exact,
+)
+
+from pallas_kernels import LayerNorm, Norm, Op, add_norm, attend, attend_padded, feed_forward
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1.2e-2, "float16": 2e-3}
+ATTENDED_HERE = ATTENDED | {
+    "7b": PromptCase(32, 32, 128, 700, (700, 300)),
+    "8b, after others": PromptCase(32, 8, 128, 512, (1536,), start=1024),
+    "heads of 256": PromptCase(4, 2, 256, 333, (333,)),
+    "bert": PromptCase(12, 12, 64, 512, (512, 100, 0), causal=False),
+}
+STREAMED_HERE = STREAMED | {
+    "bert": PromptCase(12, 12, 64, 512, (512, 100, 0), causal=False, ranks=(29, 32, 44)),
+    "modernbert": PromptCase(12, 12, 64, 300, (300,), causal=False, window=65, ranks=(64, 64, 64), rotary=True),
+}
+FEED_FORWARDS_HERE = FEED_FORWARDS | {
+    "bert": FeedForwardCase(1000, 768, 3072, (320,), 320, "gelu", bias=True, residual=True),
+    "bert, narrow": FeedForwardCase(1000, 768, 3072, (192,), 192, "gelu", bias=True),
+    "modernbert": FeedForwardCase(512, 768, 1152, (240, 240), 240, "gelu"),
+}
+kinds = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def compare(op: Op, name: str, args: Any, options: dict[str, Any], want: np.ndarray, dtype: str) -> None:
+    run = jax.jit(lambda args: op(*args, implementation=name, **options))
+    got = run(args)
+    assert relative_error(got, want) <= TOLERANCE[dtype]
+    assert not np.asarray(got)[~want.any(-1)].any()
+    np.testing.assert_array_equal(got, run(args))
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cudnn"])
+@pytest.mark.parametrize("name", ATTENDED_HERE)
+@kinds
+def test_attend(name: str, dtype: str, implementation: str) -> None:
+    args = attended_call(ATTENDED_HERE[name], dtype)
+    if implementation == "cudnn":
+        if attend.choose(*args)[0].name != "cudnn":
+            pytest.skip("refused: " + attend.choose(*args)[1]["cudnn"])
+        if args[3].causal:
+            args = (*args[:3], dataclasses.replace(args[3], padding="ignored"))
+    want = attended_exact(*args)
+    if args[3].padding == "ignored":  # only what is no padding is compared
+        real = np.arange(want.shape[1]) < np.asarray(args[3].ends)[:, None]
+        got = jax.jit(lambda args: attend(*args, implementation=implementation))(args)
+        assert np.isfinite(np.asarray(got, np.float32)).all()
+        assert relative_error(np.asarray(got, np.float64)[real], want[real]) <= TOLERANCE[dtype]
+    else:
+        compare(attend, implementation, args, {}, want, dtype)
+
+
+@pytest.mark.parametrize("name", STREAMED_HERE)
+@kinds
+def test_attend_padded(name: str, dtype: str) -> None:
+    args, options = streamed_call(STREAMED_HERE[name], dtype)
+    compare(attend_padded, "stream", args, options, streamed_exact(*args, **options), dtype)
+
+
+@pytest.mark.parametrize("name", FEED_FORWARDS_HERE)
+@kinds
+def test_feed_forward(name: str, dtype: str) -> None:
+    args, options = feed_forward_call(FEED_FORWARDS_HERE[name], dtype)
+    chosen, refusals = feed_forward.choose(*args, **options)
+    if chosen.name != "stream":
+        pytest.skip(refusals["stream"])
+    compare(feed_forward, "stream", args, options, feed_forward_exact(*args, **options), dtype)
+
+
+@pytest.mark.parametrize("width", [768, 4096, 5120])
+@kinds
+def test_add_norm(width: int, dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, added = (jnp.asarray(rng.standard_normal((301, width)), dtype) for _ in range(2))
+    scale, bias = (jnp.asarray(rng.standard_normal(width), dtype) for _ in range(2))
+    for norm in (Norm(scale, 1e-5), LayerNorm(scale, bias, 1e-12)):
+        total, normed = jax.jit(lambda *args: add_norm(*args, implementation="triton"))(x, added, norm)
+        np.testing.assert_array_equal(total, x + added)
+        assert relative_error(normed, norm_exact(x, norm, added)) <= TOLERANCE[dtype]
