@@ -1,8 +1,9 @@
 """What the encoder benchmark measures, as data, and the work that a pass is."""
 
 import dataclasses
-import json
 from typing import Any
+
+from prompt_cases import PromptCase
 
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
@@ -16,31 +17,31 @@ _BERT: dict[str, Any] = {
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 _TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+_MODERN: dict[str, Any] = {
+    "model_type": "modernbert", "vocab_size": 50368, "max_position_embeddings": 8192, "hidden_size": 768,
+    "num_hidden_layers": 22, "num_attention_heads": 12, "intermediate_size": 1152, "global_attn_every_n_layers": 3,
+    "local_attention": 128, "hidden_activation": "gelu", "pad_token_id": 50283,
+}  # fmt: skip
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bert-base": _BERT | _BASE,
     "bert-large": _BERT | _LARGE,
+    "modernbert-base": _MODERN,
     "tiny": _BERT | _TINY | {"vocab_size": 128, "max_position_embeddings": 64},
 }
 
 
 @dataclasses.dataclass(frozen=True)
-class EncoderCase:
-    """One measurement by one implementation, in a process of its own; ``ratio`` 1 is the dense model."""
+class EncoderCase(PromptCase):
+    """A pass of an encoder. Low-rank queries, keys and values have factors of single heads, as FlashSVD's have."""
 
-    impl: str
-    model: str
-    ratio: float
-    batch: int
-    length: int
-    repeats: int = 20
+    suite = "encoder"
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "EncoderCase":
-        return cls(**json.loads(text))
+    @property
+    def script(self) -> str:
+        if self.impl.startswith("torch"):
+            return "peers/encoder.py"
+        return "peers/jax_encoder.py" if self.impl.startswith("jax") else "encoder_ours.py"
 
     @property
     def config(self) -> EncoderConfig:
@@ -49,25 +50,36 @@ class EncoderCase:
         if self.ratio == 1:
             return dense
         ranks = {site.name: uniform_rank(site, self.ratio) for site in layer_sites(dense)}
-        return EncoderConfig.from_hf(SHAPES[self.model], Factorization.of(ranks))
-
-    def described(self) -> dict[str, Any]:
-        """The keys that say what a row is of."""
-        return {"suite": "encoder", **{k: v for k, v in dataclasses.asdict(self).items() if k != "repeats"}}
+        groups = {}
+        for site in layer_sites(dense):
+            if site.name.endswith(("q_proj", "k_proj", "v_proj", "qkv_proj")):
+                groups[site.name] = site.d_out // dense.head_dim
+                ranks[site.name] = max(1, int(self.ratio * dense.head_dim * site.d_in / (dense.head_dim + site.d_in)))
+        return EncoderConfig.from_hf(SHAPES[self.model], Factorization.of(ranks, groups=groups))
 
     def flops(self) -> int:
-        """Multiplications and additions of a pass: the layers' weights once a token, and attention over all pairs."""
+        """The layers' weights once a token, and attention over all pairs that see each other."""
         config = self.config
-        weights = sum(
-            spec.size for name, spec in schema(config).items() if name.startswith("layers_") and len(spec.shape) == 2
-        )
+        specs = schema(config).items()
+        weights = sum(spec.size for name, spec in specs if name.startswith("layers_") and len(spec.shape) > 1)
         tokens = self.batch * self.length
-        return 2 * weights * tokens + 4 * config.num_layers * tokens * self.length * config.hidden_size
+        seen = sum(self.length if w is None else min(self.length, 2 * w + 1) for w in config.windows)
+        return 2 * weights * tokens + 4 * tokens * seen * config.hidden_size
 
 
 CASES = [
-    (model, ratio, 64, length)
-    for model, length in (("bert-base", 512), ("bert-base", 128), ("bert-large", 512))
-    for ratio in (0.5, 0.75, 1.0)
+    *(
+        (model, ratio, 64, length)
+        for model, length in (("bert-base", 512), ("bert-base", 128), ("bert-large", 512))
+        for ratio in (0.5, 0.75, 1.0)
+    ),
+    *(("modernbert-base", ratio, 4, 8192) for ratio in (0.5, 1.0)),
+    *(("bert-base", 0.5, batch, 512) for batch in (1, 8, 256)),
+    *(("bert-base", ratio, 64, 512) for ratio in (0.25, 0.35)),
 ]
-IMPLS = ("flashsvd_jax", "torch-eager", "torch-sdpa", "torch-compile")
+IMPLS = (
+    "flashsvd_jax", "flashsvd_jax-products", "jax-cudnn", "jax-scores", "torch-eager", "torch-sdpa", "torch-compile",
+)  # fmt: skip
+"""Ours as it chooses, and without rank streaming; plain JAX, attention by cuDNN and with its scores in memory; PyTorch."""
+EVERYWHERE = IMPLS[:2]
+"""What every model has; the others are of BERT's form."""

@@ -6,6 +6,7 @@ same run, is the floor that each row carries.
 
 import dataclasses
 import datetime
+import math
 import os
 import statistics
 import subprocess
@@ -156,8 +157,29 @@ def measure_end_to_end(
 
 
 def random_weights(config: ModelConfig, dtype: str = "bfloat16") -> DecoderWeights:
-    """Weights drawn on the device, scaled so that activations neither vanish nor explode."""
+    """Weights on the device, scaled so that activations neither vanish nor explode."""
+    if len({spec.shape for spec in schema(config).values()}) > _MANY_SHAPES:
+        return build_weights(config, _drawn_on_the_host(config, dtype), hardware_rank, jax.device_put)
     return build_weights(config, random_arrays(config, dtype), hardware_rank)
+
+
+_MANY_SHAPES = 32  # drawing on the device compiles a program for each shape; a model of mixed ranks has hundreds
+
+
+def _drawn_on_the_host(config: AnyConfig, dtype: str) -> Callable[[str], np.ndarray]:
+    """Flat name -> array, cut from one row of random numbers for each scale, a power of two."""
+    specs, rng, rows = schema(config), np.random.default_rng(0), dict[int, np.ndarray]()
+
+    def get(name: str) -> np.ndarray:
+        shape = specs[name].shape
+        if name.endswith(".scale"):
+            return np.ones(shape, jnp.dtype(dtype))
+        power = round(math.log2(shape[-1]) / 2)
+        if power not in rows:
+            rows[power] = (rng.standard_normal(2**22, np.float32) / 2**power).astype(jnp.dtype(dtype))
+        return np.resize(np.roll(rows[power], rng.integers(2**22)), shape)
+
+    return get
 
 
 def random_arrays(config: AnyConfig, dtype: str = "bfloat16") -> Callable[[str], jax.Array]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from encoder_cases import SHAPES, EncoderCase
+from prompt_cases import row_of
 
 ATTENTION = {"torch-eager": "eager", "torch-sdpa": "sdpa", "torch-compile": "sdpa"}
 
@@ -63,13 +64,9 @@ def main(case: EncoderCase) -> dict[str, Any]:
     latency = statistics.median(times)
     if held is not None:
         peak = torch.cuda.max_memory_allocated() - held
-    return {
-        **case.described(), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "attention": [ATTENTION[case.impl]], "latency_ms": round(1e3 * latency, 3),
-        "tokens_per_s": round(case.batch * case.length / latency, 1), "temp_bytes": None,
-        "peak_activation_bytes": peak, "tflops": round(case.flops() / latency / 1e12, 2), "matmul_tflops": None,
-        "torch": torch.__version__,
-    }  # fmt: skip
+    row = row_of(case, latency, [ATTENTION[case.impl]], peak_activation_bytes=peak)
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {**row, "matmul_tflops": None, "device": name, "torch": torch.__version__}
 
 
 if __name__ == "__main__":

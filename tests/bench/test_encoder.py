@@ -7,24 +7,34 @@ from pathlib import Path
 import encoder
 import pytest
 from encoder_cases import CASES, IMPLS, EncoderCase
+from prompt_cases import measured
 
 torch = pytest.importorskip("torch")
 
 
 def test_a_tiny_model_is_measured_by_ours_and_by_pytorch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.jsonl"
-    options = ["--models", "tiny", "--ratios", "0.5", "--impls", "flashsvd_jax,torch-eager", "--out", str(out)]
+    options = [
+        "--models",
+        "tiny",
+        "--ratios",
+        "0.5",
+        "--impls",
+        "flashsvd_jax,jax-scores,torch-eager",
+        "--out",
+        str(out),
+    ]
     assert encoder.main(options) == 0
     rows = [json.loads(text) for text in out.read_text().splitlines()]
-    assert [row["impl"] for row in rows] == ["flashsvd_jax", "torch-eager"]
+    assert [row["impl"] for row in rows] == ["flashsvd_jax", "jax-scores", "torch-eager"]
     assert all(row["latency_ms"] > 0 and "error" not in row and row["commit"] for row in rows), rows
     assert rows[0]["temp_bytes"] > 0 and rows[0]["attention"]
-    assert capsys.readouterr().out.count("TFLOP/s") == 2
+    assert capsys.readouterr().out.count("TFLOP/s") == 3
 
 
 def test_a_failure_is_a_row() -> None:
-    assert "unknown" in encoder.measured(EncoderCase("torch-sdpa", "unknown", 1.0, 1, 8), 60)["error"]
-    assert "no result after" in encoder.measured(EncoderCase("flashsvd_jax", "tiny", 1.0, 1, 8), 0.01)["error"]
+    assert "unknown" in measured(EncoderCase("torch-sdpa", "unknown", 1.0, 1, 8), 60)["error"]
+    assert "no result after" in measured(EncoderCase("flashsvd_jax", "tiny", 1.0, 1, 8), 0.01)["error"]
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
@@ -44,4 +54,5 @@ def test_work_is_counted_as_pytorch_counts_it(ratio: float) -> None:
 def test_the_cases_are_those_of_the_paper_and_every_implementation_has_them() -> None:
     assert ("bert-base", 0.5, 64, 512) in CASES and ("bert-base", 0.75, 64, 128) in CASES
     found = encoder.chosen(encoder.arguments([]))
-    assert len(found) == len(CASES) * len(IMPLS) == len(set(found))
+    assert len(found) == len(set(found)) and {case.impl for case in found} == set(IMPLS)
+    assert {(c.model, c.ratio, c.batch, c.length) for c in found} == set(CASES)

@@ -1,0 +1,105 @@
+"""What the benchmarks of encoders and of prompts have in common: a case in a process of its own, and its row."""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from decode import environment
+from jobs import HERE, append_row, last_line, results_folder
+
+from flashsvd_jax.benchmark import provenance
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCase:
+    """One measurement by one implementation; ``ratio`` 1 is the dense model."""
+
+    impl: str
+    model: str
+    ratio: float
+    batch: int
+    length: int
+    repeats: int = 20
+
+    suite = "prompt"
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls(**json.loads(text))
+
+    def described(self) -> dict[str, Any]:
+        """The keys that say what a row is of."""
+        return {"suite": self.suite, **{k: v for k, v in dataclasses.asdict(self).items() if k != "repeats"}}
+
+    def flops(self) -> int:
+        """Multiplications and additions of a pass."""
+        raise NotImplementedError
+
+    @property
+    def script(self) -> str:
+        """The file of this folder that measures it."""
+        raise NotImplementedError
+
+
+def row_of(case: PromptCase, latency: float, attention: Sequence[str], **memory: int | None) -> dict[str, Any]:
+    """A row's figures from the seconds of a pass; ``memory`` as rows name it."""
+    return {
+        **case.described(), "attention": list(attention), "latency_ms": round(1e3 * latency, 3),
+        "tokens_per_s": round(case.batch * case.length / latency, 1), "temp_bytes": None, "peak_activation_bytes": None,
+        **memory, "tflops": round(case.flops() / latency / 1e12, 2),
+    }  # fmt: skip
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """The median time of a call that waits for its results."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measured(case: PromptCase, limit: float) -> dict[str, Any]:
+    """The row of a case, from a process of its own."""
+    command = [sys.executable, str(HERE / case.script), case.to_json()]
+    env = environment("peers" if "torch" in case.impl else "ours.py")
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=env)
+    except subprocess.TimeoutExpired:
+        return {**case.described(), "error": f"no result after {limit:.0f} s", **provenance()}
+    rows = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    if result.returncode or not rows:
+        return {**case.described(), "error": last_line(result.stderr)[:300], **provenance()}
+    return json.loads(rows[-1]) | provenance()
+
+
+def measure_all(cases: Sequence[PromptCase], budget: float, limit: float, out: Path | None) -> None:
+    """Measures cases until the budget is spent, appends their rows, and prints them as a table."""
+    start, rows = time.time(), []
+    for number, case in enumerate(cases, 1):
+        if time.time() - start > budget:
+            print(f"left out, {budget:.0f} s were spent: {case}")
+            continue
+        print(f"[{time.time() - start:5.0f} s] {number}/{len(cases)} {case}", flush=True)
+        rows.append(measured(case, limit))
+        append_row(out or results_folder(rows[-1].get("device", "failed")) / f"{case.suite}.jsonl", rows[-1])
+    print(*map(_line, rows), sep="\n")
+
+
+def _line(row: dict[str, Any]) -> str:
+    what = f"{row['model']:<14} {row['ratio']:.2f} {row['batch']:>3} x {row['length']:<5} {row['impl']:<22}"
+    if "error" in row:
+        return f"{what} {row['error'][:70]}"
+    memory = row["temp_bytes"] if row["peak_activation_bytes"] is None else row["peak_activation_bytes"]
+    told = "" if memory is None else f"{memory / 2**20:9.0f} MiB"
+    return f"{what} {row['latency_ms']:9.2f} ms {row['tflops']:7.1f} TFLOP/s {told}"

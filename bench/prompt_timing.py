@@ -1,0 +1,31 @@
+"""How a pass of a whole batch is timed in JAX, and the rate of large products that it is compared with."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from prompt_cases import PromptCase, median_seconds, row_of
+
+
+def matrix_rate() -> float:
+    """Operations a second of a large product of random numbers; of zeros or ones it would be higher."""
+    size = 8192 if jax.default_backend() == "gpu" else 256
+    x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
+    product = jax.jit(lambda x: x @ x)
+    jax.block_until_ready(product(x))
+    return 2 * size**3 / median_seconds(lambda: jax.block_until_ready(product(x)), 10)
+
+
+def timed_row(case: PromptCase, compiled: Any, operands: tuple[Any, ...], attention: list[str]) -> dict[str, Any]:
+    """The row of a compiled pass. Its peak is the process's own, so a process should time one case alone."""
+    jax.block_until_ready(compiled(*operands))
+    latency = median_seconds(lambda: jax.block_until_ready(compiled(*operands)), case.repeats)
+    memory = compiled.memory_analysis()
+    held = sum(a.nbytes for a in jax.tree.leaves(operands))
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    row = row_of(
+        case, latency, attention, temp_bytes=memory.temp_size_in_bytes if memory else None,
+        peak_activation_bytes=None if peak is None else peak - held,
+    )  # fmt: skip
+    rate = round(matrix_rate() / 1e12, 1)
+    return {**row, "matmul_tflops": rate, "device": jax.devices()[0].device_kind, "jax": jax.__version__}

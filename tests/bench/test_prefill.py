@@ -1,0 +1,35 @@
+"""The benchmark of prompts runs on a CPU, and counts work as PyTorch does."""
+
+import json
+from pathlib import Path
+
+import prefill
+import pytest
+from prefill_cases import PrefillCase
+
+torch = pytest.importorskip("torch")
+
+
+def test_a_tiny_model_is_measured_by_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.jsonl"
+    assert prefill.main(["--models", "tiny", "--ratios", "0.5", "--out", str(out)]) == 0
+    rows = [json.loads(text) for text in out.read_text().splitlines()]
+    assert [row["impl"] for row in rows] == ["flashsvd_jax", "jax-cudnn", "torch-sdpa"]
+    assert all(row["latency_ms"] > 0 and "error" not in row and row["commit"] for row in rows), rows
+    assert capsys.readouterr().out.count("TFLOP/s") == 3
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_work_is_counted_as_pytorch_counts_it(ratio: float) -> None:
+    from peers.model import PeerModel
+    from peers.run import random_tensors, rounded_ranks
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = PrefillCase("torch-sdpa", "tiny", ratio, 2, 32)
+    config = rounded_ranks(case.config)
+    model = PeerModel(config, random_tensors(config, torch.float32, "cpu"), 2, 33, True)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.prefill(torch.ones((2, 32), dtype=torch.long))
+    causal = 2 * config.num_layers * 2 * 32 * 32 * config.num_heads * config.head_dim
+    # PyTorch counts attention as if nothing were causal, and peers' ranks are rounded.
+    assert counter.get_total_flops() - causal == pytest.approx(case.flops(), rel=0.25 if ratio < 1 else 1e-9)
