@@ -1,6 +1,6 @@
 """Operations of low-rank inference: what they compute, and the ways to compute them. Knows nothing of models."""
 
-from pallas_kernels import cudnn as _cudnn  # noqa: F401  (after Triton's: it is tried before them)
+from pallas_kernels import cudnn as _cudnn
 from pallas_kernels import persistent as _persistent  # noqa: F401  (these register their implementations)
 from pallas_kernels import triton as _triton  # noqa: F401
 from pallas_kernels.activations import ACTIVATIONS
@@ -22,6 +22,8 @@ from pallas_kernels.projection import PackedProjection, Projection, hardware_ran
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
 from pallas_kernels.rounding import power_of_two
 from pallas_kernels.target import Target, assume_target, target
+
+_cudnn.register()  # after Triton's kernels, so that it is tried before them
 
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 

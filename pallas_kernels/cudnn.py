@@ -55,4 +55,6 @@ def cudnn_attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> 
     return jnp.where(seen[..., None], out, jnp.zeros((), out.dtype))
 
 
-attend.register(Implementation("cudnn", cudnn_attend, refuses, unavailable))
+def register() -> None:
+    """Makes it the first choice among the implementations that are registered by now."""
+    attend.register(Implementation("cudnn", cudnn_attend, refuses, unavailable))

@@ -1,4 +1,4 @@
-"""Plain JAX baselines of prompts and encoders, as one would write them: `einsum` in bfloat16, attention by cuDNN or with its scores.
+"""Plain JAX baselines of prompts and encoders, as one would write them: `einsum` in bfloat16, attention by cuDNN or with scores.
 
 Each projection is a weight [out, in] or two factors (down [rank, in], up [out, rank]); XLA does the rest. On a CPU, which has no
 cuDNN, attention is `jax.nn`'s own.

@@ -154,3 +154,7 @@ def test_a_record_tells_what_ran_and_why_others_did_not(op: Op) -> None:
 def test_the_default_target_is_the_default_device() -> None:
     assert target().platform == jax.default_backend()
     assert target().interpret is False
+
+
+def test_attention_of_prompts_goes_to_the_library_first() -> None:
+    assert ops()["attend"].names == ("cudnn", "triton", "xla")
