@@ -1,6 +1,5 @@
 """Conversion: a PyTorch checkpoint in, a folder of the canonical layout out, one tensor at a time."""
 
-import os
 import shutil
 import warnings
 from collections import Counter
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.base_config import FoundConfig, base_config, base_name, model_config, own_config
+from converters.destination import check_space, refuse_existing
 from converters.detect import Detection, detect, refuse_files
 from converters.plan import Plan, make_plan
 from converters.report import ConversionReport
@@ -76,15 +76,14 @@ def convert(
       ConfigError: the base model is not one that this package runs.
     """
     src, dst, base = Path(src), Path(dst), None if base is None else Path(base)
-    if os.path.lexists(dst):
-        raise ConversionError(f"{dst} already exists; delete it or choose another destination")
+    refuse_existing(dst)
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
     refuse_files([file.name for file in src.iterdir()] if src.is_dir() else [src.name], str(src))
     companions = _companions(folder_of(src), base)
     with open_source(src) as source:
         job = _prepare(source, base, dtype)
-        _check_space(dst, job.nbytes)
+        check_space(dst, job.nbytes)
         _write(job, dst, companions, progress)
         verification = None
         if verify:
@@ -161,13 +160,6 @@ def _default_dtype(plan: Plan) -> str:
         nbytes[info.dtype.name] += info.nbytes
     (name, _), *_ = nbytes.most_common()
     return name if name in ("bfloat16", "float16") else "bfloat16"
-
-
-def _check_space(dst: Path, needed: int) -> None:
-    existing = next(folder for folder in dst.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ConversionError(f"{dst} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space")
 
 
 def _companions(own: Path, base: Path | None) -> list[Path]:

@@ -94,7 +94,7 @@ FAMILIES: tuple[Family, ...] = (
         "SVD-LLM, Hugging Face export",
         pairs=(_U_AFTER_V_IN_MODULE, _U_AFTER_V_IN_BLOCK),
         config_keys=("svd_ranks",),
-        model_types=(("svdllm-llama", "llama"),),
+        model_types=tuple((f"svdllm-{base}", base) for base in ("llama", "mistral", "qwen2", "qwen3")),
         architectures=("SVDLLM", "SVDLlama"),
         rank_map="svd_ranks",
     ),
@@ -164,3 +164,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family("dense", "an uncompressed model, or one merged back to dense"),
 )
+
+
+def family_named(name: str) -> Family:
+    """The family of a name in the table."""
+    return next(family for family in FAMILIES if family.name == name)

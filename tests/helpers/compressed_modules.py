@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
 
 class Pair(nn.Module):
@@ -149,6 +150,12 @@ class SVD_QwenAttention(_SVDAttention, Qwen2Attention): ...
 class SVD_QwenMLP(_SVDMLP, Qwen2MLP): ...
 
 
+class SVD_Qwen3Attention(_SVDAttention, Qwen3Attention): ...
+
+
+class SVD_Qwen3MLP(_SVDMLP, Qwen3MLP): ...
+
+
 _BLOCKS = {
     LlamaAttention: SVD_LlamaAttention,
     LlamaMLP: SVD_LlamaMLP,
@@ -156,6 +163,8 @@ _BLOCKS = {
     MistralMLP: SVD_MistralMLP,
     Qwen2Attention: SVD_QwenAttention,
     Qwen2MLP: SVD_QwenMLP,
+    Qwen3Attention: SVD_Qwen3Attention,
+    Qwen3MLP: SVD_Qwen3MLP,
 }
 SVDLLM_MODULES = {
     SVD_LlamaAttention: "component.svd_llama",
