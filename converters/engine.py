@@ -14,7 +14,7 @@ from converters.destination import check_space, refuse_existing
 from converters.detect import Detection, detect, refuse_files
 from converters.plan import Plan, make_plan
 from converters.report import ConversionReport
-from converters.sources import TensorSource, folder_of, open_source
+from converters.sources import TensorSource, WrappedSource, folder_of, open_source
 from converters.sources.hashing import sha256_of
 from converters.verify import verify_folder
 from converters.verify_logits import LogitsFunction
@@ -111,12 +111,10 @@ def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job
     where, own = str(source.path), own_config(source)
     claims = own.hf if own else {}
     detection = detect(claims, source.infos(), where)
-    if detection.family.view:
-        source = detection.family.view(source, claims)
     found = base_config(own, base, where)
-    if detection.family.relaid is not None:
-        source = relaid = detection.family.relaid(source, model_config(found))
-        found = FoundConfig({**found.hf, **relaid.hf}, found.origin)
+    if detection.family.view is not None:
+        source = view = detection.family.view(source, claims, model_config(found))
+        found = FoundConfig({**found.hf, **view.hf}, found.origin)
     rank_map = own.hf.get(detection.family.rank_map) if own else None
     plan = make_plan(model_config(found), source.infos(), detection.family, rank_map, where)
     for dropped, kept in plan.equal:
@@ -172,7 +170,7 @@ def _companions(own: Path, base: Path | None) -> list[Path]:
 
 
 def _notes(source: TensorSource, detection: Detection, plan: Plan) -> tuple[str, ...]:
-    notes = list(plan.notes)
+    notes = [*(source.notes if isinstance(source, WrappedSource) else ()), *plan.notes]
     rope = plan.config.rope if isinstance(plan.config, ModelConfig) else RopeConfig()
     if detection.family.fixed_rope and rope != RopeConfig():
         notes.append(

@@ -129,7 +129,7 @@ FAMILIES: tuple[Family, ...] = (
         "FlashSVD's BERT and RoBERTa states, factors of single heads",
         pairs=(PairRule(FIRST, SECOND),),
         key_pattern=r"(?:^|\.)(?:Pq|Uo|U1)$",
-        relaid=HeadFactorSource,
+        view=HeadFactorSource,
     ),
     Family(
         "flashsvd_gpt2",

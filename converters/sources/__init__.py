@@ -2,5 +2,6 @@
 
 from converters.sources.base import TensorInfo, TensorSource, folder_of
 from converters.sources.open_source import open_source
+from converters.sources.wrapped_source import WrappedSource
 
-__all__ = ["TensorInfo", "TensorSource", "folder_of", "open_source"]
+__all__ = ["TensorInfo", "TensorSource", "WrappedSource", "folder_of", "open_source"]
