@@ -110,7 +110,7 @@ def convert(
 def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job:
     where, own = str(source.path), own_config(source)
     claims = own.hf if own else {}
-    detection = detect(claims, source.infos(), where)
+    detection, default = detect(claims, source.infos(), where), _default_dtype(source)
     found = base_config(own, base, where)
     if detection.family.view is not None:
         source = view = detection.family.view(source, claims, model_config(found))
@@ -124,7 +124,7 @@ def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job
                 f"differ, set tie_word_embeddings to false in the configuration given with --base"
             )
     notes = _notes(source, detection, plan)
-    return _Job(source, detection, found, base_name(own), plan, dtype or _default_dtype(plan), notes)
+    return _Job(source, detection, found, base_name(own), plan, dtype or default, notes)
 
 
 def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None:
@@ -151,10 +151,10 @@ def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None
         raise ConversionError(f"{warning}; nothing was written") from warning
 
 
-def _default_dtype(plan: Plan) -> str:
-    """The dtype of most of the weights if it has 16 bits, else bfloat16."""
+def _default_dtype(source: TensorSource) -> str:
+    """The dtype of most of the checkpoint's weights if it has 16 bits, else bfloat16."""
     nbytes: Counter[str] = Counter()
-    for info in plan.stored.values():
+    for info in source.infos().values():
         nbytes[info.dtype.name] += info.nbytes
     (name, _), *_ = nbytes.most_common()
     return name if name in ("bfloat16", "float16") else "bfloat16"

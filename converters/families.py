@@ -6,6 +6,7 @@ share its tensor names. A new family is an entry here and a test.
 
 from converters.family import Family
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
+from converters.residuals import BlockResiduals, DenseResiduals
 from converters.rules import PairRule
 from converters.shared_bases import CONFIG_KEYS, SharedBases
 
@@ -104,6 +105,14 @@ FAMILIES: tuple[Family, ...] = (
         pairs=(_U_AFTER_V_IN_BLOCK,),
         fixed_rope=True,
     ),
+    Family(
+        "fisher_svd",
+        "Fisher-SVD, dense blocks beside its factors",
+        pairs=(_U_AFTER_V_IN_MODULE,),
+        key_pattern=r"\.g\d+_blocks_T$",
+        names="hint",
+        view=BlockResiduals,
+    ),
     Family("zs_svd", "ZS-SVD", pairs=(_U_AFTER_V_IN_MODULE,), names="hint"),
     Family(
         "aa_svd",
@@ -152,9 +161,11 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "corda",
-        "CorDA and other low-rank terms beside a dense residual",
+        "CorDA, a residual of full size beside its factors",
         key_pattern=r"\.weight_residual$",
-        refusal="a dense residual stands beside its factors",
+        architectures=("CovSVD",),
+        added_keys=("lora_r",),
+        view=DenseResiduals,
     ),
     Family(
         "bare_ab",

@@ -119,7 +119,7 @@ class _Original:
         names = self._layers(site)
         whole = self._source.output(self._names[names[0]], x) if isinstance(self._source, WrappedSource) else None
         if whole is not None:
-            return [self._with_bias(whole, site)]
+            return [self._with_bias(whole, site, names[-1])]
         orders = [names] if self._family.names == "binding" else [names, names[::-1]]
         return [self._output(site, order, x) for order in orders if self._chains(order, x.shape[1])]
 

@@ -96,7 +96,6 @@ REFUSED_NAMES = {
     "flashsvd_gpt2": "blocks.0.q_U",
     "mla": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "lora": f"base_model.model.{Q}.lora_A.weight",
-    "corda": f"{Q}.weight_residual",
 }
 REFUSED_CONFIGS = {"modegpt": {"q_ranks": [[3]], "mask_path": "/somewhere/rotary_masks.pt"}}
 REFUSED_FILES = {

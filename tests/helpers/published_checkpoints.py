@@ -27,6 +27,7 @@ from compressed_modules import (
 )
 from dobi_remapping import remap
 from hf_models import build_model
+from residual_modules import BLOCK, CovSVDLinear, SVDLinearWithDenseBlocks
 from safetensors.torch import save_file
 from torch import nn
 
@@ -310,6 +311,28 @@ def _dobi_remapped(folder: Path) -> Published:
     return Published(folder, model, "dobi_remapped", REMAPPED)
 
 
+def _corda(folder: Path) -> Published:
+    """Every projection but the head has a residual, so the model that is read is dense."""
+    model = base_model("llama_bias")
+    compress(model, dict.fromkeys(MODULES, 5), CovSVDLinear)
+    config = hf_config(model, architectures=["CovSVDLlamaForCausalLM"], lora_r=5)
+    return Published(save_safetensors(folder, state_dict(model), config), model, "corda", {})
+
+
+def _fisher_svd(folder: Path) -> Published:
+    """Blocks in a few columns make a pair wider; the value projection of the last layer has them in nearly all."""
+    model, ranks = base_model("llama_bias"), dict(RANKS)
+    compress(model, ranks, SVDLinearWithDenseBlocks)
+    for module in (MODULES[0], MODULES[4]):
+        model.get_submodule(module).add_blocks([0, 9], [[3, 17], [5, 7]])
+        ranks[module] += 2 * BLOCK
+    many = MODULES[9]
+    model.get_submodule(many).add_blocks([*range(0, 36, BLOCK)], [[0, 20]] * 9)
+    del ranks[many]
+    path = save_pickle(folder / "tiny_fisher_svd_0.6.pt", model, {SVDLinearWithDenseBlocks: "fisher_svd"})
+    return Published(path, model, "fisher_svd", ranks)
+
+
 def _dense(folder: Path, architecture: str) -> Published:
     model = base_model(architecture, **(ROPE if architecture == "llama_tied" else {}))
     return Published(save_safetensors(folder, state_dict(model), hf_config(model)), model, "dense", {})
@@ -341,6 +364,8 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "basis_sharing": _basis_sharing,
     "basis_sharing-mistral": _basis_sharing_mistral,
     "dobi_remapped": _dobi_remapped,
+    "corda": _corda,
+    "fisher_svd": _fisher_svd,
     "dense-llama-tied": functools.partial(_dense, architecture="llama_tied"),
     "dense-mistral": functools.partial(_dense, architecture="mistral"),
     "dense-qwen2": functools.partial(_dense, architecture="qwen2"),

@@ -1,0 +1,26 @@
+"""Exact arithmetic on weights that a converter puts together: in float64, rounded once."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from converters.sources import TensorInfo
+
+_ROWS = 1024  # that are widened to float64 together
+
+
+def made_dtype(parts: Iterable[TensorInfo]) -> np.dtype:
+    """The dtype of a weight that is computed: float64 if one of its parts is, else float32, as 16 bits would round twice."""
+    return np.dtype(np.float64 if any(part.dtype == np.float64 for part in parts) else np.float32)
+
+
+def plus_product(
+    weight: Callable[[], np.ndarray], up: Callable[[], np.ndarray], down: Callable[[], np.ndarray], dtype: np.dtype
+) -> np.ndarray:
+    """``weight + up @ down`` of [d_out, d_in], [d_out, rank] and [rank, d_in], some rows at a time."""
+    base, left, right = weight(), up(), down().astype(np.float64)
+    found = np.empty(base.shape, dtype)
+    for start in range(0, len(base), _ROWS):
+        rows = slice(start, start + _ROWS)
+        found[rows] = base[rows].astype(np.float64) + left[rows].astype(np.float64) @ right
+    return found
