@@ -4,6 +4,7 @@
 share its tensor names. A new family is an entry here and a test.
 """
 
+from converters.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from converters.family import Family
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
 from converters.residuals import BlockResiduals, DenseResiduals
@@ -153,11 +154,12 @@ FAMILIES: tuple[Family, ...] = (
         key_pattern=r"\.kv_a_proj_with_mqa\.",
         refusal="there is a norm between its factors",
     ),
+    Family("lora", "PEFT's LoRA adapters, merged into a base of any family", files=(ADAPTER_CONFIG,)),
     Family(
-        "lora",
-        "LoRA adapters",
-        key_pattern=r"\.lora_[AB]\.",
-        refusal="an adapter needs its base weights; merge it first",
+        "lora_whole",
+        "a PEFT model's whole state dict",
+        key_pattern=r"\.lora_(?:embedding_)?[AB](?:\.|$)",
+        refusal="save the adapter by itself and convert that, with --base for its base model, or merge it with PEFT",
     ),
     Family(
         "corda",

@@ -147,7 +147,7 @@ class BlockResiduals(WrappedSource):
                 rows[np.arange(width), column + np.arange(width)] = 1
             else:
                 values = self._source.get(f"{module}.g{number}_blocks_T").astype(dtype)
-                np.add.at(rows, (slice(None), self._source.get(f"{module}.g{number}_row_index")), values)
+                np.add.at(rows.T, self._source.get(f"{module}.g{number}_row_index"), values.T)
             start += width
         whole = np.concatenate((own, added))
         return whole if side == "down" else whole.T
@@ -159,5 +159,5 @@ class BlockResiduals(WrappedSource):
             column = int(self._source.get(f"{module}.g{number}_col").reshape(()))
             blocks = self._float64(f"{module}.g{number}_blocks_T")
             rows = self._source.get(f"{module}.g{number}_row_index")
-            np.add.at(y, (slice(None), rows), x[:, column : column + len(blocks)] @ blocks)
+            np.add.at(y.T, rows, (x[:, column : column + len(blocks)] @ blocks).T)
         return y

@@ -34,9 +34,8 @@ class WrappedSource(TensorSource):
 
     def get(self, name: str) -> np.ndarray:
         """A tensor by its name here or the one it is stored under."""
-        if name in self._makers:
-            return self._makers[name]()
-        return self._source.get(self._infos[name].name if name in self._infos else name)
+        stored = self._infos[name].name if name in self._infos else name
+        return self._makers[stored]() if stored in self._makers else self._source.get(stored)
 
     def close(self) -> None:
         self._source.close()

@@ -27,6 +27,7 @@ from compressed_modules import (
 )
 from dobi_remapping import remap
 from hf_models import build_model
+from lora_modules import add_lora
 from residual_modules import BLOCK, CovSVDLinear, SVDLinearWithDenseBlocks
 from safetensors.torch import save_file
 from torch import nn
@@ -66,7 +67,7 @@ class Published:
       model: the source, with its family's own layers, in evaluation mode.
       family: name of the family that should be found.
       ranks: rank by module path of every low-rank projection.
-      base: what --base has to be, if the checkpoint has no configuration of its own.
+      base: what --base has to be, if the checkpoint has no configuration of its own, or is an adapter.
     """
 
     path: Path
@@ -333,6 +334,27 @@ def _fisher_svd(folder: Path) -> Published:
     return Published(path, model, "fisher_svd", ranks)
 
 
+def _lora(folder: Path) -> Published:
+    """On a dense base: ranks and scales of single modules, an embedding, and an output head that was trained whole."""
+    model = base_model("qwen2")
+    base = save_safetensors(folder / "base", state_dict(model), hf_config(model))
+    ranks = {MODULES[0]: 4, MODULES[2]: 4, MODULES[6]: 3, MODULES[11]: 4, "model.embed_tokens": 4}
+    alphas = dict.fromkeys(ranks, 6.0) | {MODULES[2]: 5.0}
+    add_lora(model, folder / "adapter", ranks, alphas, use_rslora=True, modules_to_save=["lm_head"])
+    return Published(folder / "adapter", model, "lora", {}, base)
+
+
+def _lora_on_factors(folder: Path) -> Published:
+    """On a factorized base: a projection as a whole, which gets wider; one of another's factors; one that is dense."""
+    source = _lowrankarena(folder / "base", "mistral")
+    whole, factor, dense = MODULES[0], f"{MODULES[1]}.ALinear", MODULES[2]
+    ranks = {whole: 2, factor: 2, dense: 2}
+    add_lora(source.model, folder / "adapter", ranks, dict.fromkeys(ranks, 3.0))
+    return Published(
+        folder / "adapter", source.model, "lora", {**source.ranks, whole: source.ranks[whole] + 2}, source.path
+    )
+
+
 def _dense(folder: Path, architecture: str) -> Published:
     model = base_model(architecture, **(ROPE if architecture == "llama_tied" else {}))
     return Published(save_safetensors(folder, state_dict(model), hf_config(model)), model, "dense", {})
@@ -364,6 +386,8 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "basis_sharing": _basis_sharing,
     "basis_sharing-mistral": _basis_sharing_mistral,
     "dobi_remapped": _dobi_remapped,
+    "lora": _lora,
+    "lora-factors": _lora_on_factors,
     "corda": _corda,
     "fisher_svd": _fisher_svd,
     "dense-llama-tied": functools.partial(_dense, architecture="llama_tied"),
