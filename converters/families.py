@@ -7,9 +7,12 @@ share its tensor names. A new family is an entry here and a test.
 from converters.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from converters.family import Family
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
+from converters.head_groups import CONFIG_KEY as HEAD_RANKS
+from converters.head_groups import HeadGroups
 from converters.residuals import BlockResiduals, DenseResiduals
 from converters.rules import PairRule
 from converters.shared_bases import CONFIG_KEYS, SharedBases
+from converters.shared_firsts import SharedFirsts
 
 _A_AFTER_B = PairRule("{module}.BLinear.weight", "{module}.ALinear.weight")
 _B_AFTER_A = PairRule("{module}.ALinear.weight", "{module}.BLinear.weight")
@@ -66,9 +69,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "palu",
-        "Palu",
+        "Palu, groups of heads with second factors of their own",
+        pairs=(PairRule("{module}.VT.weight", "{module}.U.weight"),),
+        model_types=tuple((f"palu{base}", base) for base in ("llama", "mistral", "qwen2")),
+        architectures=("Palu",),
         key_pattern=r"_proj\.(?:VT|U\.\d+)\.weight$",
-        refusal="its second factors are block-diagonal",
+        added_keys=(HEAD_RANKS, "original_model_name_or_path", "k_bits", "v_bits"),
+        view=HeadGroups,
     ),
     Family(
         "lems",
@@ -174,6 +181,7 @@ FAMILIES: tuple[Family, ...] = (
         "ALinear/BLinear pairs of no named family (QSVD, ASVD and Dobi-SVD pickles)",
         pairs=(_A_AFTER_B,),
         names="none",
+        view=SharedFirsts,
     ),
     Family("dense", "an uncompressed model, or one merged back to dense"),
 )

@@ -34,7 +34,10 @@ def torch_logits(model: nn.Module) -> np.ndarray:
 
 def projection(folder: ModelFolder, site: Site, x: np.ndarray) -> np.ndarray:
     for part in ("weight",) if folder.config.factorization.rank(site.name) is None else ("down", "up"):
-        x = x @ folder.get(f"{site.name}.{part}").T
+        weight = folder.get(f"{site.name}.{part}")
+        groups = weight.shape[0] if weight.ndim == 3 else 1
+        shares = zip(np.split(x, groups, axis=1), weight.reshape(groups, -1, weight.shape[-1]), strict=True)
+        x = np.concatenate([share @ block.T for share, block in shares], axis=1)
     return x + folder.get(f"{site.name}.bias") if site.has_bias else x
 
 

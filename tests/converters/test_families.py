@@ -93,7 +93,6 @@ def test_merged_checkpoint_counts_as_dense_and_says_what_its_configuration_claim
 
 REFUSED_NAMES = {
     "quantized": f"{Q}.qweight",
-    "palu": f"{V}.VT.weight",
     "eigen_attention": "model.layers.0.self_attn.k_proj_low.weight",
     "flashsvd_gpt2": "blocks.0.q_U",
     "mla": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",

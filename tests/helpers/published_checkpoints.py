@@ -28,6 +28,7 @@ from compressed_modules import (
 from dobi_remapping import remap
 from hf_models import build_model
 from lora_modules import add_lora
+from palu_modules import group_heads
 from residual_modules import BLOCK, CovSVDLinear, SVDLinearWithDenseBlocks
 from safetensors.torch import save_file
 from torch import nn
@@ -334,6 +335,48 @@ def _fisher_svd(folder: Path) -> Published:
     return Published(path, model, "fisher_svd", ranks)
 
 
+HEAD_RANKS = {  # one group, groups of one rank, groups of different ranks; everything else is dense
+    MODULES[1]: [3, 5],
+    MODULES[2]: [6],
+    MODULES[8]: [4, 4],
+    MODULES[9]: [7, 2],
+}
+
+
+def _palu(folder: Path, architecture: str = "llama_bias") -> Published:
+    model = base_model(architecture)
+    group_heads(model, HEAD_RANKS)
+    config = hf_config(
+        model,
+        model_type=f"palu{model.config.model_type}",
+        architectures=[f"Palu{model.config.model_type.capitalize()}ForCausalLM"],
+        head_wise_ranks=HEAD_RANKS,
+        original_model_name_or_path="somebody/tiny",
+    )
+    path = save_safetensors(folder, state_dict(model), config)
+    return Published(path, model, "palu", {module: max(ranks) for module, ranks in HEAD_RANKS.items()})
+
+
+class WeightQuantizer(nn.Module):
+    """QSVD stores one for every layer beside the model, of no use for running it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(3))
+
+
+def _qsvd(folder: Path) -> Published:
+    """Query, key and value with one first factor, in copies; the weights' quantizers beside the model."""
+    model, ranks = base_model("llama"), RANKS | dict.fromkeys(MODULES[:3], 5)
+    compress(model, ranks, ABLinear)
+    for module in MODULES[1:3]:
+        model.get_submodule(module).BLinear.weight.copy_(model.get_submodule(MODULES[0]).BLinear.weight)
+    path, base = folder / "qsvd.pth", write_config(folder / "base", hf_config(model))
+    with published_module_names({WeightQuantizer: "quant_utils"}):
+        torch.save({"w_quantizers": {f"{MODULES[0]}.ALinear": WeightQuantizer()}, "model": model.state_dict()}, path)
+    return Published(path, model, "bare_ab", ranks, base)
+
+
 def _lora(folder: Path) -> Published:
     """On a dense base: ranks and scales of single modules, an embedding, and an output head that was trained whole."""
     model = base_model("qwen2")
@@ -386,6 +429,9 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "basis_sharing": _basis_sharing,
     "basis_sharing-mistral": _basis_sharing_mistral,
     "dobi_remapped": _dobi_remapped,
+    "palu": _palu,
+    "palu-mistral": functools.partial(_palu, architecture="mistral"),
+    "qsvd": _qsvd,
     "lora": _lora,
     "lora-factors": _lora_on_factors,
     "corda": _corda,
