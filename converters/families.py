@@ -5,10 +5,14 @@ share its tensor names. A new family is an entry here and a test.
 """
 
 from converters.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from converters.eigen_attention import EigenAttention
 from converters.family import Family
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
 from converters.head_groups import CONFIG_KEY as HEAD_RANKS
 from converters.head_groups import HeadGroups
+from converters.modegpt import MODEGPT_KEYS, ReducedModules
+from converters.reduced_widths import FIRST as ROWS
+from converters.reduced_widths import SECOND as PLACES
 from converters.residuals import BlockResiduals, DenseResiduals
 from converters.rules import PairRule
 from converters.shared_bases import CONFIG_KEYS, SharedBases
@@ -87,16 +91,18 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "modegpt",
-        "MoDeGPT",
+        "MoDeGPT's Llama, narrower heads and feed-forward layers",
+        pairs=(PairRule(ROWS, PLACES),),
         config_keys=("mask_path", "q_ranks"),
-        refusal="its heads are narrower than the base model's",
+        added_keys=MODEGPT_KEYS,
+        view=ReducedModules,
     ),
     Family(
         "eigen_attention",
-        "Eigen Attention",
+        "Eigen Attention's Llama, narrower heads",
+        pairs=(PairRule(ROWS, PLACES),),
         key_pattern=r"\.[qkv]_proj_low\.",
-        files=("low_rank_config.pt",),
-        refusal="its heads are narrower than the base model's",
+        view=EigenAttention,
     ),
     Family(
         "svdllm_hf",

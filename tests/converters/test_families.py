@@ -93,21 +93,18 @@ def test_merged_checkpoint_counts_as_dense_and_says_what_its_configuration_claim
 
 REFUSED_NAMES = {
     "quantized": f"{Q}.qweight",
-    "eigen_attention": "model.layers.0.self_attn.k_proj_low.weight",
     "flashsvd_gpt2": "blocks.0.q_U",
     "mla": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "lora_whole": f"base_model.model.{Q}.lora_A.default.weight",
 }
-REFUSED_CONFIGS = {"modegpt": {"q_ranks": [[3]], "mask_path": "/somewhere/rotary_masks.pt"}}
 REFUSED_FILES = {
-    "eigen_attention": "low_rank_config.pt",
     "flashsvd_gpt2": "gpt2_block_0.pt",
 }
 
 
 def test_every_refused_family_is_tested() -> None:
     refused = {family.name for family in FAMILIES if family.refusal}
-    assert refused == REFUSED_NAMES.keys() | REFUSED_CONFIGS.keys() | REFUSED_FILES.keys()
+    assert refused == REFUSED_NAMES.keys() | REFUSED_FILES.keys()
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.refusal], ids=lambda family: family.name)
@@ -117,9 +114,6 @@ def test_families_that_are_not_read_are_named(family) -> None:
     if family.name in REFUSED_NAMES:
         with pytest.raises(ConversionError, match=words):
             found([*dense, REFUSED_NAMES[family.name]])
-    if family.name in REFUSED_CONFIGS:
-        with pytest.raises(ConversionError, match=words):
-            found(dense, REFUSED_CONFIGS[family.name])
     if family.name in REFUSED_FILES:
         with pytest.raises(ConversionError, match=words):
             refuse_files(["config.json", REFUSED_FILES[family.name]], "model")

@@ -102,16 +102,16 @@ def test_values_out_of_range_of_the_dtype(published, tmp_path) -> None:
 
 def test_family_that_is_not_read(published, tmp_path) -> None:
     def split_a_factor(tensors: Tensors, config: dict[str, Any]) -> None:
-        tensors[f"{Q}.VT.weight"] = torch.ones(3, 40)
+        tensors[f"{Q}.qweight"] = torch.ones(3, 40)
 
-    refuse(changed(published("dense-mistral"), tmp_path / "in", split_a_factor), "Palu .*not read yet", tmp_path)
+    refuse(changed(published("dense-mistral"), tmp_path / "in", split_a_factor), "GPTQ.*not read yet", tmp_path)
 
 
 def test_files_of_a_family_that_is_not_read(published, tmp_path) -> None:
     path = shutil.copytree(published("dense-mistral").path, tmp_path / "in")
-    (path / "low_rank_config.pt").touch()
-    refuse(path, "Eigen Attention .file low_rank_config.pt., which is not read yet", tmp_path)
-    refuse(path / "low_rank_config.pt", "Eigen Attention", tmp_path)
+    (path / "gpt2_block_0.pt").touch()
+    refuse(path, "GPT-2 blocks .file gpt2_block_0.pt., which is not read yet", tmp_path)
+    refuse(path / "gpt2_block_0.pt", "GPT-2 blocks", tmp_path)
 
 
 def test_no_configuration(published, tmp_path) -> None:

@@ -22,7 +22,14 @@ def damaging(damage: Callable[[str, np.ndarray], np.ndarray]) -> type[FolderWrit
     return Damaging
 
 
-PRODUCTS = ("corda", "fisher_svd", "lora", "lora-factors")  # some weights are computed, and rounded to float32
+PRODUCTS = (
+    "corda",
+    "fisher_svd",
+    "lora",
+    "lora-factors",
+    "eigen_attention",
+    "modegpt",
+)  # some weights are computed, and rounded to float32
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

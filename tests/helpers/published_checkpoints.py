@@ -28,6 +28,7 @@ from compressed_modules import (
 from dobi_remapping import remap
 from hf_models import build_model
 from lora_modules import add_lora
+from narrow_modules import eigen_attention, narrow
 from palu_modules import group_heads
 from residual_modules import BLOCK, CovSVDLinear, SVDLinearWithDenseBlocks
 from safetensors.torch import save_file
@@ -357,6 +358,33 @@ def _palu(folder: Path, architecture: str = "llama_bias") -> Published:
     return Published(path, model, "palu", {module: max(ranks) for module, ranks in HEAD_RANKS.items()})
 
 
+def _eigen_attention(folder: Path, architecture: str = "llama_bias") -> Published:
+    """Heads of 5 and 6 columns for keys and of 3 and 4 for values, in place of 14, the values' as factors."""
+    model = base_model(architecture, num_attention_heads=4, head_dim=10)  # its class has no head_dim of its own
+    eigen_attention(model, [(10, 6), (12, 8)])
+    config = hf_config(model, architectures=["LlamaForCausalLM_EigenAttn"])
+    ranks = {MODULES[1]: 5, MODULES[2]: 3, MODULES[8]: 6, MODULES[9]: 4}
+    return Published(save_safetensors(folder, state_dict(model), config), model, "eigen_attention", ranks)
+
+
+# Columns of heads of 14 that are kept by each of two heads: pairs, in the order of their scores.
+KEPT = tuple(
+    torch.tensor([[*first, *(column + 7 for column in first)] for first in heads])
+    for heads in (([4, 0], [1, 6]), ([5, 1, 2, 0, 4, 3], [0, 6, 5, 3, 2, 1]))
+)
+
+
+def _modegpt(folder: Path) -> Published:
+    """Heads of 4 and 12 in place of 14: factors in the first layer, dense weights in the second, where these are smaller."""
+    model = base_model("llama_bias")
+    added = narrow(model, KEPT, [51, 38])
+    masks = "/home/somebody/elsewhere/rotary_masks.pt"
+    write_config(folder, hf_config(model, mask_path=masks, ffn_dim=-1, **added))
+    torch.save(state_dict(model), folder / "pytorch_model.bin")
+    torch.save(list(KEPT), folder / "rotary_masks.pt")
+    return Published(folder, model, "modegpt", dict.fromkeys(MODULES[:3], 4))
+
+
 class WeightQuantizer(nn.Module):
     """QSVD stores one for every layer beside the model, of no use for running it."""
 
@@ -431,6 +459,8 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "dobi_remapped": _dobi_remapped,
     "palu": _palu,
     "palu-mistral": functools.partial(_palu, architecture="mistral"),
+    "eigen_attention": _eigen_attention,
+    "modegpt": _modegpt,
     "qsvd": _qsvd,
     "lora": _lora,
     "lora-factors": _lora_on_factors,
