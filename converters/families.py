@@ -64,7 +64,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "basis_sharing",
-        "Basis Sharing",
+        "Basis Sharing, with one rank for all groups or a rank for each",
         pairs=(PairRule("model.{stem}_basis.{layer}.weight", "{module}.weight"),),
         architectures=("Share",),
         key_pattern=r"(?:^|\.)(?:q|k|v|o|gate|up|down|attn)_basis\.",
@@ -115,8 +115,9 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "svdllm",
-        "SVD-LLM and SVD-LLM v2 (also DipSVD, Fisher-SVD-LLM), pickled modules",
+        "SVD-LLM's names, v2's too; also DipSVD, and Swift-SVD, whose u comes first",
         pairs=(_U_AFTER_V_IN_BLOCK,),
+        names="hint",
         fixed_rope=True,
     ),
     Family(
@@ -138,6 +139,7 @@ FAMILIES: tuple[Family, ...] = (
         "sequential",
         "nn.Sequential pairs (lillama, GFWSVD)",
         pairs=(PairRule("{module}.0.weight", "{module}.1.weight"),),
+        rank_map="ranks",
         names="hint",
     ),
     Family("fwsvd", "FWSVD", pairs=(PairRule("{module}.lin0.weight", "{module}.lin1.weight"),), names="hint"),
@@ -190,6 +192,17 @@ FAMILIES: tuple[Family, ...] = (
         view=SharedFirsts,
     ),
     Family("dense", "an uncompressed model, or one merged back to dense"),
+)
+
+# Methods of which no form of their own is public, and how their models are read where they are stored in another's.
+WITHOUT_FORM = (
+    ("AdaSVD", "builds on SVD-LLM: `svdllm`"),
+    ("Adaptive Rank Selection", "as any pair of factors, `sequential` or `aa_svd`"),
+    ("DRONE", "`compress --method drone` makes it; a re-implementation multiplies back: `dense`"),
+    ("D-Rank", "Basis Sharing with a rank for each group: `basis_sharing`"),
+    ("SAES-SVD", "LowRankArena has reproduced it: `lowrankarena`"),
+    ("SoLA", "as any pair of factors"),
+    ("SVD-LLM v2", "re-implemented with SVD-LLM's names and a rank for each projection: `svdllm`, `lowrankarena`"),
 )
 
 

@@ -8,6 +8,7 @@ from published_checkpoints import CASES, MODULES
 
 from converters import FAMILIES, adapter_folder
 from converters.detect import detect, refuse_files
+from converters.families import WITHOUT_FORM
 from converters.naming import is_buffer, torch_name
 from converters.rules import PairRule, bias_names, read_shapes
 from converters.sources import open_source
@@ -105,6 +106,18 @@ REFUSED_FILES = {
 def test_every_refused_family_is_tested() -> None:
     refused = {family.name for family in FAMILIES if family.refusal}
     assert refused == REFUSED_NAMES.keys() | REFUSED_FILES.keys()
+
+
+def test_every_family_that_is_read_has_a_checkpoint_of_its_own_modules(published) -> None:
+    of_encoders = {"flashsvd_encoder"}  # test_head_factors.py
+    assert {published(case).family for case in CASES} | of_encoders == {f.name for f in FAMILIES if not f.refusal}
+
+
+def test_methods_without_a_form_name_families_that_are_read() -> None:
+    read = {family.name for family in FAMILIES if not family.refusal}
+    for method, how in WITHOUT_FORM:
+        named = set(re.findall(r"`(\w+)`", how))
+        assert named <= read and method not in {family.name for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.refusal], ids=lambda family: family.name)

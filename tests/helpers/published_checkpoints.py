@@ -300,6 +300,34 @@ def _basis_sharing_mistral(folder: Path) -> Published:
     return Published(save_shards(folder, state_dict(model), config, ".bin"), model, "basis_sharing", ranks)
 
 
+def _d_rank(folder: Path) -> Published:
+    """Basis Sharing's form with a rank of its own for every group, which num_basis_* has no place for."""
+    model = base_model("llama_bias", num_hidden_layers=4)
+    groups = {stem: GROUPS[stem] for stem in ("q", "v", "down")}
+    ranks = share_bases(model, groups, {"q": [4, 9], "v": [8, 5], "down": [3, 12, 7, 10]})
+    added = {f"{stem}_groups": list(map(list, groups[stem])) for stem in groups}
+    config = hf_config(model, architectures=["ShareLlamaForCausalLM"], **added)
+    write_config(folder, config)
+    torch.save(state_dict(model), folder / "pytorch_model.bin")
+    return Published(folder, model, "basis_sharing", ranks)
+
+
+def _swift_svd(folder: Path) -> Published:
+    """SVD-LLM's names the other way round, as a state dict beside the base model's configuration."""
+    model, ranks = base_model("llama"), RANKS
+    compress_in_blocks(model, ranks, u_first=True)
+    base = write_config(folder / "base", hf_config(model))
+    torch.save(model.state_dict(), folder / "compressed.pt")
+    return Published(folder / "compressed.pt", model, "svdllm", ranks, base)
+
+
+def _lillama(folder: Path) -> Published:
+    model, ranks = base_model("llama"), RANKS
+    compress(model, ranks, SequentialPair)
+    config = hf_config(model, architectures=["LowRankLlamaForCausalLM"], ranks=dict(ranks))
+    return Published(save_safetensors(folder, state_dict(model), config), model, "sequential", ranks)
+
+
 def _dobi_remapped(folder: Path) -> Published:
     """Every projection but the head as codes; what remains of the model is in float16."""
     model = base_model("llama").half().float()
@@ -454,6 +482,9 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "fwsvd": functools.partial(_generic, architecture="llama_tied", layer=LinLinear, family="fwsvd"),
     "dynrank": _dynrank,
     "zs_svd": _zs_svd,
+    "swift_svd": _swift_svd,
+    "lillama": _lillama,
+    "d_rank": _d_rank,
     "basis_sharing": _basis_sharing,
     "basis_sharing-mistral": _basis_sharing_mistral,
     "dobi_remapped": _dobi_remapped,
