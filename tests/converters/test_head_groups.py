@@ -97,3 +97,15 @@ def test_one_first_factor_of_query_key_and_value_is_stored_once(converted) -> No
     assert result.report.config.factorization.owner_by_name == shared
     copies = sum(p.numel() for p in result.source.model.parameters())
     assert result.report.params == copies - 2 * 5 * 44
+
+
+def test_first_factors_that_differ_anywhere_are_not_shared(published, tmp_path) -> None:
+    source = published("qsvd")
+    state = {name: tensor.clone() for name, tensor in source.model.state_dict().items()}
+    state[f"{K}.BLinear.weight"][-1, -1] += 1
+    torch.save({"model": state}, tmp_path / "changed.pth")
+    report = convert(tmp_path / "changed.pth", tmp_path / "out", base=source.base, dtype="float32", progress=False)
+    assert dict(report.config.factorization.shared).keys() == {"layers_0.self_attn.v_proj.down"}
+    with open_folder(tmp_path / "out") as folder:
+        down = folder.get("layers_0.self_attn.k_proj.down")
+    np.testing.assert_array_equal(down, state[f"{K}.BLinear.weight"])
