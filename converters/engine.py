@@ -13,6 +13,7 @@ import numpy as np
 from converters.adapted_source import AdaptedSource
 from converters.adapters import Adapter, adapter_folder, base_weights, open_adapter
 from converters.base_config import FoundConfig, base_config, base_name, model_config, own_config
+from converters.converted_source import ConvertedSource
 from converters.destination import check_space, refuse_existing
 from converters.detect import Detection, detect, refuse_files
 from converters.families import family_named
@@ -24,7 +25,7 @@ from converters.sources.hashing import sha256_of
 from converters.verify import verify_folder
 from converters.verify_logits import LogitsFunction
 from flashsvd_jax.checkpoint import FolderWriter, Manifest, SourceFile, WeightWarning
-from flashsvd_jax.checkpoint.layout import companion_files
+from flashsvd_jax.checkpoint.layout import MANIFEST_FILE, companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.encoder_config import EncoderConfig
@@ -92,7 +93,7 @@ def convert(
         weights, base = base_weights(folder, base), None
     refuse_files([file.name for file in weights.iterdir()] if weights.is_dir() else [weights.name], str(weights))
     with ExitStack() as files:
-        source, adapter = files.enter_context(open_source(weights)), None
+        source, adapter = files.enter_context(_open(weights, for_adapter=folder is not None)), None
         if folder is not None:
             adapter = open_adapter(folder)
             files.enter_context(adapter.source)
@@ -121,10 +122,19 @@ def convert(
     )
 
 
+def _open(path: Path, for_adapter: bool) -> TensorSource:
+    if not (path / MANIFEST_FILE).is_file():
+        return open_source(path)
+    if for_adapter:
+        return ConvertedSource(path)
+    raise ConversionError(f"{path} is a converted model already; load it, or export it to a form that others read")
+
+
 def _prepare(source: TensorSource, base: Path | None, dtype: str | None, adapter: Adapter | None) -> _Job:
     where, own = str(source.path), own_config(source)
     claims = own.hf if own else {}
-    detection, default = detect(claims, source.infos(), where), _default_dtype(source)
+    converted = source.detection if isinstance(source, ConvertedSource) else None
+    detection, default = converted or detect(claims, source.infos(), where), _default_dtype(source)
     found = base_config(own, base, where)
     if detection.family.view is not None:
         source = view = detection.family.view(source, claims, model_config(found))

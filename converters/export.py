@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from flashsvd_jax.checkpoint.shard_writer import ShardWriter
 from flashsvd_jax.checkpoint.staging import StagedFolder, unwritable_as_checkpoint_error
 from flashsvd_jax.errors import ConversionError
 from flashsvd_jax.progress import progress_bar
-from flashsvd_jax.schema import params_of_no_site, schema, sites
+from flashsvd_jax.schema import schema, sites
 
 # Without it, transformers does not take a safetensors file for one of PyTorch's.
 _METADATA = {"format": "pt"}
@@ -111,7 +110,7 @@ def _write(model: ModelFolder, dst: Path, form: ExportFormat, shard_bytes: int, 
     bar = progress_bar(f"exporting {dst.name}", len(shapes), " tensors", progress)
     with bar, StagedFolder(dst) as staged, unwritable_as_checkpoint_error(dst, SafetensorError):
         writer = ShardWriter(staged.path, shard_bytes, _METADATA)
-        for name, published in _names(model, form):
+        for name, published in form.names(model.config):
             writer.make_room(shapes[name].size * itemsize)
             writer.add(published, model.get(name))
             bar.update()
@@ -132,20 +131,3 @@ def _write(model: ModelFolder, dst: Path, form: ExportFormat, shard_bytes: int, 
         copied=tuple(file.name for file in companions),
         reader=form.reader,
     )
-
-
-def _names(model: ModelFolder, form: ExportFormat) -> Iterator[tuple[str, str]]:
-    """Every array's name here and in the form, in the order of the schema; arrays that are shared under each of their names."""
-    naming, base = naming_of(model.config), model.config.model_type
-    published = {name: naming.parameter(name)[0] for name in params_of_no_site(model.config)}
-    for site in sites(model.config):
-        module = naming.module(site.name)
-        low_rank = model.config.factorization.rank(site.name) is not None
-        if low_rank:
-            first, second = form.factors(module)
-            published |= {f"{site.name}.down": first, f"{site.name}.up": second}
-        else:
-            published[f"{site.name}.weight"] = f"{module}.weight"
-        if site.has_bias:
-            published[f"{site.name}.bias"] = form.bias(module, base) if low_rank else f"{module}.bias"
-    yield from ((name, published[name]) for name in schema(model.config))

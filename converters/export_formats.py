@@ -4,10 +4,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from converters.encoder_naming import naming_of
 from converters.families import family_named
 from converters.family import Family
 from converters.rules import bias_of, expand
 from flashsvd_jax.any_config import AnyConfig
+from flashsvd_jax.schema import params_of_no_site, schema, sites
 
 _CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
@@ -55,9 +57,25 @@ class ExportFormat:
             return expand("{parent}.{stem}_bias", module)
         return bias_of(self.factors(module)[1])
 
+    def names(self, config: AnyConfig) -> Iterator[tuple[str, str]]:
+        """Every array's name here and in the form, in the order of the schema; shared ones under each of their names."""
+        naming = naming_of(config)
+        published = {name: naming.parameter(name)[0] for name in params_of_no_site(config)}
+        for site in sites(config):
+            module = naming.module(site.name)
+            low_rank = config.factorization.rank(site.name) is not None
+            if low_rank:
+                first, second = self.factors(module)
+                published |= {f"{site.name}.down": first, f"{site.name}.up": second}
+            else:
+                published[f"{site.name}.weight"] = f"{module}.weight"
+            if site.has_bias:
+                published[f"{site.name}.bias"] = self.bias(module, config.model_type) if low_rank else f"{module}.bias"
+        yield from ((name, published[name]) for name in schema(config))
+
     def problems(self, config: AnyConfig, copy_shared: bool) -> Iterator[str]:
         """Why a model cannot be written in this form, one sentence each."""
-        bases = [base for _, base in self.family.model_types]
+        bases = [base for _, base in self.family.model_types if base in _CLASSES]
         if config.model_type not in bases:
             yield f"it has no form for {config.model_type}, only for {', '.join(bases)}"
         if not config.factorization:

@@ -166,6 +166,20 @@ def test_wider_factors_hold_the_very_numbers(converted) -> None:
     np.testing.assert_array_equal(up, np.concatenate([base[f"{Q}.ALinear.weight"], 1.5 * adapter[B]], 1))
 
 
+@pytest.mark.parametrize(("case", "base"), [("lora-factors", "lowrankarena-mistral"), ("lora", "dense-qwen2")])
+def test_a_converted_model_can_be_the_base(case: str, base: str, published, converted, tmp_path) -> None:
+    wanted = converted(case)
+    folder = tmp_path / "base"
+    convert(wanted.source.base, folder, dtype="float32", progress=False)
+    report = convert(wanted.source.path, tmp_path / "out", base=folder, dtype="float32", verify=True, progress=False)
+    assert report.config == wanted.report.config and report.family == "lora"
+    assert f"file factorization.json of a model read as {base.split('-')[0]}" in report.evidence
+    first, second = (path / "model.safetensors" for path in (wanted.path, tmp_path / "out"))
+    assert first.read_bytes() == second.read_bytes()
+    with pytest.raises(ConversionError, match="base is a converted model already; load it, or export it"):
+        convert(folder, tmp_path / "again", progress=False)
+
+
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
