@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.products import joint_dtype
 from converters.sources import TensorInfo, TensorSource, WrappedSource
 from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.errors import ConversionError
@@ -71,14 +72,15 @@ class HeadGroups(WrappedSource):
         self._outputs[first.name] = partial(self._computed, first.name, found)
         if min(ranks) < rank:
             down = partial(self._filled, first.name, ranks)
-            self._make(first.name, (len(ranks) * rank, first.shape[1]), down, first, first.dtype)
+            self._make(first.name, (len(ranks) * rank, first.shape[1]), down, first, joint_dtype([first]))
         # One group is no group: a factor of the whole.
         shape = (len(ranks), *rows, rank) if len(ranks) > 1 else (*rows, rank)
-        up = partial(self._stacked, found, shape)
-        self._make(f"{module}.U.weight", shape, up, found[0], found[0].dtype)
+        dtype = joint_dtype(found)
+        self._make(f"{module}.U.weight", shape, partial(self._stacked, found, shape, dtype), found[0], dtype)
         if biases:
-            bias = partial(self._concatenated, [biases[group].name for group in range(len(ranks))])
-            self._make(f"{module}.U.bias", (len(ranks) * rows[0],), bias, biases[0], biases[0].dtype)
+            dtype = joint_dtype([*biases.values()])
+            bias = partial(self._concatenated, [biases[group].name for group in range(len(ranks))], dtype)
+            self._make(f"{module}.U.bias", (len(ranks) * rows[0],), bias, biases[0], dtype)
         return ""
 
     def _filled(self, name: str, ranks: list[int]) -> np.ndarray:
@@ -89,15 +91,15 @@ class HeadGroups(WrappedSource):
             whole[group, : len(share)] = share
         return whole.reshape(-1, stored.shape[1])
 
-    def _stacked(self, found: list[TensorInfo], shape: tuple[int, ...]) -> np.ndarray:
+    def _stacked(self, found: list[TensorInfo], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """The second factors of all groups, filled up likewise."""
-        whole = np.zeros((len(found), *shape[-2:]), found[0].dtype)
+        whole = np.zeros((len(found), *shape[-2:]), dtype)
         for group, info in enumerate(found):
             whole[group, :, : info.shape[1]] = self._source.get(info.name)
         return whole.reshape(shape)
 
-    def _concatenated(self, names: list[str]) -> np.ndarray:
-        return np.concatenate([self._source.get(name) for name in names])
+    def _concatenated(self, names: list[str], dtype: np.dtype) -> np.ndarray:
+        return np.concatenate([self._source.get(name).astype(dtype) for name in names])
 
     def _computed(self, first: str, found: list[TensorInfo], x: np.ndarray) -> np.ndarray:
         """As the module computes it."""

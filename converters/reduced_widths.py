@@ -64,7 +64,7 @@ class ReducedWidths(WrappedSource):
         if width * (full + d_in) < full * d_in:
             self._infos[FIRST.format(module=module)] = info
             shape = second.shape if heads > 1 else second.shape[1:]
-            self._place(SECOND.format(module=module), second.reshape(shape), info)
+            self._make(SECOND.format(module=module), shape, lambda: second.reshape(shape), info, second.dtype)
         else:
             shape, dtype = (heads * full, d_in), made_dtype([info])
             self._make(FIRST.format(module=module), shape, partial(self._rows, info.name, second, dtype), info, dtype)
@@ -102,10 +102,6 @@ class ReducedWidths(WrappedSource):
             self._outputs[name] = lambda x: (
                 x.reshape(len(x), heads, full)[..., :width].reshape(len(x), -1) @ self._float64(info.name).T
             )
-
-    def _place(self, name: str, array: np.ndarray, like: TensorInfo) -> None:
-        # Of the dtype of what it stands beside, so that it does not make a checkpoint of 16 bits look wider.
-        self._make(name, array.shape, lambda: array, like, array.dtype)
 
     def _rows(self, name: str, second: np.ndarray, dtype: np.dtype) -> np.ndarray:
         stored = self._float64(name)

@@ -91,7 +91,12 @@ class BlockResiduals(WrappedSource):
                 f"{self.path}: {module} has blocks (g0_blocks_T), but no two factors u_proj and v_proj"
             )
         d_out, d_in = up.shape[0], down.shape[1]
+        if up.shape[1] != down.shape[0]:
+            shapes = f"{up.name} {list(up.shape)}, {down.name} {list(down.shape)}"
+            raise ConversionError(f"{self.path}: these are no two factors: {shapes}")
         blocks = [self._checked(f"{module}.g{number}", groups[number], d_out, d_in) for number in sorted(groups)]
+        if len({width for _, width in blocks}) > 1:
+            raise ConversionError(f"{self.path}: the blocks of {module} are of different sizes")
         rank = down.shape[0] + sum(width for _, width in blocks)
         dtype = made_dtype((down, up, *(parts["blocks_T"] for parts in groups.values())))
         self._outputs[first] = self._outputs[f"{module}.weight"] = partial(

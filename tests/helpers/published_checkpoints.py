@@ -406,7 +406,7 @@ def _modegpt(folder: Path) -> Published:
     """Heads of 4 and 12 in place of 14: factors in the first layer, dense weights in the second, where these are smaller."""
     model = base_model("llama_bias")
     added = narrow(model, KEPT, [51, 38])
-    masks = "/home/somebody/elsewhere/rotary_masks.pt"
+    masks = "/somewhere/else/rotary_masks.pt"
     write_config(folder, hf_config(model, mask_path=masks, ffn_dim=-1, **added))
     torch.save(state_dict(model), folder / "pytorch_model.bin")
     torch.save(list(KEPT), folder / "rotary_masks.pt")
