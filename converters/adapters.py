@@ -123,6 +123,9 @@ def open_adapter(folder: Path) -> Adapter:
     updates = {module: _update(config, module, pair, weights) for module, pair in pairs.items()}
     if not updates:
         raise ConversionError(f"{weights} holds no lora_A and lora_B")
+    for module in config.get("modules_to_save") or []:
+        if not any(f".{name}".rpartition(".")[0].endswith(f".{module}") for name in replaced):
+            raise ConversionError(f"{weights} holds nothing for {module}, which modules_to_save in {CONFIG_FILE} names")
     return Adapter(source, updates, replaced)
 
 
@@ -135,6 +138,9 @@ def _check(config: Mapping[str, Any], where: str) -> None:
             raise ConversionError(
                 f"{where}: {key} is {config[key]!r}, which is not read; merge the adapter with PEFT first"
             )
+    for key, kinds in (("use_rslora", bool), ("modules_to_save", list)):
+        if config.get(key) is not None and not isinstance(config[key], kinds):
+            raise ConversionError(f"{where}: {key} is {config[key]!r}, which is of the wrong kind")
     if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
         raise ConversionError(
             f"{where}: init_lora_weights {start!r} changes the base model's weights before training; save the adapter with "

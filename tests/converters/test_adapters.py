@@ -54,6 +54,8 @@ def renamed(old: str, new: str) -> Callable[[Tensors, object], None]:
             "'pissa_niter_16' changes the base model's weights",
         ),
         (lambda t, c: c.update(r=5), r"gives model.\S+ rank 5, \S+ has 4"),
+        (lambda t, c: c.update(use_rslora="yes"), "use_rslora is 'yes', which is of the wrong kind"),
+        (lambda t, c: t.pop("base_model.model.lm_head.weight"), "holds nothing for lm_head, which modules_to_save"),
         (lambda t, c: c.update(lora_alpha="six"), r"scale lora_alpha 'six', which is no number"),
         (lambda t, c: c.update(rank_pattern={"(a+)+": 3}), "too intricate"),
         (lambda t, c: c.update(rank_pattern={"[": 3}), "the pattern '.', which is none"),
