@@ -62,7 +62,10 @@ class AdaptedSource(WrappedSource):
         wider = sum(rank != plan.config.factorization.rank(site) for site, rank in self._ranks.items())
         replaced = f"; {len(adapter.replaced)} parameters are the adapter's" if adapter.replaced else ""
         merged = len(adapter.updates) - wider
-        self.notes = (f"LoRA: {merged} updates are merged into weights, {wider} make factors wider{replaced}",)
+        self.notes = (
+            *(source.notes if isinstance(source, WrappedSource) else ()),
+            f"LoRA: {merged} updates are merged into weights, {wider} make factors wider{replaced}",
+        )
         self.plan = plan.changed(self._changed, self._ranks)
 
     def close(self) -> None:
