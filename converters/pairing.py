@@ -119,6 +119,6 @@ def _refuse_bias_of_first(factors: Factors, pool: Pool) -> None:
 def _notes(family: Family, readings: Counter[Reading]) -> list[str]:
     if family.names == "binding" or not readings["swapped"]:
         return []
-    second, first = (name.removeprefix(".").removesuffix(".weight") for name in reversed(family.pairs[0].names("")))
+    second, first = (name.lstrip("._").removesuffix(".weight") for name in reversed(family.pairs[0].names("")))
     count = f"{readings['swapped']} of {readings.total()} sites"
     return [f"{second} is applied before {first} at {count}, as only that fits their shapes"]
