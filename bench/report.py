@@ -16,6 +16,7 @@ from reporting import plots, tables
 from reporting.rows import results
 
 from converters import FAMILIES
+from converters.families import WITHOUT_FORM
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -89,11 +90,12 @@ def bundled_sample() -> str:
 
 
 def families() -> str:
-    """The checkpoint families that are known, and whether they are read."""
+    """The checkpoint families that are known, whether they are read, and methods that have no form of their own."""
     lines = ["| family | read | what |", "|---|---|---|"]
     for family in FAMILIES:
         lines.append(f"| `{family.name}` | {'no' if family.refusal else 'yes'} | {family.description} |")
-    return "\n".join(lines)
+    lines += ["", "Methods that publish no form of their own:", "", "| method | read as |", "|---|---|"]
+    return "\n".join([*lines, *(f"| {method} | {how} |" for method, how in WITHOUT_FORM)])
 
 
 def _measured() -> dict[str, Any]:

@@ -45,7 +45,7 @@ def detect(config: Mapping[str, Any], names: Iterable[str], where: str) -> Detec
 def refuse_files(files: Iterable[str], where: str) -> None:
     """Raises ConversionError where a file's name alone tells a family that is not read."""
     found = set(files)
-    for family in FAMILIES:
+    for family in (family for family in FAMILIES if family.refusal):
         beside = [f"file {name}" for name in family.files if name in found]
         if beside:
             raise _refused(family, beside, where)

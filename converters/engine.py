@@ -1,25 +1,31 @@
 """Conversion: a PyTorch checkpoint in, a folder of the canonical layout out, one tensor at a time."""
 
-import os
 import shutil
 import warnings
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from converters.adapted_source import AdaptedSource
+from converters.adapters import Adapter, adapter_folder, base_weights, open_adapter
 from converters.base_config import FoundConfig, base_config, base_name, model_config, own_config
+from converters.converted_source import ConvertedSource
+from converters.destination import check_space, refuse_existing
 from converters.detect import Detection, detect, refuse_files
+from converters.families import family_named
+from converters.family import Family
 from converters.plan import Plan, make_plan
 from converters.report import ConversionReport
-from converters.sources import TensorSource, folder_of, open_source
+from converters.sources import TensorSource, WrappedSource, folder_of, open_source
 from converters.sources.hashing import sha256_of
 from converters.verify import verify_folder
 from converters.verify_logits import LogitsFunction
 from flashsvd_jax.checkpoint import FolderWriter, Manifest, SourceFile, WeightWarning
-from flashsvd_jax.checkpoint.layout import companion_files
+from flashsvd_jax.checkpoint.layout import MANIFEST_FILE, companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.encoder_config import EncoderConfig
@@ -36,6 +42,7 @@ class _Job:
     """All that is decided before anything is written."""
 
     source: TensorSource
+    family: Family  # that names the factors; of an adapter, its base's
     detection: Detection
     base: FoundConfig
     base_name: str | None
@@ -61,9 +68,10 @@ def convert(
     """Converts a checkpoint; the folder appears whole at ``dst``, or after an error not at all.
 
     Args:
-      src: a weight file, or a folder as Hugging Face lays it out.
+      src: a weight file, or a folder as Hugging Face lays it out, or a LoRA adapter's folder.
       dst: the folder to make.
-      base: folder or config.json of the base model; by default the configuration that came with the weights counts.
+      base: folder or config.json of the base model; by default the configuration that came with the weights counts. For an
+        adapter, the weights of its base, unless they are beside it.
       dtype: ``bfloat16``, ``float16`` or ``float32``; by default 16-bit weights stay as they are, wider ones become
         bfloat16.
       verify: compare the written model with the source.
@@ -76,20 +84,26 @@ def convert(
       ConfigError: the base model is not one that this package runs.
     """
     src, dst, base = Path(src), Path(dst), None if base is None else Path(base)
-    if os.path.lexists(dst):
-        raise ConversionError(f"{dst} already exists; delete it or choose another destination")
+    refuse_existing(dst)
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}")
-    refuse_files([file.name for file in src.iterdir()] if src.is_dir() else [src.name], str(src))
     companions = _companions(folder_of(src), base)
-    with open_source(src) as source:
-        job = _prepare(source, base, dtype)
-        _check_space(dst, job.nbytes)
+    folder, weights = adapter_folder(src), src
+    if folder is not None:
+        weights, base = base_weights(folder, base), None
+    refuse_files([file.name for file in weights.iterdir()] if weights.is_dir() else [weights.name], str(weights))
+    with ExitStack() as files:
+        source, adapter = files.enter_context(_open(weights, for_adapter=folder is not None)), None
+        if folder is not None:
+            adapter = open_adapter(folder)
+            files.enter_context(adapter.source)
+        job = _prepare(source, base, dtype, adapter)
+        check_space(dst, job.nbytes)
         _write(job, dst, companions, progress)
         verification = None
         if verify:
             try:
-                verification = verify_folder(job.source, job.detection.family, job.plan, job.base.hf, dst, logits_fn)
+                verification = verify_folder(job.source, job.family, job.plan, job.base.hf, dst, logits_fn)
             except BaseException:
                 shutil.rmtree(dst)  # made above, so it is ours to delete
                 raise
@@ -108,16 +122,23 @@ def convert(
     )
 
 
-def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job:
+def _open(path: Path, for_adapter: bool) -> TensorSource:
+    if not (path / MANIFEST_FILE).is_file():
+        return open_source(path)
+    if for_adapter:
+        return ConvertedSource(path)
+    raise ConversionError(f"{path} is a converted model already; load it, or export it to a form that others read")
+
+
+def _prepare(source: TensorSource, base: Path | None, dtype: str | None, adapter: Adapter | None) -> _Job:
     where, own = str(source.path), own_config(source)
     claims = own.hf if own else {}
-    detection = detect(claims, source.infos(), where)
-    if detection.family.view:
-        source = detection.family.view(source, claims)
+    converted = source.detection if isinstance(source, ConvertedSource) else None
+    detection, default = converted or detect(claims, source.infos(), where), _default_dtype(source)
     found = base_config(own, base, where)
-    if detection.family.relaid is not None:
-        source = relaid = detection.family.relaid(source, model_config(found))
-        found = FoundConfig({**found.hf, **relaid.hf}, found.origin)
+    if detection.family.view is not None:
+        source = view = detection.family.view(source, claims, model_config(found))
+        found = FoundConfig({**found.hf, **view.hf}, found.origin)
     rank_map = own.hf.get(detection.family.rank_map) if own else None
     plan = make_plan(model_config(found), source.infos(), detection.family, rank_map, where)
     for dropped, kept in plan.equal:
@@ -126,8 +147,17 @@ def _prepare(source: TensorSource, base: Path | None, dtype: str | None) -> _Job
                 f"{where}: {dropped} differs from {kept}, but the base configuration ties them; if they are meant to "
                 f"differ, set tie_word_embeddings to false in the configuration given with --base"
             )
-    notes = _notes(source, detection, plan)
-    return _Job(source, detection, found, base_name(own), plan, dtype or _default_dtype(plan), notes)
+    family = detection.family
+    if adapter is not None:
+        source = adapted = AdaptedSource(source, plan, family, adapter)
+        plan, detection = adapted.plan, _of_adapter(detection)
+    notes = _notes(source, family, plan)
+    return _Job(source, family, detection, found, base_name(own), plan, dtype or default, notes)
+
+
+def _of_adapter(base: Detection) -> Detection:
+    family = family_named("lora")
+    return Detection(family, (f"file {family.files[0]}", f"its base is {base.family.name}", *base.evidence))
 
 
 def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None:
@@ -154,20 +184,13 @@ def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None
         raise ConversionError(f"{warning}; nothing was written") from warning
 
 
-def _default_dtype(plan: Plan) -> str:
-    """The dtype of most of the weights if it has 16 bits, else bfloat16."""
+def _default_dtype(source: TensorSource) -> str:
+    """The dtype of most of the checkpoint's weights if it has 16 bits, else bfloat16."""
     nbytes: Counter[str] = Counter()
-    for info in plan.stored.values():
+    for info in source.infos().values():
         nbytes[info.dtype.name] += info.nbytes
     (name, _), *_ = nbytes.most_common()
     return name if name in ("bfloat16", "float16") else "bfloat16"
-
-
-def _check_space(dst: Path, needed: int) -> None:
-    existing = next(folder for folder in dst.absolute().parents if folder.exists())
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise ConversionError(f"{dst} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there; free some space")
 
 
 def _companions(own: Path, base: Path | None) -> list[Path]:
@@ -179,10 +202,10 @@ def _companions(own: Path, base: Path | None) -> list[Path]:
     return [file for _, file in sorted((others | files).items())]
 
 
-def _notes(source: TensorSource, detection: Detection, plan: Plan) -> tuple[str, ...]:
-    notes = list(plan.notes)
+def _notes(source: TensorSource, family: Family, plan: Plan) -> tuple[str, ...]:
+    notes = [*(source.notes if isinstance(source, WrappedSource) else ()), *plan.notes]
     rope = plan.config.rope if isinstance(plan.config, ModelConfig) else RopeConfig()
-    if detection.family.fixed_rope and rope != RopeConfig():
+    if family.fixed_rope and rope != RopeConfig():
         notes.append(
             f"the family's own Llama class rotates positions with base 10000 and no scaling; the base configuration "
             f"counts: base {rope.theta:g}, scaling {rope.kind}"

@@ -4,10 +4,19 @@
 share its tensor names. A new family is an entry here and a test.
 """
 
+from converters.adapters import CONFIG_FILE as ADAPTER_CONFIG
+from converters.eigen_attention import EigenAttention
 from converters.family import Family
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
+from converters.head_groups import CONFIG_KEY as HEAD_RANKS
+from converters.head_groups import HeadGroups
+from converters.modegpt import MODEGPT_KEYS, ReducedModules
+from converters.reduced_widths import FIRST as ROWS
+from converters.reduced_widths import SECOND as PLACES
+from converters.residuals import BlockResiduals, DenseResiduals
 from converters.rules import PairRule
 from converters.shared_bases import CONFIG_KEYS, SharedBases
+from converters.shared_firsts import SharedFirsts
 
 _A_AFTER_B = PairRule("{module}.BLinear.weight", "{module}.ALinear.weight")
 _B_AFTER_A = PairRule("{module}.ALinear.weight", "{module}.BLinear.weight")
@@ -55,7 +64,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "basis_sharing",
-        "Basis Sharing",
+        "Basis Sharing, with one rank for all groups or a rank for each",
         pairs=(PairRule("model.{stem}_basis.{layer}.weight", "{module}.weight"),),
         architectures=("Share",),
         key_pattern=r"(?:^|\.)(?:q|k|v|o|gate|up|down|attn)_basis\.",
@@ -64,9 +73,13 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "palu",
-        "Palu",
+        "Palu, groups of heads with second factors of their own",
+        pairs=(PairRule("{module}.VT.weight", "{module}.U.weight"),),
+        model_types=tuple((f"palu{base}", base) for base in ("llama", "mistral", "qwen2")),
+        architectures=("Palu",),
         key_pattern=r"_proj\.(?:VT|U\.\d+)\.weight$",
-        refusal="its second factors are block-diagonal",
+        added_keys=(HEAD_RANKS, "original_model_name_or_path", "k_bits", "v_bits"),
+        view=HeadGroups,
     ),
     Family(
         "lems",
@@ -78,31 +91,42 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "modegpt",
-        "MoDeGPT",
+        "MoDeGPT's Llama, narrower heads and feed-forward layers",
+        pairs=(PairRule(ROWS, PLACES),),
         config_keys=("mask_path", "q_ranks"),
-        refusal="its heads are narrower than the base model's",
+        added_keys=MODEGPT_KEYS,
+        view=ReducedModules,
     ),
     Family(
         "eigen_attention",
-        "Eigen Attention",
+        "Eigen Attention's Llama, narrower heads",
+        pairs=(PairRule(ROWS, PLACES),),
         key_pattern=r"\.[qkv]_proj_low\.",
-        files=("low_rank_config.pt",),
-        refusal="its heads are narrower than the base model's",
+        view=EigenAttention,
     ),
     Family(
         "svdllm_hf",
         "SVD-LLM, Hugging Face export",
         pairs=(_U_AFTER_V_IN_MODULE, _U_AFTER_V_IN_BLOCK),
         config_keys=("svd_ranks",),
-        model_types=(("svdllm-llama", "llama"),),
+        model_types=tuple((f"svdllm-{base}", base) for base in ("llama", "mistral", "qwen2", "qwen3")),
         architectures=("SVDLLM", "SVDLlama"),
         rank_map="svd_ranks",
     ),
     Family(
         "svdllm",
-        "SVD-LLM and SVD-LLM v2 (also DipSVD, Fisher-SVD-LLM), pickled modules",
+        "SVD-LLM's names, v2's too; also DipSVD, and Swift-SVD, whose u comes first",
         pairs=(_U_AFTER_V_IN_BLOCK,),
+        names="hint",
         fixed_rope=True,
+    ),
+    Family(
+        "fisher_svd",
+        "Fisher-SVD, dense blocks beside its factors",
+        pairs=(_U_AFTER_V_IN_MODULE,),
+        key_pattern=r"\.g\d+_blocks_T$",
+        names="hint",
+        view=BlockResiduals,
     ),
     Family("zs_svd", "ZS-SVD", pairs=(_U_AFTER_V_IN_MODULE,), names="hint"),
     Family(
@@ -115,6 +139,7 @@ FAMILIES: tuple[Family, ...] = (
         "sequential",
         "nn.Sequential pairs (lillama, GFWSVD)",
         pairs=(PairRule("{module}.0.weight", "{module}.1.weight"),),
+        rank_map="ranks",
         names="hint",
     ),
     Family("fwsvd", "FWSVD", pairs=(PairRule("{module}.lin0.weight", "{module}.lin1.weight"),), names="hint"),
@@ -129,7 +154,7 @@ FAMILIES: tuple[Family, ...] = (
         "FlashSVD's BERT and RoBERTa states, factors of single heads",
         pairs=(PairRule(FIRST, SECOND),),
         key_pattern=r"(?:^|\.)(?:Pq|Uo|U1)$",
-        relaid=HeadFactorSource,
+        view=HeadFactorSource,
     ),
     Family(
         "flashsvd_gpt2",
@@ -144,23 +169,43 @@ FAMILIES: tuple[Family, ...] = (
         key_pattern=r"\.kv_a_proj_with_mqa\.",
         refusal="there is a norm between its factors",
     ),
+    Family("lora", "PEFT's LoRA adapters, merged into a base of any family", files=(ADAPTER_CONFIG,)),
     Family(
-        "lora",
-        "LoRA adapters",
-        key_pattern=r"\.lora_[AB]\.",
-        refusal="an adapter needs its base weights; merge it first",
+        "lora_whole",
+        "a PEFT model's whole state dict",
+        key_pattern=r"\.lora_(?:embedding_)?[AB](?:\.|$)",
+        refusal="save the adapter by itself and convert that, with --base for its base model, or merge it with PEFT",
     ),
     Family(
         "corda",
-        "CorDA and other low-rank terms beside a dense residual",
+        "CorDA, a residual of full size beside its factors",
         key_pattern=r"\.weight_residual$",
-        refusal="a dense residual stands beside its factors",
+        architectures=("CovSVD",),
+        added_keys=("lora_r",),
+        view=DenseResiduals,
     ),
     Family(
         "bare_ab",
         "ALinear/BLinear pairs of no named family (QSVD, ASVD and Dobi-SVD pickles)",
         pairs=(_A_AFTER_B,),
         names="none",
+        view=SharedFirsts,
     ),
     Family("dense", "an uncompressed model, or one merged back to dense"),
 )
+
+# Methods of which no form of their own is public, and how their models are read where they are stored in another's.
+WITHOUT_FORM = (
+    ("AdaSVD", "builds on SVD-LLM: `svdllm`"),
+    ("Adaptive Rank Selection", "as any pair of factors, `sequential` or `aa_svd`"),
+    ("DRONE", "`compress --method drone` makes it; a re-implementation multiplies back: `dense`"),
+    ("D-Rank", "Basis Sharing with a rank for each group: `basis_sharing`"),
+    ("SAES-SVD", "LowRankArena has reproduced it: `lowrankarena`"),
+    ("SoLA", "as any pair of factors"),
+    ("SVD-LLM v2", "re-implemented with SVD-LLM's names and a rank for each projection: `svdllm`, `lowrankarena`"),
+)
+
+
+def family_named(name: str) -> Family:
+    """The family of a name in the table."""
+    return next(family for family in FAMILIES if family.name == name)

@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from converters.head_factors import HeadFactorSource
 from converters.rules import PairRule
-from converters.sources import TensorSource
+from converters.sources import TensorSource, WrappedSource
 from flashsvd_jax.any_config import AnyConfig
 
 
@@ -25,15 +24,15 @@ class Family:
       config_values: entries that, where present, must have this value.
       key_pattern: regular expression for tensor names, where no pairs or not their names alone are evidence; with it,
         none is needed in the configuration.
-      files: files in the folder, any of which is enough to refuse it.
+      files: files in the folder that tell the family; if it is not read, any of them is enough to refuse the folder.
       rank_map: key of config.json that maps module names to ranks.
       added_keys: further keys that it adds to config.json; they are no evidence.
       prefix: what the tensor names may begin with in addition.
       names: "binding": factors whose shapes fit only the other way round are an error; "hint": the shapes decide, and
         the names where the shapes cannot; "none": the shapes decide alone.
       fixed_rope: its own model code rotates positions with base 10000 and no scaling, whatever the configuration says.
-      relaid: makes a source of the names and layouts that ``pairs`` mean from one of the family's own, for the base model.
-      view: the checkpoint and the configuration that came with it -> the same with the names that ``pairs`` tells.
+      view: the checkpoint, the configuration that came with it, and the base model -> a source of the names and layouts that
+        ``pairs`` mean, where they are others than the checkpoint's own.
       refusal: why the family is recognised and not read.
     """
 
@@ -51,8 +50,7 @@ class Family:
     prefix: str = ""
     names: Literal["binding", "hint", "none"] = "binding"
     fixed_rope: bool = False
-    relaid: Callable[[TensorSource, AnyConfig], HeadFactorSource] | None = None
-    view: Callable[[TensorSource, Mapping[str, Any]], TensorSource] | None = None
+    view: Callable[[TensorSource, Mapping[str, Any], AnyConfig], WrappedSource] | None = None
     refusal: str = ""
 
     def bare(self, name: str) -> str:

@@ -12,10 +12,12 @@ model of transformers, or as ``svd_layers`` in a class of FlashSVD that multipli
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
-from converters.sources import TensorInfo, TensorSource, folder_of
+from converters.sources import TensorInfo, TensorSource, WrappedSource, folder_of
 from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.json_files import read_object
 from flashsvd_jax.encoder_config import EncoderConfig
@@ -48,20 +50,21 @@ class _Stored:
     second_shape: tuple[int, ...]
 
 
-class HeadFactorSource(TensorSource):
+class HeadFactorSource(WrappedSource):
     """Another source under transformers' names of modules, every factor with its contraction axis last.
 
-    Attributes:
-      hf: what the base model's configuration must say in addition for the model to be the one that was saved.
+    Args:
+      source: the checkpoint.
+      claims: the configuration that came with it.
+      config: the base model.
 
     Raises:
       ConversionError: names every tensor of a block that is missing, mis-shaped or of another rank than the checkpoint says.
     """
 
-    def __init__(self, source: TensorSource, config: AnyConfig):
-        self.path, self.files = source.path, source.files
-        self.embedded_config, self.unknown_globals = source.embedded_config, source.unknown_globals
-        self._source, self._where = source, str(source.path)
+    def __init__(self, source: TensorSource, claims: Mapping[str, Any], config: AnyConfig):
+        super().__init__(source)
+        self._where = str(source.path)
         if not isinstance(config, EncoderConfig) or config.model_type not in _TYPES:
             raise ConversionError(f"{self._where} has FlashSVD's blocks of BERT, but its model is {config.model_type}")
         if config.activation != "gelu":
@@ -69,7 +72,6 @@ class HeadFactorSource(TensorSource):
                 f"{self._where}: FlashSVD's blocks compute gelu, but hidden_act in the configuration means {config.activation}"
             )
         self._config = config
-        self._stored: dict[str, _Stored] = {}
         # Stored name -> shape before its last two axes change places, None where they stay, and shape in the end.
         self._layouts: dict[str, tuple[tuple[int, ...] | None, tuple[int, ...]]] = {}
         self._problems: list[str] = []
@@ -78,14 +80,9 @@ class HeadFactorSource(TensorSource):
             listed = "".join(f"\n  {problem}" for problem in self._problems)
             count = f"{len(self._problems)} problem{'s' * (len(self._problems) > 1)}"
             raise ConversionError(f"{self._where}, read as FlashSVD's blocks, has {count}:{listed}")
-        self.hf: dict[str, float | bool] = {}
         if any(name.startswith("svd_layers.") for name in source.infos()):
             self.hf = {"embedding_scale": config.hidden_size**0.5, "final_norm": True}
             self._tie_last_norms()
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        """Tensors by their names here; an entry's own name is the one in the file, its shape the canonical one."""
-        return self._infos
 
     def get(self, name: str) -> np.ndarray:
         """A tensor in the canonical layout, by either name."""
@@ -96,14 +93,10 @@ class HeadFactorSource(TensorSource):
         given, wanted = self._layouts[stored]
         return array.reshape(wanted) if given is None else array.reshape(given).swapaxes(-1, -2).reshape(wanted)
 
-    def close(self) -> None:
-        self._source.close()
-
-    def output(self, name: str, x: np.ndarray) -> np.ndarray:
-        """What a first factor, by its name here, and the second one make of x [tokens, d_in], in FlashSVD's own order."""
-        found = self._stored[name]
-        first = self._source.get(found.first).reshape(found.first_shape).astype(np.float64)
-        second = self._source.get(found.second).reshape(found.second_shape).astype(np.float64)
+    def _through(self, found: _Stored, x: np.ndarray) -> np.ndarray:
+        """What two factors make of x [tokens, d_in], in FlashSVD's own order."""
+        first = self._float64(found.first).reshape(found.first_shape)
+        second = self._float64(found.second).reshape(found.second_shape)
         if first.ndim == 2:
             return x @ first @ second
         latent = np.einsum("ti,hir->thr", x, first)
@@ -166,7 +159,8 @@ class HeadFactorSource(TensorSource):
         if rank != min(told, d_in, width):
             self._problems.append(f"rank: {_RANKS_FILE} says {names[3]} {told}, {first.name} has {rank}")
         name_of_first, groups = FIRST.format(module=path), (heads,) if heads > 1 else ()
-        self._stored[name_of_first] = _Stored(first.name, second.name, shapes[0], shapes[1])
+        stored = _Stored(first.name, second.name, shapes[0], shapes[1])
+        self._outputs[name_of_first] = partial(self._through, stored)
         return {
             name_of_first: self._relaid(first, (max(heads, 1) * rank, d_in), shapes[0]),
             SECOND.format(module=path): self._relaid(second, (*groups, width, rank), shapes[1]),

@@ -65,7 +65,7 @@ def take_factors(family: Family, sites: Mapping[str, Site], pool: Pool) -> tuple
 def _take_pair(family: Family, module: str, pool: Pool) -> tuple[TensorInfo | None, TensorInfo | None]:
     for rule in family.pairs:
         names = rule.names(module)
-        if names[1] == f"{module}.weight" and names[0] not in pool.left:
+        if f"{module}.weight" in names and not all(name in pool.left for name in names):
             continue  # without the other factor this is the name of a dense weight
         first, second = (pool.take(name) for name in names)
         if first is None and second is None:
@@ -119,6 +119,6 @@ def _refuse_bias_of_first(factors: Factors, pool: Pool) -> None:
 def _notes(family: Family, readings: Counter[Reading]) -> list[str]:
     if family.names == "binding" or not readings["swapped"]:
         return []
-    second, first = (name.removeprefix(".").removesuffix(".weight") for name in reversed(family.pairs[0].names("")))
+    second, first = (name.lstrip("._").removesuffix(".weight") for name in reversed(family.pairs[0].names("")))
     count = f"{readings['swapped']} of {readings.total()} sites"
     return [f"{second} is applied before {first} at {count}, as only that fits their shapes"]

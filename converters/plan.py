@@ -47,6 +47,11 @@ class Plan:
         """The tensors that are written: one for each array, however many parameters share it."""
         return {name: self.tensors[name] for name in stored_names(self.config)}
 
+    def changed(self, tensors: Mapping[str, TensorInfo], ranks: Mapping[str, int]) -> "Plan":
+        """The plan with other tensors for some parameters, and other ranks by site."""
+        found, groups = {**self.tensors, **tensors}, self.config.factorization.groups_by_site
+        return replace(self, config=_factorized(self.config, found, ranks, groups), tensors=found)
+
 
 def make_plan(
     config: AnyConfig,
@@ -98,9 +103,8 @@ def make_plan(
     pool.problems += [f"not floating point: {t.name} is {t.dtype}" for t in found.values() if t.dtype not in _FLOATS]
     if pool.problems:
         raise ConversionError(_message(where, family, pool.problems))
-    apart = Factorization.of(ranks, groups=groups)
-    factorization = Factorization.of(ranks, _shared(replace(config, factorization=apart), found), groups)
-    return Plan(replace(config, factorization=factorization), found, tuple(pool.dropped), equal, tuple(notes))
+    factorized = _factorized(config, found, ranks, groups)
+    return Plan(factorized, found, tuple(pool.dropped), equal, tuple(notes))
 
 
 def _take(pool: Pool, target: str, shape: tuple[int, ...], *names: str, hint: str = "") -> dict[str, TensorInfo]:
@@ -119,6 +123,15 @@ def _drop_twins(naming: Naming, pool: Pool) -> tuple[tuple[str, str], ...]:
         if dropped.identity != other.identity:
             equal.append((dropped.name, other.name))
     return tuple(equal)
+
+
+def _factorized(
+    config: AnyConfig, found: Mapping[str, TensorInfo], ranks: Mapping[str, int], groups: Mapping[str, int]
+) -> AnyConfig:
+    """The model with these ranks and groups by site, and parameters shared where they are one tensor."""
+    apart = Factorization.of(ranks, groups=groups)
+    shared = _shared(replace(config, factorization=apart), found)
+    return replace(config, factorization=Factorization.of(ranks, shared, groups))
 
 
 def _shared(config: AnyConfig, found: Mapping[str, TensorInfo]) -> dict[str, str]:

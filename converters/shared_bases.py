@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from converters.sources import TensorInfo, TensorSource
+from converters.sources import TensorInfo, TensorSource, WrappedSource
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.errors import ConversionError
 
 _BLOCKS = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "down"), "mlp")
@@ -14,39 +15,27 @@ _BLOCKS = dict.fromkeys("qkvo", "self_attn") | dict.fromkeys(("gate", "up", "dow
 CONFIG_KEYS = tuple(key for stem in (*_BLOCKS, "attn") for key in (f"num_basis_{stem}", f"{stem}_groups"))
 
 
-class SharedBases(TensorSource):
+class SharedBases(WrappedSource):
     """A checkpoint in which every layer has its basis under one name, `model.q_basis.3.weight`.
 
     The layers of a group get the same tensor, whether the file ties it, repeats it or leaves all but one name out.
     """
 
-    def __init__(self, source: TensorSource, config: Mapping[str, Any]):
+    def __init__(self, source: TensorSource, config: Mapping[str, Any], base: AnyConfig):
         """Looks at the names; copies are compared.
 
         Args:
           source: the checkpoint; closing this closes it.
           config: the configuration that came with it; without one, only tied tensors are known to be shared.
+          base: the base model.
 
         Raises:
           ConversionError: the tensors contradict the groups or the ranks of the configuration.
         """
-        self.path, self.files = source.path, source.files
-        self.embedded_config, self.unknown_globals = source.embedded_config, source.unknown_globals
-        self._source = source
-        self._infos = dict(source.infos())
+        super().__init__(source)
         for stem in _BLOCKS:
             for layers in self._groups(stem, config):
                 self._join(stem, layers, config.get(f"num_basis_{stem}"))
-
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    def get(self, name: str) -> np.ndarray:
-        info = self._infos.get(name)
-        return self._source.get(name if info is None else info.name)
-
-    def close(self) -> None:
-        self._source.close()
 
     def _groups(self, stem: str, config: Mapping[str, Any]) -> Iterator[list[int]]:
         """The configuration's groups of layers, then each remaining layer that has this projection by itself."""

@@ -13,10 +13,9 @@ import numpy as np
 
 from converters.encoder_naming import naming_of
 from converters.family import Family
-from converters.head_factors import HeadFactorSource
 from converters.naming import Naming
 from converters.plan import Plan
-from converters.sources import TensorSource
+from converters.sources import TensorSource, WrappedSource
 from converters.verify_logits import LogitsFunction, compare_logits
 from flashsvd_jax.checkpoint import ModelFolder, open_folder
 from flashsvd_jax.errors import ConversionError
@@ -118,8 +117,9 @@ class _Original:
     def outputs(self, site: str, x: np.ndarray) -> list[np.ndarray]:
         """What a projection makes of x [tokens, d_in], in every order of its layers that the family allows."""
         names = self._layers(site)
-        if isinstance(self._source, HeadFactorSource) and len(names) > 1:
-            return [self._with_bias(self._source.output(self._names[names[0]], x), site)]
+        whole = self._source.output(self._names[names[0]], x) if isinstance(self._source, WrappedSource) else None
+        if whole is not None:
+            return [self._with_bias(whole, site, names[-1])]
         orders = [names] if self._family.names == "binding" else [names, names[::-1]]
         return [self._output(site, order, x) for order in orders if self._chains(order, x.shape[1])]
 

@@ -42,6 +42,7 @@ __all__ = [
     "convert",
     "encode",
     "expect_no_compile",
+    "export",
     "generate",
     "inspect",
     "load",
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from converters import convert
+    from converters import convert, export
     from flashsvd_jax.checkpoint import load_params
     from flashsvd_jax.compile_cache import compile_count, expect_no_compile
     from flashsvd_jax.encoder_model import EncoderModel, load_encoder
@@ -67,10 +68,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     """Imports public names when first used: the command line starts without waiting for JAX."""
-    if name == "convert":  # the one public name of a sibling package; nothing else here knows of checkpoint families
+    if name in ("convert", "export"):  # of a sibling package; nothing else here knows of checkpoint families
         from flashsvd_jax import _siblings
 
-        return _siblings.load("converters").convert
+        return getattr(_siblings.load("converters"), name)
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

@@ -14,7 +14,15 @@ _READERS = {".safetensors": SafetensorsSource, ".pt": TorchSource, ".pth": Torch
 # Safetensors first: where a folder holds both formats they hold the same weights.
 _STANDARD_NAMES = ("model.safetensors", "pytorch_model.bin")
 # Files that training leaves beside the weights, and factors that mean nothing without the rest of their model.
-_NOT_WEIGHTS = ("training_args.*", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*", CODES_FILE)
+_NOT_WEIGHTS = (
+    "training_args.*",
+    "optimizer.*",
+    "scheduler.*",
+    "rng_state*",
+    "scaler.*",
+    "adapter_model.*",
+    CODES_FILE,
+)
 _MAX_LISTED = 20
 
 
@@ -62,6 +70,11 @@ def _open_folder(folder: Path) -> TensorSource:
     names = sorted(file.name for file in folder.iterdir())
     listing = ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "") or "nothing"
     raise CheckpointError(f"{folder} holds no weight file; it holds {listing}")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a file that may be a model's weights."""
+    return any(file.suffix in _READERS and _may_hold_weights(file) for file in folder.iterdir())
 
 
 def _may_hold_weights(file: Path) -> bool:

@@ -1,11 +1,11 @@
 """Dobi-SVD's remapped weights: factors stored as 8-bit codes beside the rest of the model."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from converters.sources.base import TensorInfo, TensorSource
+from converters.sources.base import TensorSource
+from converters.sources.wrapped_source import WrappedSource
 from flashsvd_jax.errors import CheckpointError
 
 CODES_FILE = "remapping_weight.pt"
@@ -33,7 +33,7 @@ def _linspace(start: float, end: float, count: int) -> np.ndarray:
     return values.astype(np.float32)
 
 
-class RemappedSource(TensorSource):
+class RemappedSource(WrappedSource):
     """The rest of a model and its factors, `<module>.vt.weight` [rank, d_in] and `<module>.us.weight` [d_out, rank].
 
     A factor is decoded to float16 each time it is asked for, as the published loader does it: float32 products, rounded
@@ -42,11 +42,10 @@ class RemappedSource(TensorSource):
 
     def __init__(self, rest: TensorSource, codes: TensorSource):
         """Joins two open files; closing this closes both. Raises CheckpointError for codes that form no factors."""
-        self.path, self.files = rest.path, (*rest.files, *codes.files)
-        self.embedded_config = rest.embedded_config
+        super().__init__(rest)
+        self.files = (*rest.files, *codes.files)
         self.unknown_globals = tuple(sorted({*rest.unknown_globals, *codes.unknown_globals}))
-        self._rest, self._codes, self._map = rest, codes, dynamic_map()
-        self._decoded: dict[str, TensorInfo] = {}
+        self._codes, self._map = codes, dynamic_map()
         suffix = ".us_quan"
         modules = [name.removesuffix(suffix) for name in codes.infos() if name.endswith(suffix)]
         for module in modules:
@@ -55,25 +54,19 @@ class RemappedSource(TensorSource):
         strange = [name for name in codes.infos() if name not in known]
         if strange or not modules:
             raise CheckpointError(f"{codes.path} holds no codes of factors: {strange[0] if strange else 'no us_quan'}")
-        self._infos = {**rest.infos(), **self._decoded}
 
-    def infos(self) -> Mapping[str, TensorInfo]:
-        return self._infos
-
-    def get(self, name: str) -> np.ndarray:
-        if name not in self._decoded:
-            return self._rest.get(name)
-        module, factor, _ = name.rsplit(".", 2)
+    def _decoded(self, module: str, factor: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A factor, ``us`` or ``vt``."""
         codes, absmax = (self._codes.get(f"{module}.{factor}_{part}") for part in ("quan", "absmax"))
         rows = self._map[codes] * absmax.astype(np.float32)[:, None]
         rows = rows.astype(np.float16)
-        if self._decoded[name].shape == rows.shape[:: -1 if factor == "us" else 1]:
+        if shape == rows.shape[:: -1 if factor == "us" else 1]:
             return rows.T if factor == "us" else rows
         tail = self._codes.get(f"{module}.{_TAIL}")
         return np.concatenate((rows.T, tail)) if factor == "us" else np.concatenate((rows, tail), axis=1)
 
     def close(self) -> None:
-        self._rest.close()
+        super().close()
         self._codes.close()
 
     def _add(self, module: str) -> None:
@@ -95,7 +88,6 @@ class RemappedSource(TensorSource):
             raise CheckpointError(f"{self._codes.path}: the shapes of {module} form no two factors: {shapes}")
         d_out, d_in = codes[1] + tail[0] * continues_us, codes[1] + tail[1] * continues_vt
         for factor, shape in (("vt", (rank, d_in)), ("us", (d_out, rank))):
-            name, stored = f"{module}.{factor}.weight", infos[f"{module}.{factor}_quan"]
-            self._decoded[name] = replace(
-                stored, name=name, shape=shape, dtype=np.dtype(np.float16), identity=(name, stored.identity)
-            )
+            make = partial(self._decoded, module, factor, shape)
+            stored = infos[f"{module}.{factor}_quan"]
+            self._make(f"{module}.{factor}.weight", shape, make, stored, np.dtype(np.float16))

@@ -13,7 +13,7 @@ MODEL_KEYS = ("model", "state_dict", "model_state_dict")
 _OPTIMIZER_KEYS = {"optimizer", "optimizer_state_dict", "optimizer_states", "scaler"}
 _SCHEDULER_KEYS = {"scheduler", "lr_scheduler", "lr_scheduler_state_dict", "lr_schedulers"}
 _PROGRESS_KEYS = {"epoch", "step", "loss", "val_loss", "rng_state", "cuda_rng_state"}
-_NOT_MODEL_KEYS = {"tokenizer"} | _OPTIMIZER_KEYS | _SCHEDULER_KEYS | _PROGRESS_KEYS
+_NOT_MODEL_KEYS = {"tokenizer", "w_quantizers"} | _OPTIMIZER_KEYS | _SCHEDULER_KEYS | _PROGRESS_KEYS
 
 
 def flatten(root: Any) -> dict[str, TensorRef]:

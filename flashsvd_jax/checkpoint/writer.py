@@ -1,6 +1,5 @@
 """Writing a factorized model as a folder: whole or not at all."""
 
-import json
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,14 +9,14 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.casting import cast
-from flashsvd_jax.checkpoint.layout import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE, shard_file
+from flashsvd_jax.checkpoint.layout import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from flashsvd_jax.checkpoint.manifest import Manifest
 from flashsvd_jax.checkpoint.metadata import Metadata
 from flashsvd_jax.checkpoint.params_tree import stored_arrays
+from flashsvd_jax.checkpoint.shard_writer import ShardWriter
 from flashsvd_jax.checkpoint.staging import StagedFolder, unwritable_as_checkpoint_error
 from flashsvd_jax.errors import CheckpointError
 
@@ -30,7 +29,7 @@ class FolderWriter:
     """Writes a model's folder tensor by tensor; a context manager.
 
     The folder appears at ``dst`` when the block ends without an error; before that, and after one, there is nothing.
-    Peak memory is one shard and one tensor: safetensors writes a file from arrays that are all in memory.
+    Peak memory is one shard and one tensor, see `ShardWriter`.
 
     Args:
       dst: the folder to make; its parents are made too.
@@ -61,12 +60,9 @@ class FolderWriter:
         self._metadata = Metadata.of(hf_config, checked, str(dst))
         self.config: AnyConfig = self._metadata.config
         self._dtype = jnp.dtype(checked.dtype)
-        self._shard_bytes = shard_bytes
         self._copy_files = _checked_copies(copy_files)
         self._staged = StagedFolder(self._dst)
-        self._pending: dict[str, np.ndarray] = {}
-        self._shard_by_name: dict[str, int] = {}  # of every array that was added, pending ones included
-        self._written = 0  # number of shards
+        self._shards = ShardWriter(self._staged.path, shard_bytes)
         self._flaws: dict[str, str] = {}
 
     def __enter__(self) -> Self:
@@ -80,11 +76,10 @@ class FolderWriter:
           CheckpointError: not a stored array of the model, added before, of the wrong shape, or not floating point.
         """
         self._check(name, array)
-        size = array.size * self._dtype.itemsize
-        if self._pending and sum(other.nbytes for other in self._pending.values()) + size > self._shard_bytes:
-            self._write_shard()
-        self._pending[name], flaw = cast(array, self._dtype)
-        self._shard_by_name[name] = self._written
+        with unwritable_as_checkpoint_error(self._dst, SafetensorError):
+            self._shards.make_room(array.size * self._dtype.itemsize)  # before there is a copy
+        copy, flaw = cast(array, self._dtype)
+        self._shards.add(name, copy)
         if flaw:
             self._flaws[name] = flaw
 
@@ -101,48 +96,25 @@ class FolderWriter:
             owner = self.config.factorization.owner_by_name.get(name)
             why = f"it shares the array of {owner}; add that alone" if owner else "the model has no such array"
             raise CheckpointError(f"{self._dst}: {name} cannot be added: {why}")
-        if name in self._shard_by_name:
+        if name in self._shards.names:
             raise CheckpointError(f"{self._dst}: {name} was added before")
         if array.shape != spec.shape:
             raise CheckpointError(f"{self._dst}: {name} is {list(array.shape)}, it must be {list(spec.shape)}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise CheckpointError(f"{self._dst}: {name} is {array.dtype.name}, it must be floating point")
 
-    def _write_shard(self) -> None:
-        with unwritable_as_checkpoint_error(self._dst, SafetensorError):
-            save_file(self._pending, self._part(self._written))
-        self._written += 1
-        self._pending = {}
-
-    def _part(self, number: int) -> Path:
-        """Where shard ``number`` (from 0) is until the number of shards, which its name tells, is known."""
-        return self._staged.path / f"{number}.part"
-
     def _finish(self) -> None:
-        missing = self._metadata.stored.keys() - self._shard_by_name.keys()
+        missing = self._metadata.stored.keys() - self._shards.names
         if missing:
             raise CheckpointError(f"{self._dst}: {len(missing)} arrays were not added: {', '.join(sorted(missing))}")
         self._warn()
-        self._write_shard()
-        with unwritable_as_checkpoint_error(self._dst):
+        with unwritable_as_checkpoint_error(self._dst, SafetensorError):
             self._metadata.write_config(self._staged.path)
-            self._name_shards()
+            self._shards.finish(like=self._staged.path / CONFIG_FILE)
             for file in self._copy_files:
                 shutil.copyfile(file, self._staged.path / file.name)
             self._metadata.write_manifest(self._staged.path)
         self._staged.commit()
-
-    def _name_shards(self) -> None:
-        folder = self._staged.path
-        files = [shard_file(number + 1, self._written) for number in range(self._written)]
-        for number, file in enumerate(files):
-            self._part(number).rename(folder / file)
-            shutil.copymode(folder / CONFIG_FILE, folder / file)  # safetensors makes files that only their owner reads
-        if len(files) > 1:
-            total = self._metadata.manifest.params * self._dtype.itemsize
-            by_name = {name: files[number] for name, number in sorted(self._shard_by_name.items())}
-            index = {"metadata": {"total_size": total}, "weight_map": by_name}
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _warn(self) -> None:
         if self._flaws:

@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk to a model that has a chat template",
     "encode": "turn lines of text into vectors, with an encoder",
     "convert": "turn a PyTorch SVD checkpoint into a folder that the other commands load",
+    "export": "write a converted model in a published form, for other tools",
     "compress": "turn a dense model into factors, by SVD-LLM, ASVD, FWSVD, DRONE or plain SVD",
     "inspect": "ranks, sizes and memory of a model, from file headers alone",
     "perplexity": "perplexity of a text file, with its standard error",

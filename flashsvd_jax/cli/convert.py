@@ -5,9 +5,13 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("source", help="a .safetensors, .pt, .pth or .bin file, a folder of shards, or a hub id")
+    parser.add_argument("source", help="a .safetensors, .pt, .pth or .bin file, a folder, or a hub id")
     parser.add_argument("destination", help="folder to write; must not exist")
-    parser.add_argument("--base", metavar="CONFIG", help="the base model's config.json, its folder or hub id")
+    parser.add_argument(
+        "--base",
+        metavar="CONFIG",
+        help="the base model's config.json, its folder or hub id; of a LoRA adapter, its weights",
+    )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="store in this; else as found, float32 as bfloat16"
     )
@@ -26,10 +30,13 @@ def run(parsed: argparse.Namespace) -> None:
     from flashsvd_jax.hub import CHECKPOINT_FILES, resolve_model
 
     jax.config.update("jax_platforms", "cpu")
-    report = _siblings.load("converters").convert(
-        resolve_model(parsed.source, CHECKPOINT_FILES),
+    converters = _siblings.load("converters")
+    source = resolve_model(parsed.source, CHECKPOINT_FILES)
+    of_base = CHECKPOINT_FILES if converters.adapter_folder(source) else ["*.json", "*.model", "*.jinja"]
+    report = converters.convert(
+        source,
         parsed.destination,
-        base=None if parsed.base is None else resolve_model(parsed.base, ["*.json", "*.model", "*.jinja"]),
+        base=None if parsed.base is None else resolve_model(parsed.base, of_base),
         dtype=parsed.dtype,
         verify=parsed.verify,
         progress=not parsed.quiet,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from flashsvd_jax.checkpoint import FolderWriter, WeightWarning, open_folder, writer
+from flashsvd_jax.checkpoint import FolderWriter, WeightWarning, open_folder, shard_writer
 from flashsvd_jax.checkpoint.metadata import Metadata
 from flashsvd_jax.errors import CheckpointError
 
@@ -68,7 +68,7 @@ def full_disk(*args: object, **kwargs: object) -> NoReturn:
 @pytest.mark.parametrize("where", ["shard", "configuration", "rename", "fsync", "copy"])
 def test_full_disk_leaves_nothing(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     owner, name = {
-        "shard": (writer, "save_file"),
+        "shard": (shard_writer, "save_file"),
         "configuration": (Metadata, "write_config"),
         "rename": (Path, "rename"),
         "fsync": (os, "fsync"),

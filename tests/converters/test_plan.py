@@ -162,13 +162,16 @@ def test_names_of_tagged_families_bind(family: str) -> None:
     assert FAMILY[family].description in problem
 
 
-def test_svdllm_names_bind() -> None:
+def test_svdllm_names_bind_where_the_configuration_tells_them_from_swift_svds() -> None:
     checkpoint = Checkpoint()
     checkpoint.factorize(f"{LAYER0}.q_proj", 7)
     shapes = checkpoint.shapes
     shapes[f"{LAYER0}.q_u_proj.weight"] = shapes.pop(f"{LAYER0}.q_proj.BLinear.weight")
     shapes[f"{LAYER0}.q_v_proj.weight"] = shapes.pop(f"{LAYER0}.q_proj.ALinear.weight")
-    assert checkpoint.problems("svdllm")[0].startswith("wrong way round: ")
+    assert checkpoint.problems("svdllm_hf")[0].startswith("wrong way round: ")
+    assert checkpoint.plan("svdllm").notes == (
+        "u_proj is applied before v_proj at 1 of 1 sites, as only that fits their shapes",
+    )
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,9 @@ def exchange_all(tensors: Tensors, _: object) -> None:
         ("asvd", lambda t, c: c["truncation_ranks"].update({Q: 4}), f"truncation_ranks says rank 4 for {Q},"),
         ("svdllm-hf", lambda t, c: c["svd_ranks"].pop(Q), f"svd_ranks says dense for {Q}, the tensors say rank 3"),
         ("dobi", lambda t, c: c["dobi_target_modules"].update({Q: 4}), "dobi_target_modules says rank 4"),
+        ("lillama", lambda t, c: c["ranks"].update({Q: 4}), f"ranks says rank 4 for {Q}, the tensors say rank 3"),
+        ("lillama", lambda t, c: t.pop(f"{Q}.1.weight"), f"missing: {Q}.1.weight, the other factor is there"),
+        ("d_rank", lambda t, c: c.update(q_groups=[[0, 1, 2], [3]]), "q_basis.* differs from .*q_basis"),
         ("lowrankarena-qwen3", lambda t, c: c["low_rank_modules"].update({Q: {"rank": 9}}), "modules says rank 9"),
         ("asvd", lambda t, c: t.pop(B), f"missing: {B}, the other factor is there"),
         ("asvd", lambda t, c: t.pop("model.embed_tokens.weight"), r"missing: model.embed_tokens.weight \[97, 44\]"),
@@ -102,16 +105,16 @@ def test_values_out_of_range_of_the_dtype(published, tmp_path) -> None:
 
 def test_family_that_is_not_read(published, tmp_path) -> None:
     def split_a_factor(tensors: Tensors, config: dict[str, Any]) -> None:
-        tensors[f"{Q}.VT.weight"] = torch.ones(3, 40)
+        tensors[f"{Q}.qweight"] = torch.ones(3, 40)
 
-    refuse(changed(published("dense-mistral"), tmp_path / "in", split_a_factor), "Palu .*not read yet", tmp_path)
+    refuse(changed(published("dense-mistral"), tmp_path / "in", split_a_factor), "GPTQ.*not read yet", tmp_path)
 
 
 def test_files_of_a_family_that_is_not_read(published, tmp_path) -> None:
     path = shutil.copytree(published("dense-mistral").path, tmp_path / "in")
-    (path / "low_rank_config.pt").touch()
-    refuse(path, "Eigen Attention .file low_rank_config.pt., which is not read yet", tmp_path)
-    refuse(path / "low_rank_config.pt", "Eigen Attention", tmp_path)
+    (path / "gpt2_block_0.pt").touch()
+    refuse(path, "GPT-2 blocks .file gpt2_block_0.pt., which is not read yet", tmp_path)
+    refuse(path / "gpt2_block_0.pt", "GPT-2 blocks", tmp_path)
 
 
 def test_no_configuration(published, tmp_path) -> None:

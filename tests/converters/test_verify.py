@@ -22,6 +22,16 @@ def damaging(damage: Callable[[str, np.ndarray], np.ndarray]) -> type[FolderWrit
     return Damaging
 
 
+PRODUCTS = (
+    "corda",
+    "fisher_svd",
+    "lora",
+    "lora-factors",
+    "eigen_attention",
+    "modegpt",
+)  # some weights are computed, and rounded to float32
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_conversions_verify(case: str, dtype: str, published, tmp_path) -> None:
@@ -32,7 +42,7 @@ def test_conversions_verify(case: str, dtype: str, published, tmp_path) -> None:
         not report.config.tie_embeddings
     )
     if dtype == "float32":
-        assert verification.worst_error <= 1e-12  # the very same numbers
+        assert verification.worst_error <= (1e-7 if case in PRODUCTS else 1e-12)  # the very same numbers
     else:
         assert 1e-4 < verification.worst_error < 1e-2  # rounded once
     assert "logits not compared: no function" in str(report)

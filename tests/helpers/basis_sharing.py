@@ -49,31 +49,33 @@ _CLASSES = {
 def share_bases(
     model: transformers.PreTrainedModel,
     groups: Mapping[str, Sequence[Sequence[int]]] = GROUPS,
-    ranks: Mapping[str, int] = RANKS,
+    ranks: Mapping[str, Sequence[int]] | None = None,
     in_blocks: bool = True,
 ) -> dict[str, int]:
     """Replaces the projections named by the keys of ``groups``; returns ranks by module path.
 
-    ``in_blocks``: the basis is a member of every block too, as in the Llama classes, not of the model alone.
+    ``ranks`` are those of every group, by default `RANKS` for all groups. ``in_blocks``: the basis is a member of every block too,
+    as in the Llama classes, not of the model alone.
     """
     torch.manual_seed(3)
     made = {}
     for stem, layers_of in groups.items():
         bases = nn.ModuleDict()
         model.model.add_module(f"{stem}_basis", bases)
-        for layers in layers_of:
-            basis = Basis(ranks[stem], _linear(model, stem, layers[0]).in_features)
+        for number, layers in enumerate(layers_of):
+            rank = RANKS[stem] if ranks is None else ranks[stem][number]
+            basis = Basis(rank, _linear(model, stem, layers[0]).in_features)
             for layer in layers:
                 bases[str(layer)] = basis
                 block, dense = _block(model, stem, layer), _linear(model, stem, layer)
                 if in_blocks:
                     block.add_module(f"{stem}_basis", basis)
-                coefficient = Coefficient(dense.out_features, ranks[stem], dense.bias is not None)
+                coefficient = Coefficient(dense.out_features, rank, dense.bias is not None)
                 if dense.bias is not None:
                     coefficient.bias.copy_(dense.bias)
                 block._modules[f"{stem}_proj"] = coefficient
                 block.__dict__.setdefault("bases", {})[stem] = basis
-                made[f"model.layers.{layer}.{BLOCKS[stem]}.{stem}_proj"] = ranks[stem]
+                made[f"model.layers.{layer}.{BLOCKS[stem]}.{stem}_proj"] = rank
     for layer in model.model.layers:
         for block in (layer.self_attn, layer.mlp):
             block.__dict__.setdefault("bases", {})

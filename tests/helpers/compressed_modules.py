@@ -12,6 +12,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
 
 class Pair(nn.Module):
@@ -99,7 +100,8 @@ def _project(block: nn.Module, stem: str, x: torch.Tensor) -> torch.Tensor:
     dense = block._modules.get(f"{stem}_proj")
     if dense is not None:
         return dense(x)
-    y = getattr(block, f"{stem}_u_proj")(getattr(block, f"{stem}_v_proj")(x))
+    first, second = "uv" if block.__dict__.get("u_first") else "vu"
+    y = getattr(block, f"{stem}_{second}_proj")(getattr(block, f"{stem}_{first}_proj")(x))
     bias = getattr(block, f"{stem}_bias", None)
     return y if bias is None else y + bias
 
@@ -149,6 +151,12 @@ class SVD_QwenAttention(_SVDAttention, Qwen2Attention): ...
 class SVD_QwenMLP(_SVDMLP, Qwen2MLP): ...
 
 
+class SVD_Qwen3Attention(_SVDAttention, Qwen3Attention): ...
+
+
+class SVD_Qwen3MLP(_SVDMLP, Qwen3MLP): ...
+
+
 _BLOCKS = {
     LlamaAttention: SVD_LlamaAttention,
     LlamaMLP: SVD_LlamaMLP,
@@ -156,6 +164,8 @@ _BLOCKS = {
     MistralMLP: SVD_MistralMLP,
     Qwen2Attention: SVD_QwenAttention,
     Qwen2MLP: SVD_QwenMLP,
+    Qwen3Attention: SVD_Qwen3Attention,
+    Qwen3MLP: SVD_Qwen3MLP,
 }
 SVDLLM_MODULES = {
     SVD_LlamaAttention: "component.svd_llama",
@@ -168,7 +178,7 @@ SVDLLM_MODULES = {
 
 
 def compress_in_blocks(
-    model: transformers.PreTrainedModel, ranks: Mapping[str, int], bias_as_buffer: bool = False
+    model: transformers.PreTrainedModel, ranks: Mapping[str, int], bias_as_buffer: bool = False, u_first: bool = False
 ) -> None:
     """SVD-LLM's way: factors become members of the attention and MLP blocks, which change their class.
 
@@ -176,6 +186,7 @@ def compress_in_blocks(
       model: changed in place.
       ranks: rank by module path.
       bias_as_buffer: keep biases as buffers of the block (`q_bias`), as its Qwen classes do, not on the second factor.
+      u_first: Swift-SVD's way, whose classes have the same names and apply `q_u_proj` first.
     """
     torch.manual_seed(2)
     for path, rank in ranks.items():
@@ -193,6 +204,7 @@ def compress_in_blocks(
                 block.register_buffer(f"{stem}_bias", linear.bias.detach().clone())
             elif has_bias:
                 u.bias.copy_(linear.bias)
-        setattr(block, f"{stem}_u_proj", u)
-        setattr(block, f"{stem}_v_proj", v)
+        setattr(block, f"{stem}_u_proj", v if u_first else u)
+        setattr(block, f"{stem}_v_proj", u if u_first else v)
+        block.__dict__["u_first"] = u_first
         block.__class__ = _BLOCKS.get(type(block), type(block))

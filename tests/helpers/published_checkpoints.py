@@ -27,6 +27,10 @@ from compressed_modules import (
 )
 from dobi_remapping import remap
 from hf_models import build_model
+from lora_modules import add_lora
+from narrow_modules import eigen_attention, narrow
+from palu_modules import group_heads
+from residual_modules import BLOCK, CovSVDLinear, SVDLinearWithDenseBlocks
 from safetensors.torch import save_file
 from torch import nn
 
@@ -65,7 +69,7 @@ class Published:
       model: the source, with its family's own layers, in evaluation mode.
       family: name of the family that should be found.
       ranks: rank by module path of every low-rank projection.
-      base: what --base has to be, if the checkpoint has no configuration of its own.
+      base: what --base has to be, if the checkpoint has no configuration of its own, or is an adapter.
     """
 
     path: Path
@@ -296,6 +300,34 @@ def _basis_sharing_mistral(folder: Path) -> Published:
     return Published(save_shards(folder, state_dict(model), config, ".bin"), model, "basis_sharing", ranks)
 
 
+def _d_rank(folder: Path) -> Published:
+    """Basis Sharing's form with a rank of its own for every group, which num_basis_* has no place for."""
+    model = base_model("llama_bias", num_hidden_layers=4)
+    groups = {stem: GROUPS[stem] for stem in ("q", "v", "down")}
+    ranks = share_bases(model, groups, {"q": [4, 9], "v": [8, 5], "down": [3, 12, 7, 10]})
+    added = {f"{stem}_groups": list(map(list, groups[stem])) for stem in groups}
+    config = hf_config(model, architectures=["ShareLlamaForCausalLM"], **added)
+    write_config(folder, config)
+    torch.save(state_dict(model), folder / "pytorch_model.bin")
+    return Published(folder, model, "basis_sharing", ranks)
+
+
+def _swift_svd(folder: Path) -> Published:
+    """SVD-LLM's names the other way round, as a state dict beside the base model's configuration."""
+    model, ranks = base_model("llama"), RANKS
+    compress_in_blocks(model, ranks, u_first=True)
+    base = write_config(folder / "base", hf_config(model))
+    torch.save(model.state_dict(), folder / "compressed.pt")
+    return Published(folder / "compressed.pt", model, "svdllm", ranks, base)
+
+
+def _lillama(folder: Path) -> Published:
+    model, ranks = base_model("llama"), RANKS
+    compress(model, ranks, SequentialPair)
+    config = hf_config(model, architectures=["LowRankLlamaForCausalLM"], ranks=dict(ranks))
+    return Published(save_safetensors(folder, state_dict(model), config), model, "sequential", ranks)
+
+
 def _dobi_remapped(folder: Path) -> Published:
     """Every projection but the head as codes; what remains of the model is in float16."""
     model = base_model("llama").half().float()
@@ -308,6 +340,118 @@ def _dobi_remapped(folder: Path) -> Published:
     torch.save(rest, folder / "pytorch_model.bin")
     torch.save(codes, folder / "remapping_weight.pt")
     return Published(folder, model, "dobi_remapped", REMAPPED)
+
+
+def _corda(folder: Path) -> Published:
+    """Every projection but the head has a residual, so the model that is read is dense."""
+    model = base_model("llama_bias")
+    compress(model, dict.fromkeys(MODULES, 5), CovSVDLinear)
+    config = hf_config(model, architectures=["CovSVDLlamaForCausalLM"], lora_r=5)
+    return Published(save_safetensors(folder, state_dict(model), config), model, "corda", {})
+
+
+def _fisher_svd(folder: Path) -> Published:
+    """Blocks in a few columns make a pair wider; the value projection of the last layer has them in nearly all."""
+    model, ranks = base_model("llama_bias"), dict(RANKS)
+    compress(model, ranks, SVDLinearWithDenseBlocks)
+    for module in (MODULES[0], MODULES[4]):
+        model.get_submodule(module).add_blocks([0, 9], [[3, 17], [5, 7]])
+        ranks[module] += 2 * BLOCK
+    many = MODULES[9]
+    model.get_submodule(many).add_blocks([*range(0, 36, BLOCK)], [[0, 20]] * 9)
+    del ranks[many]
+    path = save_pickle(folder / "tiny_fisher_svd_0.6.pt", model, {SVDLinearWithDenseBlocks: "fisher_svd"})
+    return Published(path, model, "fisher_svd", ranks)
+
+
+HEAD_RANKS = {  # one group, groups of one rank, groups of different ranks; everything else is dense
+    MODULES[1]: [3, 5],
+    MODULES[2]: [6],
+    MODULES[8]: [4, 4],
+    MODULES[9]: [7, 2],
+}
+
+
+def _palu(folder: Path, architecture: str = "llama_bias") -> Published:
+    model = base_model(architecture)
+    group_heads(model, HEAD_RANKS)
+    config = hf_config(
+        model,
+        model_type=f"palu{model.config.model_type}",
+        architectures=[f"Palu{model.config.model_type.capitalize()}ForCausalLM"],
+        head_wise_ranks=HEAD_RANKS,
+        original_model_name_or_path="somebody/tiny",
+    )
+    path = save_safetensors(folder, state_dict(model), config)
+    return Published(path, model, "palu", {module: max(ranks) for module, ranks in HEAD_RANKS.items()})
+
+
+def _eigen_attention(folder: Path, architecture: str = "llama_bias") -> Published:
+    """Heads of 5 and 6 columns for keys and of 3 and 4 for values, in place of 14, the values' as factors."""
+    model = base_model(architecture, num_attention_heads=4, head_dim=10)  # its class has no head_dim of its own
+    eigen_attention(model, [(10, 6), (12, 8)])
+    config = hf_config(model, architectures=["LlamaForCausalLM_EigenAttn"])
+    ranks = {MODULES[1]: 5, MODULES[2]: 3, MODULES[8]: 6, MODULES[9]: 4}
+    return Published(save_safetensors(folder, state_dict(model), config), model, "eigen_attention", ranks)
+
+
+# Columns of heads of 14 that are kept by each of two heads: pairs, in the order of their scores.
+KEPT = tuple(
+    torch.tensor([[*first, *(column + 7 for column in first)] for first in heads])
+    for heads in (([4, 0], [1, 6]), ([5, 1, 2, 0, 4, 3], [0, 6, 5, 3, 2, 1]))
+)
+
+
+def _modegpt(folder: Path) -> Published:
+    """Heads of 4 and 12 in place of 14: factors in the first layer, dense weights in the second, where these are smaller."""
+    model = base_model("llama_bias")
+    added = narrow(model, KEPT, [51, 38])
+    masks = "/somewhere/else/rotary_masks.pt"
+    write_config(folder, hf_config(model, mask_path=masks, ffn_dim=-1, **added))
+    torch.save(state_dict(model), folder / "pytorch_model.bin")
+    torch.save(list(KEPT), folder / "rotary_masks.pt")
+    return Published(folder, model, "modegpt", dict.fromkeys(MODULES[:3], 4))
+
+
+class WeightQuantizer(nn.Module):
+    """QSVD stores one for every layer beside the model, of no use for running it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(3))
+
+
+def _qsvd(folder: Path) -> Published:
+    """Query, key and value with one first factor, in copies; the weights' quantizers beside the model."""
+    model, ranks = base_model("llama"), RANKS | dict.fromkeys(MODULES[:3], 5)
+    compress(model, ranks, ABLinear)
+    for module in MODULES[1:3]:
+        model.get_submodule(module).BLinear.weight.copy_(model.get_submodule(MODULES[0]).BLinear.weight)
+    path, base = folder / "qsvd.pth", write_config(folder / "base", hf_config(model))
+    with published_module_names({WeightQuantizer: "quant_utils"}):
+        torch.save({"w_quantizers": {f"{MODULES[0]}.ALinear": WeightQuantizer()}, "model": model.state_dict()}, path)
+    return Published(path, model, "bare_ab", ranks, base)
+
+
+def _lora(folder: Path) -> Published:
+    """On a dense base: ranks and scales of single modules, an embedding, and an output head that was trained whole."""
+    model = base_model("qwen2")
+    base = save_safetensors(folder / "base", state_dict(model), hf_config(model))
+    ranks = {MODULES[0]: 4, MODULES[2]: 4, MODULES[6]: 3, MODULES[11]: 4, "model.embed_tokens": 4}
+    alphas = dict.fromkeys(ranks, 6.0) | {MODULES[2]: 5.0}
+    add_lora(model, folder / "adapter", ranks, alphas, use_rslora=True, modules_to_save=["lm_head"])
+    return Published(folder / "adapter", model, "lora", {}, base)
+
+
+def _lora_on_factors(folder: Path) -> Published:
+    """On a factorized base: a projection as a whole, which gets wider; one of another's factors; one that is dense."""
+    source = _lowrankarena(folder / "base", "mistral")
+    whole, factor, dense = MODULES[0], f"{MODULES[1]}.ALinear", MODULES[2]
+    ranks = {whole: 2, factor: 2, dense: 2}
+    add_lora(source.model, folder / "adapter", ranks, dict.fromkeys(ranks, 3.0))
+    return Published(
+        folder / "adapter", source.model, "lora", {**source.ranks, whole: source.ranks[whole] + 2}, source.path
+    )
 
 
 def _dense(folder: Path, architecture: str) -> Published:
@@ -338,9 +482,21 @@ _PUBLISHERS: dict[str, Callable[[Path], Published]] = {
     "fwsvd": functools.partial(_generic, architecture="llama_tied", layer=LinLinear, family="fwsvd"),
     "dynrank": _dynrank,
     "zs_svd": _zs_svd,
+    "swift_svd": _swift_svd,
+    "lillama": _lillama,
+    "d_rank": _d_rank,
     "basis_sharing": _basis_sharing,
     "basis_sharing-mistral": _basis_sharing_mistral,
     "dobi_remapped": _dobi_remapped,
+    "palu": _palu,
+    "palu-mistral": functools.partial(_palu, architecture="mistral"),
+    "eigen_attention": _eigen_attention,
+    "modegpt": _modegpt,
+    "qsvd": _qsvd,
+    "lora": _lora,
+    "lora-factors": _lora_on_factors,
+    "corda": _corda,
+    "fisher_svd": _fisher_svd,
     "dense-llama-tied": functools.partial(_dense, architecture="llama_tied"),
     "dense-mistral": functools.partial(_dense, architecture="mistral"),
     "dense-qwen2": functools.partial(_dense, architecture="qwen2"),
