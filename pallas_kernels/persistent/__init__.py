@@ -26,7 +26,11 @@ on it NaN and says where it was; the engine raises an error that says so.
 Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before writes them, with the
 addresses, as they do not fit among a launch's parameters. What differs between layers is a number in a table.
 
-    steps, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
+Two factors are two phases. A dense site among low-rank ones, in the same layer or in others, is a product of the first phase; it has
+no rows in the second, and who reads it there takes its columns from the first: which of both is a number of the table, too.
+
+    steps, sources, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
+    numbers      what differs from layer to layer
     layers       the op `decode_layers`, and what it refuses       building   its plan
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given

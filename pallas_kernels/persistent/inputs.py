@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.columns import FourColumns, Output
+from pallas_kernels.persistent.columns import Columns, biased
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
@@ -28,7 +28,8 @@ def embed(launch: Launch, x: Any) -> None:
     """Publishes the embedding [batch, width] as the stream that the layer before the first would have left."""
     first = launch.plan.steps[0]
     assert isinstance(first, Phase)
-    plan, source, added = launch.plan, first.source, launch.plan.steps[first.source.of]
+    plan, source, (output,) = launch.plan, first.source, first.source.of
+    added = plan.steps[output.steps[0]]
     assert isinstance(added, Phase)
 
     def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
@@ -44,8 +45,9 @@ def embed(launch: Launch, x: Any) -> None:
                 stream = w.add(at, w.integer(plan.offset("stream", source.stream) + i))
                 store_word(base, w.mul(stream, w.integer(4)), value, e.epoch, real)
                 for part in range(added.parts):
-                    begin_ = plan.offset("sums", source.of) + part * plan.batch * added.padded_rows + i
-                    here = w.add(w.add(column, w.integer(begin_)), w.mul(row, w.integer(added.padded_rows)))
+                    before = plan.offset("sums", output.steps[0]) + output.starts[0]
+                    before += part * plan.batch * added.padded_rows + i
+                    here = w.add(w.add(column, w.integer(before)), w.mul(row, w.integer(added.padded_rows)))
                     store_word(base, w.mul(here, w.integer(4)), w.number(0.0), e.epoch, real)
 
     Place(launch, 0, jnp.int32(-1)).emit(body, refs=[x])
@@ -96,10 +98,16 @@ class _Loader:
         self.thread = w.thread()
         self.publishing = w.below(w.integer(0), self.publishes)
         self.is_stream = self.source.kind == "stream"
-        self.base = self.e.base(self.source.of, self.source.behind)
+        self.base = self.e.base(self._before, self.source.behind)
         self.told = w.sub(self.e.epoch, w.integer(self.source.behind))
+        self.outputs = [Columns(self.e, output, self.source.behind) for output in self.source.of]
         self.scale = self.e.operand(self.source.scale) if self.is_stream else None
         self.stream_base = self.e.base(self.e.step)  # where this phase's own stream goes
+
+    @property
+    def _before(self) -> int:
+        """Of the steps whose words are read, one."""
+        return self.source.of[0].steps[0] if self.source.of else self.source.attention
 
     def run(self) -> None:
         w.meet()  # nobody multiplies the last input any more
@@ -124,9 +132,10 @@ class _Loader:
         scales = [
             w.load_bf16(self.scale, w.mul(chunk.column, w.integer(2))) if self.is_stream else [] for chunk in chunks
         ]
+        biases = [[output.bias(chunk.column) for output in self.outputs] for chunk in chunks]
         found, roots = self._wait(chunks)
-        for chunk, scale, parts in zip(chunks, scales, found, strict=True):
-            values = self._combine(chunk, parts, roots)
+        for chunk, scale, bias, parts in zip(chunks, scales, biases, found, strict=True):
+            values = self._combine(chunk, parts, bias, roots)
             if self.is_stream:
                 squares = self._keep(chunk, values, squares)
                 values = [w.mul_f(v, s) for v, s in zip(values, scale, strict=True)]
@@ -137,11 +146,15 @@ class _Loader:
     @property
     def _parts(self) -> int:
         """Words that make up a column."""
-        of = self.plan.steps[self.source.of]
-        if isinstance(of, Attention):
-            return of.parts * 5 // 4 + 1
-        assert isinstance(of, Phase)
-        return of.parts + 1 if self.is_stream else 2 * of.parts if self.source.kind == "gated" else of.parts
+        if self.source.kind == "attended":
+            return self._attention.parts * 5 // 4 + 1
+        return sum(output.parts for output in self.outputs) + self.is_stream
+
+    @property
+    def _attention(self) -> Attention:
+        found = self.plan.steps[self.source.attention]
+        assert isinstance(found, Attention)
+        return found
 
     def _chunk(self, begin: Value, total: Value) -> _Chunk:
         """The thread's chunk; threads beyond the end repeat the last one."""
@@ -158,7 +171,8 @@ class _Loader:
         """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what each
         sequence is still to be divided by, which is waited for at the same time."""
         reads = [read for chunk in chunks for read in self._reads(chunk)]
-        squares = [] if self.source.scaled is None else [self.e.squares(self.source.scaled)]
+        normed_by = {output.normed_by for output in self.outputs} - {None}
+        squares = [self.e.squares(step) for step in normed_by]
         found = self.e.wait([*reads, *squares])
         fours, totals = found[: len(reads)], found[len(reads) :]
         lists = len(reads) // len(chunks)
@@ -167,30 +181,24 @@ class _Loader:
 
     def _reads(self, chunk: _Chunk) -> list[Read]:
         """Of a chunk: its columns, and where there is a gate what it gates."""
-        of = self.plan.steps[self.source.of]
-        if isinstance(of, Attention):
-            return [Read(CHUNK, lambda need, epoch: self._load_attended(of, chunk, need, epoch), self.told)]
-        halves = [(0, chunk.column)]
-        if self.source.kind == "gated":
-            halves.append((1, w.add(chunk.column, w.integer(self.source.half))))
-        outputs = [
-            FourColumns(self.e, Output(self.source.of, group, self.source.behind), chunk.row, column)
-            for group, column in halves
-        ]
+        if self.source.kind == "attended":
+            return [Read(CHUNK, lambda need, epoch: self._load_attended(chunk, need, epoch), self.told)]
+        reads = [output.read(chunk.row, chunk.column) for output in self.outputs]
         if self.is_stream:
-            return [Read(CHUNK, lambda need, epoch: self._load_stream(outputs[0], chunk, need, epoch), self.told)]
-        return [output.read for output in outputs]
+            return [Read(CHUNK, lambda need, epoch: self._load_stream(reads[0], chunk, need, epoch), self.told)]
+        return reads
 
-    def _load_stream(self, added: FourColumns, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
+    def _load_stream(self, added: Read, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
         at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
         at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
         stream = load_words(self.base, w.mul(at, w.integer(4)), need, epoch)
         values, words = added.load(need, epoch)
         return [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)], words + stream
 
-    def _load_attended(self, of: Attention, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
+    def _load_attended(self, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
         """Parts of the positions, weighed by what each has of the softmax."""
-        sums, weights = (self.plan.offset(kind, self.source.of) for kind in ("sums", "weights"))
+        of = self._attention
+        sums, weights = (self.plan.offset(kind, self.source.attention) for kind in ("sums", "weights"))
         heads = w.integer(of.heads)
         head = w.add(w.mul(chunk.row, heads), w.quotient(chunk.column, of.head_dim))
         first = w.add(w.mul(head, w.integer(of.parts)), w.integer(weights))
@@ -212,13 +220,20 @@ class _Loader:
         ]
         return values, words
 
-    def _combine(self, chunk: _Chunk, parts: list[list[Value]], roots: list[Value]) -> list[Value]:
-        if roots:
-            root = self.e.by_row(chunk.row, roots)
-            parts = [[w.mul_f(v, root) for v in part] for part in parts]
-        if self.source.kind == "gated":
-            return [w.mul_f(w.silu(g), u) for g, u in zip(*parts, strict=True)]
-        return parts[0]
+    def _combine(
+        self, chunk: _Chunk, parts: list[list[Value]], biases: list[list[Value]], roots: list[Value]
+    ) -> list[Value]:
+        root = self.e.by_row(chunk.row, roots) if roots else None
+        if self.source.kind == "attended":
+            return parts[0]
+        found = [
+            biased(output.normed(part, root), bias)
+            for output, part, bias in zip(self.outputs, parts, biases, strict=True)
+        ]
+        if self.source.kind != "gated":
+            return found[0]
+        gate = w.ACTIVATIONS[self.source.activation]
+        return [w.mul_f(gate(g), u) for g, u in zip(*found, strict=True)]
 
     def _keep(self, chunk: _Chunk, values: list[Value], squares: list[Value]) -> list[Value]:
         """Publishes the stream, and adds up its squares."""

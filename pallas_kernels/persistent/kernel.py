@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
 from pallas_kernels.persistent.inputs import embed
-from pallas_kernels.persistent.launch import PATIENCE, SMALL_FLOATS, Launch, Place, varying
+from pallas_kernels.persistent.launch import PATIENCE, SMALL_FLOATS, Launch, Place
 from pallas_kernels.persistent.loading import load_step
 from pallas_kernels.persistent.multiplying import attend_step, multiply_step
 from pallas_kernels.persistent.outputs import collect
@@ -43,7 +43,7 @@ def run_layers(
     Returns:
       The output, float32 [batch, columns]; int32 [4], nonzero if a wait was in vain.
     """
-    columns = varying(plan)
+    columns = plan.numbers.columns
     numbers = np.zeros((plan.layers, max(1, len(columns))), np.int32)
     for values, column in columns.items():
         numbers[:, column] = values
@@ -54,7 +54,7 @@ def run_layers(
     def decode_layers(*refs: Any) -> None:
         maps, addresses, x, cos, sin, lengths, numbers, words, stall = refs[:9]
         logits, activations, small, slots, barriers, ready = refs[len(operands) :]
-        launch = Launch(plan, words, stall, addresses, numbers, columns, small, activations, eps)
+        launch = Launch(plan, words, stall, addresses, numbers, small, activations, eps)
         ring = Ring(slots, barriers, maps, plan.tuning.tiles_in_flight)
         _Program(launch, ring, x, (cos, sin), lengths, refs[9 : len(operands)], logits, ready).run()
 

@@ -31,6 +31,20 @@ def load_words(base: Value, offset: Value, there: Value, epoch: Value) -> list[V
     return w.ptx(code, base, offset, w.flag(there), epoch, results=[w.int_type()] * 4)
 
 
+def load_part(base: Value, first: Value, part: int, step: Value | int, there: Value, epoch: Value) -> list[Value]:
+    """The same of the ``part``-th of several, ``step`` bytes apart from byte ``first`` on, if that bit of ``there`` is set.
+
+    Where it lies, and whether it is there, is found out anew with every attempt: registers are for words.
+    """
+    loaded = ", ".join(f"v{i}" for i in range(4))
+    at = f"add.u32 o, $5, {part * step};" if isinstance(step, int) else f"mad.lo.u32 o, $8, {part}, $5;"
+    code = f"{{ .reg .u64 a; .reg .u32 o, m; {at} cvt.u64.u32 a, o; add.u64 a, a, $4; and.b32 m, $6, {1 << part}; "
+    code += _unless(4, "m", "$7") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
+    code += " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
+    varying = [] if isinstance(step, int) else [step]
+    return w.ptx(code, base, first, there, epoch, *varying, results=[w.int_type()] * 4)
+
+
 def load_run(base: Value, first: Value, count: int, there: Value, epoch: Value) -> list[Value]:
     """``count`` words from the ``first`` on, likewise; that is a multiple of 4 if the count is."""
     if count % 4 == 0:
