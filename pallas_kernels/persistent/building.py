@@ -79,7 +79,8 @@ class _Builder:
                 for p in packed
             ]
             number = None if bias is None else self.operand([p.biases[i] for p in packed])  # pyright: ignore
-            found.append(Output(*(tuple(of_layers) for of_layers in zip(*lies, strict=True)), number))
+            steps, groups, begins = zip(*lies, strict=True)
+            found.append(Output(steps, groups, begins, number))
         return tuple(found)
 
     def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source) -> int:

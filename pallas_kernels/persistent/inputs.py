@@ -171,8 +171,8 @@ class _Loader:
         """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what each
         sequence is still to be divided by, which is waited for at the same time."""
         reads = [read for chunk in chunks for read in self._reads(chunk)]
-        normed_by = {output.normed_by for output in self.outputs} - {None}
-        squares = [self.e.squares(step) for step in normed_by]
+        normed_by = {output.normed_by for output in self.outputs if output.normed_by is not None}
+        squares = [self.e.squares(step) for step in normed_by]  # gate and up are of one input
         found = self.e.wait([*reads, *squares])
         fours, totals = found[: len(reads)], found[len(reads) :]
         lists = len(reads) // len(chunks)

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode import STALL_INTEGERS
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
 from pallas_kernels.persistent.inputs import embed
@@ -21,7 +22,7 @@ from pallas_kernels.persistent.outputs import collect
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
 from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase
-from pallas_kernels.persistent.words import SPINS, STALL_INTEGERS
+from pallas_kernels.persistent.words import SPINS
 
 
 def run_layers(
@@ -41,7 +42,7 @@ def run_layers(
       eps: of the norms.
 
     Returns:
-      The output, float32 [batch, columns]; int32 [4], nonzero if a wait was in vain.
+      The output, float32 [batch, columns]; int32 [1], nonzero if something was wrong, see `stalls`.
     """
     columns = plan.numbers.columns
     numbers = np.zeros((plan.layers, max(1, len(columns))), np.int32)

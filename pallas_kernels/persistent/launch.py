@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
+from pallas_kernels.persistent.stalls import STEPS
 from pallas_kernels.persistent.steps import Phase
 from pallas_kernels.persistent.words import Patience, Read, load_run, until_written
 
@@ -32,7 +33,7 @@ class Launch:
     Attributes:
       plan: what is computed.
       words: float words, those of two layers and of the head.
-      stall: int32 [4], written by a wait that ends in vain.
+      stall: int32 [1], see `stalls`.
       addresses: of all operands, layer by layer.
       numbers: int32 [layers, columns], what differs from layer to layer; see `number` and the plan's `Numbers.columns`.
       small: shared memory for reductions.
@@ -104,7 +105,8 @@ class Emitter:
     def wait(self, reads: Sequence[Read]) -> list[list[Value]]:
         """`until_written`."""
         attempts = w.add(self.small, w.integer(PATIENCE))
-        return until_written(reads, Patience(attempts, self.stall, w.integer(self.step), self.epoch))
+        step = STEPS.index(self.plan.steps[self.step].name)
+        return until_written(reads, Patience(attempts, self.stall, step, self.epoch))
 
     def squares(self, stream: int) -> Read:
         """Of each sequence's sum of squares of the stream in an earlier phase."""

@@ -129,7 +129,8 @@ def _plan_of_shapes(
 ) -> tuple[Plan, list[int]]:
     """A plan, and its operands as numbers of leaves. It is asked for by who chooses a kernel, by who runs it, and again."""
     leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
-    plan, operands = plan_of(*jax.tree.unflatten(tree, leaves), cores, tuning)
+    x, layers, norm, head, keys, values = jax.tree.unflatten(tree, leaves)
+    plan, operands = plan_of(x, layers, norm, head, keys, values, cores, tuning)
     number = {id(leaf): index for index, leaf in enumerate(leaves)}
     return plan, [number[id(operand)] for operand in operands]
 

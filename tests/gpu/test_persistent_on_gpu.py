@@ -18,7 +18,7 @@ from flashsvd_jax.errors import KernelError
 from flashsvd_jax.model import Model
 from flashsvd_jax.models import decoder
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import decode_layers
+from pallas_kernels import decode_layers, stall_reason
 
 pytestmark = pytest.mark.gpu
 
@@ -103,8 +103,8 @@ def test_a_wait_in_vain_ends_and_says_so() -> None:
     arguments = CASES["low rank"].arguments()
     with forgetting(3):
         got = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))(*arguments)
-    kind, step, block, epoch = np.asarray(got.stall).tolist()
-    assert (kind, step) != (0, 0) and kind == 1 and 0 <= block < 128 and 2 <= epoch <= 5
+    # Step 3 is the first product of the output projection, whose words the second misses in every layer.
+    assert "gave up waiting for the input of 'o up' in layer 0, block" in str(stall_reason(got.stall.tolist()))
     assert np.isnan(np.asarray(got.logits)).any()
 
 
