@@ -52,7 +52,7 @@ class _Builder:
                 ]
                 for p in packed
             ]
-            return self._outputs(packed, [self._add(name, groups, source)])
+            return self._outputs(packed, [self._add(name, groups, source, name != "qkv")])
         groups = [[Group(first, *p.first.shape)] for p in packed]
         down = self._add(f"{name} down", groups, source)
         count = range(len(packed[0].ups))
@@ -68,7 +68,8 @@ class _Builder:
             for p in packed
         ]
         latent = Output((down,) * len(packed), (0,) * len(packed), (0,) * len(packed))
-        return self._outputs(packed, [down, self._add(f"{name} up", groups, Source("sum", (latent,)))])
+        up = self._add(f"{name} up", groups, Source("sum", (latent,)), name != "qkv")
+        return self._outputs(packed, [down, up])
 
     def _outputs(self, packed: Sequence[PackedProjection], phases: Sequence[int]) -> tuple[Output, ...]:
         """Of the members of a projection with these phases."""
@@ -83,12 +84,15 @@ class _Builder:
             found.append(Output(steps, groups, begins, number))
         return tuple(found)
 
-    def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source) -> int:
+    def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source, for_all: bool = True) -> int:
+        """Adds a phase, of whose output all programs read a part if it is ``for_all``: attention reads a few columns at most."""
         phase = Phase(name, tuple(map(tuple, groups)), source)
         longest = max(group.k for layer in groups for group in layer)
         splits = splits_for(phase.padded_rows, longest, self.programs, self.tuning)
         phase = dataclasses.replace(phase, splits=splits)
-        phase = dataclasses.replace(phase, whole=phase.row_tiles_each(self.programs) >= self.tuning.whole_row_tiles)
+        whole = phase.row_tiles_each(self.programs) >= self.tuning.whole_row_tiles
+        whole |= phase.longer_if_whole(self.programs) <= (self.tuning.uneven_tiles if for_all else 0)
+        phase = dataclasses.replace(phase, whole=whole)
         self.steps.append(dataclasses.replace(phase, pieces=phase.most_pieces(self.programs)))
         return len(self.steps) - 1
 

@@ -7,6 +7,8 @@ from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import CHUNK, TILE_ROWS, Phase
 from pallas_kernels.persistent.words import Read, load_part
 
+_WORD = 4  # bytes
+
 
 class Columns:
     """An output in this layer, or in the one before if it is ``behind``: where it lies. Made once, for all that is read of it."""
@@ -14,6 +16,7 @@ class Columns:
     def __init__(self, e: Emitter, output: Output, behind: int = 0):
         self.e, self.behind = e, behind
         self._bias = None if output.bias is None else e.operand(output.bias, behind)
+        self.has_bias = output.bias is not None
         self.base = e.base(output.steps[0], behind)
         self.epoch = w.sub(e.epoch, w.integer(behind))
         self.normed_by = e.plan.normed_by(output)
@@ -21,25 +24,31 @@ class Columns:
         self._phases = [step for step in map(e.plan.steps.__getitem__, output.phases) if isinstance(step, Phase)]
         self._second = e.number(self._numbers["second"], behind) if len(self._phases) > 1 else None
         self._begin, self._row = (e.number(self._numbers[name], behind) for name in ("begin", "row"))
-        rows = set(self._numbers["row"])
-        words = CHUNK * e.plan.batch  # bytes of a word, times sequences
-        self._step = words * rows.pop() if len(rows) == 1 else w.mul(self._row, w.integer(words))
-        self._tile = {name: e.number(self._numbers[name], behind) for name in ("tiles", "k_tiles", "sharers", "shift")}
+        rows, of_column = set(self._numbers["row"]), _WORD * e.plan.batch
+        self._step = of_column * rows.pop() if len(rows) == 1 else w.mul(self._row, w.integer(of_column))
+        self._pieces = max(phase.pieces for phase in self._phases)
+        told = ("tiles", "k_tiles", "sharers", "shift", "start") if self._pieces > 1 else ()
+        self._tile = {name: e.number(self._numbers[name], behind) for name in told}
 
     @property
     def parts(self) -> int:
         """Words that a column may be made of."""
         return max(phase.parts for phase in self._phases)
 
+    @property
+    def varies(self) -> bool:
+        """Whether layers differ in where it lies, or in how many parts."""
+        return any(len(set(values)) > 1 for values in self._numbers.values())
+
     def read(self, row: Value, column: Value) -> Read:
         """Four columns of a sequence."""
         at = w.add(w.add(w.mul(row, self._row), column), self._begin)
-        first, there = w.mul(at, w.integer(4)), self._there(column)
+        first, there = w.offset_pointer(self.base, w.mul(at, w.integer(_WORD))), self._there(column)
 
         def load(need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
             """The columns, and the words that they are the sum of. Of a part that there is not, the word is as good as zero."""
             some = w.select(need, there, w.integer(0))
-            found = [load_part(self.base, first, part, self._step, some, epoch) for part in range(self.parts)]
+            found = [load_part(first, part, self._step, some, epoch) for part in range(self.parts)]
             values = [w.total(list(four)) for four in zip(*map(w.floats, found), strict=True)]
             return values, [word for four in found for word in four]
 
@@ -47,10 +56,9 @@ class Columns:
 
     def _there(self, column: Value) -> Value:
         """Which parts of a column there are: a bit for each."""
-        most = max(phase.pieces for phase in self._phases)
-        more = self._more_pieces(column) if most > 1 else w.integer(0)
+        more = self._more_pieces(column) if self._pieces > 1 else w.integer(0)
         found = w.integer(0)
-        for piece in range(most):
+        for piece in range(self._pieces):
             bits = [sum(1 << part for part in range(p.parts) if part % p.pieces == piece) for p in self._phases]
             these = w.integer(bits[0])
             if self._second is not None:
@@ -62,9 +70,8 @@ class Columns:
 
     def _more_pieces(self, column: Value) -> Value:
         """How many pieces beside the first the row tile of a column has, in each split; see `steps.sharer`."""
-        tiles, k_tiles, sharers, shift = self._tile.values()
-        starts = self._numbers["start"]
-        column = w.add(column, self.e.number(starts, self.behind)) if any(starts) else column
+        tiles, k_tiles, sharers, shift, start = self._tile.values()
+        column = w.add(column, start) if any(self._numbers["start"]) else column
         begin = w.mul(w.add(w.quotient(column, TILE_ROWS), shift), k_tiles)
         first, last = (
             w.quotient(w.sub(w.mul(w.add(begin, after), sharers), w.integer(1)), tiles)
@@ -100,7 +107,7 @@ def biased(values: list[Value], bias: list[Value]) -> list[Value]:
 def columns(of: Columns, row: Value, column: Value) -> list[Value]:
     """Four columns of an output once they are written, normed, with their bias."""
     e, bias = of.e, of.bias(column)
-    squares = [] if of.normed_by is None else [e.squares(of.normed_by)]
+    squares = [] if of.normed_by is None else [e.squares(of.normed_by, row)]
     values, *found = e.wait([of.read(row, column), *squares])
-    root = e.by_row(row, [e.root(total) for total in found[0]]) if found else None
+    root = e.root(*found[0]) if found else None
     return biased(of.normed(values, root), bias)

@@ -17,7 +17,7 @@ from pallas_kernels.persistent.words import Patience, Read, load_run, until_writ
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
-SQUARES = 64  # float32 [4 sequences, 4 warps]
+SQUARES = 64  # float32 [4 warps]
 BY_WARP = 256  # float32 [2, 4 warps, 8 heads]
 FRESH_KEY, FRESH_VALUE = 512, 768  # bfloat16 [128] each, of the new token
 SMALL_FLOATS = 256
@@ -108,18 +108,18 @@ class Emitter:
         step = STEPS.index(self.plan.steps[self.step].name)
         return until_written(reads, Patience(attempts, self.stall, step, self.epoch))
 
-    def squares(self, stream: int) -> Read:
-        """Of each sequence's sum of squares of the stream in an earlier phase."""
+    def squares(self, stream: int, row: Value) -> Read:
+        """Of a sequence's sum of squares of the stream in an earlier phase."""
         phase, base = self.plan.steps[stream], self.base(stream)
         assert isinstance(phase, Phase)
-        begin, count = self.plan.offset("squares", stream), self.plan.batch * phase.splits
+        begin, count = self.plan.offset("squares", stream), phase.splits
+        first = w.add(w.mul(row, w.integer(count)), w.integer(begin))
 
         def load(need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
-            words = load_run(base, w.integer(begin), count, need, epoch)
-            parts = w.floats(words)
-            return [w.total(parts[i : i + phase.splits]) for i in range(0, count, phase.splits)], words
+            words = load_run(base, first, count, need, epoch)
+            return [w.total(w.floats(words))], words
 
-        return Read(self.plan.batch, load, self.epoch)
+        return Read(1, load, self.epoch)
 
     def root(self, squares: Value) -> Value:
         """1 / root mean square of a stream from its sum of squares."""
@@ -137,13 +137,6 @@ class Emitter:
         if not behind:
             return self.layer
         return w.select(w.equal(self.layer, w.integer(0)), self.layer, w.sub(self.layer, w.integer(1)))
-
-    def by_row(self, row: Value, values: list[Value]) -> Value:
-        """The row-th of values."""
-        found = values[0]
-        for number, value in enumerate(values[1:], 1):
-            found = w.select(w.equal(row, w.integer(number)), value, found)
-        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _plan(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
     device = target()
     leaves, tree = jax.tree.flatten(arguments)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    tuning = tuning_for(device.kind)
+    tuning = tuning_for(device.kind, arguments[0].shape[0])
     plan, operands = _plan_of_shapes(tree, shapes, device.cores, tuning)
     return plan, [leaves[number] for number in operands]
 

@@ -165,6 +165,12 @@ class Phase:
         units = share(self.team_tiles(team, layer) // unit, sharers, index)
         return range(units.start * unit, units.stop * unit)
 
+    def longer_if_whole(self, programs: int) -> int:
+        """By how many tiles the longest share grows if no row tile is divided."""
+        even = max(max(self.work(layer, programs)) for layer in range(len(self.layers)))
+        whole = dataclasses.replace(self, whole=True)
+        return max(max(whole.work(layer, programs)) for layer in range(len(self.layers))) - even
+
     def row_tiles_each(self, programs: int) -> float:
         """Row tiles that a program has, where it has fewest."""
         return min(

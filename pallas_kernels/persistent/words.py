@@ -29,18 +29,18 @@ def load_words(base: Value, offset: Value, there: Value, epoch: Value) -> list[V
     return w.ptx(code, base, offset, w.flag(there), epoch, results=[w.int_type()] * 4)
 
 
-def load_part(base: Value, first: Value, part: int, step: Value | int, there: Value, epoch: Value) -> list[Value]:
-    """The same of the ``part``-th of several, ``step`` bytes apart from byte ``first`` on, if that bit of ``there`` is set.
+def load_part(first: Value, part: int, step: Value | int, there: Value, epoch: Value) -> list[Value]:
+    """The same of the ``part``-th of several, ``step`` bytes apart from the address ``first`` on, if that bit of ``there`` is set.
 
     Where it lies, and whether it is there, is found out anew with every attempt: registers are for words.
     """
     loaded = ", ".join(f"v{i}" for i in range(4))
-    at = f"add.u32 o, $5, {part * step};" if isinstance(step, int) else f"mad.lo.u32 o, $8, {part}, $5;"
-    code = f"{{ .reg .u64 a; .reg .u32 o, m; {at} cvt.u64.u32 a, o; add.u64 a, a, $4; and.b32 m, $6, {1 << part}; "
-    code += _unless(4, "m", "$7") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
+    at = f"mad.wide.u32 a, $7, {part}, $4;" if not isinstance(step, int) else f"add.u64 a, $4, {part * step};"
+    code = f"{{ .reg .u64 a; .reg .u32 m; {at} and.b32 m, $5, {1 << part}; "
+    code += _unless(4, "m", "$6") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
     code += " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
     varying = [] if isinstance(step, int) else [step]
-    return w.ptx(code, base, first, there, epoch, *varying, results=[w.int_type()] * 4)
+    return w.ptx(code, first, there, epoch, *varying, results=[w.int_type()] * 4)
 
 
 def load_run(base: Value, first: Value, count: int, there: Value, epoch: Value) -> list[Value]:
@@ -64,9 +64,18 @@ def _unless(words: int, there: str, epoch: str) -> str:
 
 def store_word(base: Value, offset: Value, value: Value, epoch: Value, condition: Value) -> None:
     """A float as a word of an epoch."""
-    word = arith.ori(w.both(arith.bitcast(w.int_type(), value), w.integer(-256)), epoch)
     code = w.at_offset("$0", "$1") + ".reg .pred q; setp.ne.u32 q, $3, 0; @q st.relaxed.gpu.global.u32 [a], $2; }"
-    w.ptx(code, base, offset, word, w.flag(condition))
+    w.ptx(code, base, offset, _word(value, epoch), w.flag(condition))
+
+
+def store_words(base: Value, offset: Value, values: Sequence[Value], epoch: Value, condition: Value) -> None:
+    """Four of them, whose offset is a multiple of 16."""
+    code = ".reg .pred q; setp.ne.u32 q, $6, 0; @q st.relaxed.gpu.global.v4.u32 [a], {$2,$3,$4,$5}; }"
+    w.ptx(w.at_offset("$0", "$1") + code, base, offset, *(_word(v, epoch) for v in values), w.flag(condition))
+
+
+def _word(value: Value, epoch: Value) -> Value:
+    return arith.ori(w.both(arith.bitcast(w.int_type(), value), w.integer(-256)), epoch)
 
 
 def differ(words: Sequence[Value], epoch: Value) -> Value:

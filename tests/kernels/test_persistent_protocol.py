@@ -89,7 +89,7 @@ def test_the_models_have_what_the_protocol_must_stand() -> None:
     assert plans["low rank, other ranks in every layer"].numbers.columns
     few, _ = plan_of(shapes_of(MODELS["many rows"]), 8)
     phases = [step for step in few.steps if isinstance(step, Phase)]
-    assert {step.name for step in phases if step.whole} == {"head"}
+    assert {step.name for step in phases if step.whole} >= {"head", "gate_up up"}
     assert {step.pieces for step in phases} >= {1, 2}
 
 
