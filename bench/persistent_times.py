@@ -77,7 +77,7 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "shares uneven by 3": (_tuning(uneven_tiles=3),),
     "shares uneven by 6": (_tuning(uneven_tiles=6),),
     "all row tiles whole": (_tuning(whole_row_tiles=0),),
-    "as before, in sizes": (_tuning(words_at_once=96, uneven_tiles=-1),),
+    "as before in sizes": (_tuning(words_at_once=96, uneven_tiles=-1),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),
