@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -44,13 +43,9 @@ def run_layers(
     Returns:
       The output, float32 [batch, columns]; int32 [1], nonzero if something was wrong, see `stalls`.
     """
-    columns = plan.numbers.columns
-    numbers = np.zeros((plan.layers, max(1, len(columns))), np.int32)
-    for values, column in columns.items():
-        numbers[:, column] = values
     words = jax.new_ref(jnp.zeros((plan.words,), jnp.int32))
     stall = jax.new_ref(jnp.zeros((STALL_INTEGERS,), jnp.int32))
-    operands = [maps, addresses, x, *tables, lengths, jnp.asarray(numbers), words, stall, *given]
+    operands = [maps, addresses, x, *tables, lengths, jnp.asarray(plan.numbers.table()), words, stall, *given]
 
     def decode_layers(*refs: Any) -> None:
         maps, addresses, x, cos, sin, lengths, numbers, words, stall = refs[:9]

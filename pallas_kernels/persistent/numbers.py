@@ -4,6 +4,8 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Phase, Step
 
@@ -61,6 +63,13 @@ class Numbers:
         for values in self._all():
             if len(set(values)) > 1:
                 found.setdefault(values, len(found))
+        return found
+
+    def table(self) -> np.ndarray:
+        """Those numbers, int32 [layers, columns]."""
+        found = np.zeros((self._plan.layers, max(1, len(self.columns))), np.int32)
+        for values, column in self.columns.items():
+            found[:, column] = values
         return found
 
     def _all(self) -> Iterator[OfLayers]:
