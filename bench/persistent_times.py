@@ -88,6 +88,8 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
 def patched(patches: Sequence[Patch]) -> Iterator[None]:
     """With parts of the kernel replaced, for as long as it is traced."""
     with contextlib.ExitStack() as stack:
+        layers.forget_plans()
+        stack.callback(layers.forget_plans)
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

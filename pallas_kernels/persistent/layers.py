@@ -52,7 +52,7 @@ def refuses(
         return f"a cache of {keys[0].shape[2]} slots, no multiple of {TILE_ROWS}"
     if heads_of(layers[0], keys)[0] > _MOST_QUERIES * keys[0].shape[1]:
         return f"more than {_MOST_QUERIES} queries a kv head"
-    return _refused_structure(layers, norm, head) or _plan(x, layers, norm, head, keys, values)[0].problems()
+    return _refused_structure(layers, norm, head) or plan_here(x, layers, norm, head, keys, values)[0].problems()
 
 
 def _refused_structure(layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection) -> str | None:
@@ -91,7 +91,7 @@ def run(
     from pallas_kernels.persistent.tensor_maps import describe
 
     batch, _, width = x.shape
-    plan, operands = _plan(x, layers, norm, head, keys, values)
+    plan, operands = plan_here(x, layers, norm, head, keys, values)
     # One reference for both kernels, so that the cache of which the first tells the address is the one that the second changes.
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     of_cache = {id(array): ref for array, ref in zip((*keys, *values), caches, strict=True)}
@@ -109,11 +109,11 @@ def workspace(
     values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array,
 ) -> int:  # fmt: skip
     """Bytes of the words, and of the operands' tensor maps and addresses. Weights and caches are used as they are."""
-    plan, operands = _plan(x, layers, norm, head, keys, values)
+    plan, operands = plan_here(x, layers, norm, head, keys, values)
     return 4 * plan.words + described_bytes(len(operands))
 
 
-def _plan(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
+def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
     """For the GPU in use, as `building.plan_of`: its arguments are all but the last two."""
     device = target()
     leaves, tree = jax.tree.flatten(arguments)
@@ -133,6 +133,11 @@ def _plan_of_shapes(
     plan, operands = plan_of(x, layers, norm, head, keys, values, cores, tuning)
     number = {id(leaf): index for index, leaf in enumerate(leaves)}
     return plan, [number[id(operand)] for operand in operands]
+
+
+def forget_plans() -> None:
+    """Has plans made anew, by who changes how they are made."""
+    _plan_of_shapes.cache_clear()
 
 
 def _projections(layer: DecoderLayer) -> tuple[PackedProjection, ...]:
