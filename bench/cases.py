@@ -13,7 +13,8 @@ QUICK_PEERS = ("layer-graph", "eager", "whole-graph")
 class Case:
     """One measurement, made with our kernels, with plain XLA and with the PyTorch variants that ``peers`` names.
 
-    ``group`` is the name that ``--cases`` takes; ``ranks`` is "uniform" or "mixed" (see `flashsvd_jax.shapes`).
+    ``group`` is the name that ``--cases`` takes; ``ranks`` is "uniform", "mixed" or "partly dense" (see
+    `flashsvd_jax.shapes`).
     """
 
     group: str
@@ -60,6 +61,7 @@ CASES: tuple[Case, ...] = (
     Case("context", LLAMA, 0.5, batch=8, context=4096, peers=QUICK_PEERS),
     Case("context", LLAMA, 0.5, batch=8, context=16384, repeats=2, peers=QUICK_PEERS),
     Case("mixed", LLAMA, 0.5, ranks="mixed", peers=QUICK_PEERS),
+    Case("mixed", LLAMA, 0.5, ranks="partly dense", peers=QUICK_PEERS),
 )
 
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))

@@ -17,7 +17,7 @@ from cases import Case
 from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import first_line
-from flashsvd_jax.shapes import kept_share, mixed_config, rank_layout, shape_config
+from flashsvd_jax.shapes import kept_share, mixed_config, partly_dense_config, rank_layout, shape_config
 
 HERE = Path(__file__).resolve().parent
 
@@ -73,7 +73,8 @@ class Job:
 
 def config_of(case: Case) -> ModelConfig:
     """The model of a case."""
-    return (mixed_config if case.ranks == "mixed" else shape_config)(case.model, case.ratio)
+    build = {"mixed": mixed_config, "partly dense": partly_dense_config}.get(case.ranks, shape_config)
+    return build(case.model, case.ratio)
 
 
 def described(job: Job, case: Case) -> dict[str, Any]:

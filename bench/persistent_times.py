@@ -56,7 +56,7 @@ def _parts(change: Callable[[int], int]) -> Patch:
 
 
 def _tuning(**sizes: int) -> Patch:
-    return layers, "tuning_for", lambda device: dataclasses.replace(tuning.tuning_for(device), **sizes)
+    return layers, "tuning_for", lambda *of: dataclasses.replace(tuning.tuning_for(*of), **sizes)
 
 
 VARIANTS: dict[str, tuple[Patch, ...]] = {
@@ -68,10 +68,16 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "2 tiles in flight": (_tuning(tiles_in_flight=2),),
     "4 tiles in flight": (_tuning(tiles_in_flight=4),),
     "64 words at once": (_tuning(words_at_once=64),),
-    "128 words at once": (_tuning(words_at_once=128),),
+    "96 words at once": (_tuning(words_at_once=96),),
+    "160 words at once": (_tuning(words_at_once=160),),
     "inputs of 8 tiles": (_tuning(largest_input=8),),
     "inputs of 16 tiles": (_tuning(largest_input=16),),
     "whole row tiles from 8 on": (_tuning(whole_row_tiles=8),),
+    "shares even": (_tuning(uneven_tiles=0),),
+    "shares uneven by 3": (_tuning(uneven_tiles=3),),
+    "shares uneven by 6": (_tuning(uneven_tiles=6),),
+    "all row tiles whole": (_tuning(whole_row_tiles=0),),
+    "as before in sizes": (_tuning(words_at_once=96, uneven_tiles=-1),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),
@@ -82,6 +88,8 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
 def patched(patches: Sequence[Patch]) -> Iterator[None]:
     """With parts of the kernel replaced, for as long as it is traced."""
     with contextlib.ExitStack() as stack:
+        layers.forget_plans()
+        stack.callback(layers.forget_plans)
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         yield

@@ -22,11 +22,12 @@ from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.shapes import shape_config
+from pallas_kernels import stall_reason
 from pallas_kernels.persistent import building, code, kernel, multiplying
 from pallas_kernels.persistent.plan import Plan
 
 MARKS = ("multiplies", "filled", "done", "loads", "loaded")
-HEADER = 16  # integers before the marks, of which a stall has the first
+HEADER = 16  # integers before the marks, the first of which is the stall
 CALLS = 4
 
 
@@ -124,8 +125,8 @@ def main() -> int:
     plan, found = plans[-1], np.asarray(jax.device_get(stall))
     shape = (plan.layers + 1, len(plan.steps), len(MARKS), plan.programs)
     clocks = found[HEADER : HEADER + np.prod(shape)].astype(np.uint32).astype(np.int64).reshape(shape)
-    if found[:4].any():
-        print(f"a wait was in vain: {found[:4].tolist()}", file=sys.stderr)
+    if found[0]:
+        print(stall_reason(found[:1].tolist()), file=sys.stderr)
         return 1
     if parsed.raw:
         np.savez_compressed(parsed.raw, clocks=clocks)

@@ -40,7 +40,7 @@ class Row:
     ``cold_start_s`` is the first call, which builds ``compiled`` executables, ``cache_hits`` of them from the persistent cache.
     ``floor_ms`` and ``fraction_of_bandwidth`` are of ``tg`` rows alone: processing a prompt is bound by arithmetic.
     ``total_ms`` is from the call to its last token. ``kernels`` says which implementation of each operation ran, ``ranks``
-    whether they are ``uniform`` or ``mixed`` (or the model ``dense``).
+    whether they are ``uniform``, ``mixed`` or ``partly dense`` (or the model ``dense``).
     """
 
     suite: str

@@ -22,7 +22,7 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, best_token, sample_with_options
 from flashsvd_jax.sequences import NO_TOKEN, DecodeState, Requests, wants_more
 from pallas_kernels import target
-from pallas_kernels.decode import KEPT
+from pallas_kernels.decode import STALL_INTEGERS
 
 Choice = tuple[jax.Array, Any, Any]
 """Tokens int32 [batch], what is known of how they were chosen, and the counts of tokens with them."""
@@ -97,7 +97,12 @@ def _loop(
         return turn, DecodeState(cache, token, length, counts), jax.tree.map(put, outputs, (token, sampled)), stall
 
     # Turns are counted in the shape of the rest of the state, so that one launch updates them.
-    carry = jnp.zeros_like(start), state, _outputs(config, steps, state, choose), jnp.zeros((KEPT,), jnp.int32)
+    carry = (
+        jnp.zeros_like(start),
+        state,
+        _outputs(config, steps, state, choose),
+        jnp.zeros((STALL_INTEGERS,), jnp.int32),
+    )
     _, state, (tokens, sampled), stall = jax.lax.while_loop(goes_on, step, carry)
     return state, tokens, sampled, stall
 

@@ -25,7 +25,7 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, power_of_two, prefer, record
+from pallas_kernels import implementation_names, power_of_two, prefer, record, stall_reason
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
@@ -53,17 +53,9 @@ def check_kernels(name: str) -> None:
 
 def check_stall(stall: np.ndarray) -> None:
     """Raises KernelError if a kernel gave up waiting; ``stall`` is as `pallas_kernels.Decoded` has it."""
-    kind, phase, block, epoch = stall.tolist()
-    if kind == 2:
-        raise KernelError(
-            f"the persistent decode kernel was told where operand {phase} is, but found it elsewhere: please report this, with the"
-            " versions that `flashsvd env` prints; kernels='products' does without that kernel"
-        )
-    if kind:
-        raise KernelError(
-            f"the persistent decode kernel gave up waiting: block {block}, phase {phase} of layer {epoch - 2}. Its blocks must all"
-            " run at once, which another process or a partition of the GPU can prevent; kernels='products' does without it"
-        )
+    reason = stall_reason(stall.tolist())
+    if reason is not None:
+        raise KernelError(f"{reason}; kernels='products' does without that kernel")
 
 
 class Engine:

@@ -77,6 +77,28 @@ def mixed_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
     return _with_ranks(name, {site.name: int(rank) for site, rank in zip(projections, ranks, strict=True)})
 
 
+def partly_dense_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
+    """The same number of parameters with every eighth site left dense, as greedy allocation and break-even ranks leave some.
+
+    Which ones is drawn; all others have the ranks of one smaller ratio. One seed gives one model on every machine.
+
+    Raises:
+      RequestError: an unknown name, or a ratio outside (0, 1) or so small that the dense sites alone hold more.
+    """
+    config = _dense_config(name, ratio)
+    projections = layer_sites(config)
+    drawn = np.random.default_rng(seed).permutation(len(projections))[: len(projections) // 8]
+    dense = {projections[index].name for index in drawn}
+    sizes = {site.name: site.d_out * site.d_in for site in projections}
+    left, rest = ratio * sum(sizes.values()) - sum(sizes[n] for n in dense), [n for n in sizes if n not in dense]
+    if ratio == 1 or left <= 0:
+        raise RequestError(
+            f"a model with dense sites among low-rank ones needs a ratio below 1 that holds them, not {ratio}"
+        )
+    smaller = left / sum(sizes[n] for n in rest)
+    return _with_ranks(name, {site.name: uniform_rank(site, smaller) for site in projections if site.name in rest})
+
+
 def layer_sites(config: AnyConfig) -> list[Site]:
     """Every projection of the layers, in the order it is computed; not the head."""
     return [site for site in sites(config) if site.name.startswith("layers_")]
@@ -93,11 +115,13 @@ def kept_share(config: ModelConfig) -> float:
 
 
 def rank_layout(config: ModelConfig) -> str:
-    """``dense``; ``uniform`` where sites of one shape have one rank; else ``mixed``."""
+    """``dense``, or ``partly dense`` if some projections are; ``uniform`` if sites of one shape have one rank; else ``mixed``."""
     ranks = config.factorization.rank_by_site
     if not ranks:
         return "dense"
     projections = layer_sites(config)
+    if any(site.name not in ranks for site in projections):
+        return "partly dense"
     found = {(site.d_out, site.d_in, ranks.get(site.name)) for site in projections}
     return "uniform" if len(found) == len({(site.d_out, site.d_in) for site in projections}) else "mixed"
 

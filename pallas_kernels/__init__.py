@@ -17,6 +17,7 @@ from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode
 from pallas_kernels.feed_forward import feed_forward
 from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, rms_norm
 from pallas_kernels.padded_attention import attend_padded
+from pallas_kernels.persistent.stalls import stall_reason
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
@@ -60,6 +61,7 @@ __all__ = [
     "rotate",
     "rotated_heads",
     "split_heads",
+    "stall_reason",
     "target",
     "write_slots",
 ]

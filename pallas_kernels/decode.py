@@ -13,7 +13,7 @@ from pallas_kernels.products import project, project_reference
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
 
-KEPT = 4  # integers that say where a kernel gave up
+STALL_INTEGERS = 1  # that say where a kernel gave up
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +64,8 @@ class Decoded:
     Attributes:
       logits: float32 [batch, vocab].
       keys, values: the cache of each layer, with the new tokens in it.
-      stall: int32 [4]; nonzero if a kernel that waits for words of other blocks gave up: 1, then which phase of which block and
-        layer waited. The other results then mean nothing.
+      stall: int32 [1]; nonzero if a kernel that waits for words of other blocks gave up, see `stall_reason`. The other results then
+        mean nothing.
     """
 
     logits: jax.Array
@@ -114,7 +114,7 @@ def _decode(
         x = after_attention(product, x, attended, layer)
     with jax.named_scope("head"):
         (logits,) = product(x[:, -1], head, dtype=jnp.float32, norm=norm)
-    return Decoded(logits, tuple(new_keys), tuple(new_values), jnp.zeros((KEPT,), jnp.int32))
+    return Decoded(logits, tuple(new_keys), tuple(new_values), jnp.zeros((STALL_INTEGERS,), jnp.int32))
 
 
 def _with_ops(*args: Any) -> Decoded:

@@ -25,7 +25,7 @@ def plots(results: Results) -> dict[str, Data]:
     """Name -> data of every plot that has at least two points to join."""
     llama = {"model": "llama-2-7b"}
     half = [s for s in results.settings(**llama, ranks="uniform") if s.kept == 0.5]
-    at_512 = [s for s in results.settings(**llama, batch=1, context=512) if s.ranks != "mixed"]
+    at_512 = [s for s in results.settings(**llama, batch=1, context=512) if s.ranks in ("dense", "uniform")]
     by_ratio = _panel(results, "batch 1, context 512", at_512, lambda s: s.kept)
     _add_dense_level(results, at_512, by_ratio)
     found = {

@@ -24,7 +24,7 @@ OURS = ("flashsvd_jax-persistent", "flashsvd_jax-products", "flashsvd_jax-xla")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What was measured. ``kept`` is the share of the layers' parameters to two digits, ``ranks`` dense, uniform or mixed."""
+    """What was measured. ``kept`` is the share of the layers' parameters to two digits, ``ranks`` as of `rank_layout`."""
 
     suite: str
     model: str
@@ -36,7 +36,7 @@ class Setting:
     @property
     def place(self) -> tuple[Any, ...]:
         """To sort by: dense models first, then most kept to least."""
-        order = ("dense", "uniform", "mixed").index(self.ranks)
+        order = ("dense", "uniform", "mixed", "partly dense").index(self.ranks)
         return self.suite, self.model, self.batch, self.context, order, -self.kept
 
     @property
@@ -44,7 +44,7 @@ class Setting:
         """As tables show it."""
         if self.ranks == "dense":
             return "all (dense)"
-        return f"{self.kept:.2f}" + (", mixed" if self.ranks == "mixed" else "")
+        return f"{self.kept:.2f}" + ("" if self.ranks == "uniform" else f", {self.ranks}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,12 +21,16 @@ later, by an item whose input depends on every item of the layer between, and th
 that came too late would wait for an epoch that is gone, and give up; it would not take one for the other. Why waiting ends: a
 program waits only for items of earlier steps, those are taken by all programs in the order of steps, and all programs are
 resident, as there are no more of them than cores. If some are not, a wait gives up after a number of attempts, makes what depends
-on it NaN and says where it was; the engine raises an error that says so.
+on it NaN and says where it was; of all that is said, the earliest layer and step stay (`stalls`), and the engine raises an error.
 
 Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before writes them, with the
 addresses, as they do not fit among a launch's parameters. What differs between layers is a number in a table.
 
-    steps, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
+Two factors are two phases. A dense site among low-rank ones, in the same layer or in others, is a product of the first phase; it
+has no rows in the second, and who reads it takes its columns from the first: which of both it is, is a number of the table, too.
+
+    steps, sources, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
+    numbers      what differs from layer to layer
     layers       the op `decode_layers`, and what it refuses       building   its plan
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given

@@ -37,11 +37,11 @@ def fetch_ahead(place: Place, ring: Ring) -> None:
 
     def body(e: Emitter, scalars: Any, refs: Any, arrays: Any) -> None:
         mine, begin = w.add(w.program(), w.mul(w.thread(), w.integer(plan.programs))), 0
-        for operand, elements in vectors:
+        for operand, elements, behind in vectors:
             lines = -(-2 * elements // _LINE)
             within = w.sub(mine, w.integer(begin))  # wraps to a large number for those before
             with w.when(w.below(within, w.integer(lines))):
-                copies.fetch(w.offset_pointer(e.operand(operand), w.mul(within, w.integer(_LINE))))
+                copies.fetch(w.offset_pointer(e.operand(operand, behind), w.mul(within, w.integer(_LINE))))
             begin += lines
 
     if vectors:
@@ -55,12 +55,15 @@ def _copied(step: Step) -> list[int]:
     return list(dict.fromkeys(group.weight for group in step.layers[0])) if isinstance(step, Phase) else []
 
 
-def _vectors(place: Place, step: Step) -> list[tuple[int, int]]:
-    """(operand, elements) of what a step reads a few columns at a time."""
+def _vectors(place: Place, step: Step) -> list[tuple[int, int, int]]:
+    """(operand, elements, whether of the layer before) of what a step reads a few columns at a time."""
+    found = []
     if isinstance(step, Attention):
         sizes = [step.head_dim * heads for heads in (step.heads, step.kv_heads, step.kv_heads)]
-        norms = [(number, step.head_dim) for number in step.norms or ()]
-        return norms + list(zip(step.biases or (), sizes, strict=False))
-    if isinstance(step, Phase) and step.source.kind == "stream":
-        return [(step.source.scale, place.launch.plan.width)]
-    return []
+        found += [(number, step.head_dim, 0) for number in step.norms or ()]
+        found += [(of.bias, size, 0) for of, size in zip(step.of, sizes, strict=True) if of.bias is not None]
+    if isinstance(step, Phase):
+        width, behind = max(group.k for groups in step.layers for group in groups), step.source.behind
+        found += [(step.source.scale, width, 0)] if step.source.kind == "stream" else []
+        found += [(of.bias, width, behind) for of in step.source.of if of.bias is not None]
+    return found

@@ -8,11 +8,13 @@ import jax
 from pallas_kernels.decode import DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import Plan, parts_for, splits_for
-from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Group, Phase, Source, Step
+from pallas_kernels.persistent.sources import Output, Source
+from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Group, Phase, Step
 from pallas_kernels.persistent.tuning import Tuning
 from pallas_kernels.projection import PackedProjection
 
 DEFAULT = Tuning()
+_SHORTEST = 8  # contraction axis that anything may have
 
 
 def heads_of(layer: DecoderLayer, keys: Sequence[jax.Array]) -> tuple[int, int]:
@@ -35,35 +37,62 @@ class _Builder:
             operands.append(array)
         return len(self.operands[0]) - 1
 
-    def project(self, name: str, packed: Sequence[PackedProjection], source: Source) -> int:
-        """Adds the phases of a projection; gives the number of the last."""
-        if all(up is None for up in packed[0].ups):
-            number = self.operand([p.first for p in packed])
+    def project(self, name: str, packed: Sequence[PackedProjection], source: Source) -> tuple[Output, ...]:
+        """Adds the phases of a projection; gives what its members put out.
+
+        One phase if all members are dense in every layer. Else two: in a layer in which a member is dense it has no rows in the
+        second, and is read from the first.
+        """
+        first = self.operand([p.first for p in packed])
+        if all(up is None for p in packed for up in p.ups):
             groups = [
                 [
-                    Group(number, width, p.first.shape[1], row_start=begin)
+                    Group(first, width, p.first.shape[1], row_start=begin)
                     for begin, width in zip(p.starts, p.widths, strict=True)
                 ]
                 for p in packed
             ]
-            return self._add(name, groups, source)
-        number = self.operand([p.first for p in packed])
-        groups = [[Group(number, *p.first.shape)] for p in packed]
-        first = self._add(f"{name} down", groups, source)
-        numbers = [self.operand([p.ups[i] for p in packed]) for i in range(len(packed[0].ups))]  # pyright: ignore
+            return self._outputs(packed, [self._add(name, groups, source, name != "qkv")])
+        groups = [[Group(first, *p.first.shape)] for p in packed]
+        down = self._add(f"{name} down", groups, source)
+        count = range(len(packed[0].ups))
+        # A dense member names an operand all the same, of which it has no rows.
+        ups = [self.operand([p.first if p.ups[i] is None else p.ups[i] for p in packed]) for i in count]  # pyright: ignore
         groups = [
-            [Group(numbers[i], p.d_outs[i], p.widths[i], x_start=p.starts[i]) for i in range(len(numbers))]
+            [
+                Group(ups[i], 0, _SHORTEST)
+                if p.ups[i] is None
+                else Group(ups[i], p.d_outs[i], p.widths[i], 0, p.starts[i])
+                for i in count
+            ]
             for p in packed
         ]
-        scaled = first if source.kind == "stream" else None
-        return self._add(f"{name} up", groups, Source("sum", first, scaled=scaled))
+        latent = Output((down,) * len(packed), (0,) * len(packed), (0,) * len(packed))
+        up = self._add(f"{name} up", groups, Source("sum", (latent,)), name != "qkv")
+        return self._outputs(packed, [down, up])
 
-    def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source) -> int:
+    def _outputs(self, packed: Sequence[PackedProjection], phases: Sequence[int]) -> tuple[Output, ...]:
+        """Of the members of a projection with these phases."""
+        starts, found = [TILE_ROWS * tile for tile in self.phase(phases[-1]).tile_starts], []
+        for i, bias in enumerate(packed[0].biases):
+            lies = [
+                (phases[0], 0, p.starts[i]) if len(phases) > 1 and p.ups[i] is None else (phases[-1], i, starts[i])
+                for p in packed
+            ]
+            number = None if bias is None else self.operand([p.biases[i] for p in packed])  # pyright: ignore
+            steps, groups, begins = zip(*lies, strict=True)
+            found.append(Output(steps, groups, begins, number))
+        return tuple(found)
+
+    def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source, for_all: bool = True) -> int:
+        """Adds a phase, of whose output all programs read a part if it is ``for_all``: attention reads a few columns at most."""
         phase = Phase(name, tuple(map(tuple, groups)), source)
         longest = max(group.k for layer in groups for group in layer)
         splits = splits_for(phase.padded_rows, longest, self.programs, self.tuning)
         phase = dataclasses.replace(phase, splits=splits)
-        phase = dataclasses.replace(phase, whole=phase.row_tiles_each(self.programs) >= self.tuning.whole_row_tiles)
+        whole = phase.row_tiles_each(self.programs) >= self.tuning.whole_row_tiles
+        whole |= phase.longer_if_whole(self.programs) <= (self.tuning.uneven_tiles if for_all else 0)
+        phase = dataclasses.replace(phase, whole=whole)
         self.steps.append(dataclasses.replace(phase, pieces=phase.most_pieces(self.programs)))
         return len(self.steps) - 1
 
@@ -72,15 +101,6 @@ class _Builder:
         found = self.steps[step]
         assert isinstance(found, Phase)
         return found
-
-    def columns(self, step: int) -> list[int]:
-        """Where the groups of a phase begin in its output, which are the same in all layers."""
-        tiles = [group.row_tiles for group in self.phase(step).layers[0]]
-        return [TILE_ROWS * sum(tiles[:number]) for number in range(len(tiles))]
-
-    def scaled(self, step: int) -> int | None:
-        """The step itself if its output is still to be divided by its norm."""
-        return step if self.phase(step).source.kind == "stream" else None
 
 
 def plan_of(
@@ -93,13 +113,13 @@ def plan_of(
     """
     batch, _, width = x.shape
     build = _Builder(cores // 8 * 8, tuning, [[] for _ in layers])  # a multiple of every number of splits
-    mlp, middle = _layer_steps(build, layers, keys, values, batch)
+    (mlp,), middle = _layer_steps(build, layers, keys, values, batch)
     in_layer, count = len(build.steps), len(build.operands[0])
     of_layers = [array for operands in build.operands for array in operands]
     build.operands = [[]]
     scale = build.operand([norm.scale])
-    logits = build.project("head", [head], Source("stream", mlp, stream=middle, behind=1, scale=scale))
-    build.steps.append(Collect("logits", logits, head.d_outs[0], build.scaled(logits)))
+    (logits,) = build.project("head", [head], Source("stream", (mlp,), stream=middle, behind=1, scale=scale))
+    build.steps.append(Collect("logits", logits, head.d_outs[0]))
     plan = Plan(
         len(layers), tuple(build.steps), in_layer, batch, build.programs, width, keys[0].shape[2], count, tuning
     )
@@ -108,27 +128,27 @@ def plan_of(
 
 def _layer_steps(
     build: _Builder, layers: Sequence[DecoderLayer], keys: Sequence[jax.Array], values: Sequence[jax.Array], batch: int
-) -> tuple[int, int]:
-    """Adds the steps of a layer. Gives the numbers of its last phase, and of the one that has the stream before the MLP."""
-    # The first stream adds what the last layer leaves, whose phases are not known yet: their numbers are put in below.
+) -> tuple[tuple[Output, ...], int]:
+    """Adds the steps of a layer. Gives its output, and the number of the phase that has the stream before the MLP."""
+    # The first stream adds what the last layer leaves, whose phases are not known yet: they are put in below.
     scale = build.operand([layer.input_norm.scale for layer in layers])
-    qkv = build.project("qkv", [layer.qkv for layer in layers], Source("stream", 0, behind=1, scale=scale))
-    build.steps.append(_attention(build, layers, keys, values, batch, qkv))
-    o = build.project("o", [layer.o for layer in layers], Source("attended", len(build.steps) - 1))
+    q, k, v = build.project("qkv", [layer.qkv for layer in layers], Source("stream", behind=1, scale=scale))
+    build.steps.append(_attention(build, layers, keys, values, batch, (q, k, v)))
+    o = build.project("o", [layer.o for layer in layers], Source("attended", attention=len(build.steps) - 1))
     scale, middle = build.operand([layer.mlp_norm.scale for layer in layers]), len(build.steps)
-    gates = build.project("gate_up", [layer.gate_up for layer in layers], Source("stream", o, stream=0, scale=scale))
-    gated = Source("gated", gates, scaled=build.scaled(gates), half=build.columns(gates)[1])
-    mlp = build.project("down", [layer.down for layer in layers], gated)
+    gated = build.project("gate_up", [layer.gate_up for layer in layers], Source("stream", o, stream=0, scale=scale))
+    source = Source("gated", gated, activation=layers[0].gate)
+    mlp = build.project("down", [layer.down for layer in layers], source)
     first = build.phase(0)
     build.steps[0] = dataclasses.replace(first, source=dataclasses.replace(first.source, of=mlp, stream=middle))
     return mlp, middle
 
 
 def _attention(
-    build: _Builder, layers: Sequence[DecoderLayer], keys: Sequence[jax.Array], values: Sequence[jax.Array], batch: int, qkv: int
+    build: _Builder, layers: Sequence[DecoderLayer], keys: Sequence[jax.Array], values: Sequence[jax.Array], batch: int,
+    qkv: tuple[Output, Output, Output],
 ) -> Attention:  # fmt: skip
     heads, kv_heads = heads_of(layers[0], keys)
-    q, k, v = build.columns(qkv)
     return Attention(
         name="attention",
         heads=heads,
@@ -137,12 +157,9 @@ def _attention(
         parts=parts_for(batch, kv_heads, build.programs, build.tuning),
         windows=tuple(layer.window or 0 for layer in layers),
         of=qkv,
-        columns=(q, k, v),
-        scaled=build.scaled(qkv),
         keys=build.operand(keys),
         values=build.operand(values),
         norms=_norms(build, layers),
-        biases=_biases(build, layers),
         batch=batch,
     )
 
@@ -151,10 +168,3 @@ def _norms(build: _Builder, layers: Sequence[DecoderLayer]) -> tuple[int, int] |
     q = [layer.q_norm.scale for layer in layers if layer.q_norm is not None]
     k = [layer.k_norm.scale for layer in layers if layer.k_norm is not None]
     return (build.operand(q), build.operand(k)) if q else None
-
-
-def _biases(build: _Builder, layers: Sequence[DecoderLayer]) -> tuple[int, int, int] | None:
-    if layers[0].qkv.biases[0] is None:
-        return None
-    q, k, v = (build.operand([layer.qkv.biases[i] for layer in layers]) for i in range(3))  # pyright: ignore
-    return q, k, v

@@ -1,73 +1,113 @@
-"""Columns of a phase's output, put together from the partial sums that splits and pieces have left as words."""
-
-import dataclasses
+"""Columns of an output, put together from the partial sums that splits and pieces have left as words."""
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.launch import Emitter, numbers_of
+from pallas_kernels.persistent.launch import Emitter
+from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import CHUNK, TILE_ROWS, Phase
-from pallas_kernels.persistent.words import Read, load_words
+from pallas_kernels.persistent.words import Read, load_part
+
+_WORD = 4  # bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """What is read of a phase's output: which group of its rows; ``behind`` is 1 for that of the layer before."""
+class Columns:
+    """An output in this layer, or in the one before if it is ``behind``: where it lies. Made once, for all that is read of it."""
 
-    step: int
-    group: int = 0
-    behind: int = 0
-
-
-class FourColumns:
-    """Four columns of an output in one sequence: where their partial sums lie, and which there are."""
-
-    def __init__(self, e: Emitter, output: Output, row: Value, column: Value):
-        phase, plan = e.plan.steps[output.step], e.plan
-        assert isinstance(phase, Phase)
-        self._base, self.epoch = e.base(output.step, output.behind), w.sub(e.epoch, w.integer(output.behind))
-        more = _more_pieces(e, phase, output, column) if phase.pieces > 1 else None
-        at = w.add(w.mul(row, w.integer(phase.padded_rows)), column)
-        self._parts: list[tuple[Value, Value | None]] = []
-        for part in range(phase.parts):
-            begin = plan.offset("sums", output.step) + part * plan.batch * phase.padded_rows
-            piece = part % phase.pieces
-            there = None if more is None or piece == 0 else w.below(w.integer(piece - 1), more)
-            self._parts.append((w.mul(w.add(at, w.integer(begin)), w.integer(4)), there))
-
-    def load(self, need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
-        """The columns, and the words that they are the sum of. Of a piece that there is not, the word is as good as zero."""
-        found = [
-            load_words(self._base, offset, need if there is None else w.both(need, there), epoch)
-            for offset, there in self._parts
-        ]
-        values = [w.total(list(four)) for four in zip(*map(w.floats, found), strict=True)]
-        return values, [word for four in found for word in four]
+    def __init__(self, e: Emitter, output: Output, behind: int = 0):
+        self.e, self.behind = e, behind
+        self._bias = None if output.bias is None else e.operand(output.bias, behind)
+        self.has_bias = output.bias is not None
+        self.base = e.base(output.steps[0], behind)
+        self.epoch = w.sub(e.epoch, w.integer(behind))
+        self.normed_by = e.plan.normed_by(output)
+        self._numbers = e.plan.numbers.of_output(output)
+        self._phases = [step for step in map(e.plan.steps.__getitem__, output.phases) if isinstance(step, Phase)]
+        self._second = e.number(self._numbers["second"], behind) if len(self._phases) > 1 else None
+        self._begin, self._row = (e.number(self._numbers[name], behind) for name in ("begin", "row"))
+        rows, of_column = set(self._numbers["row"]), _WORD * e.plan.batch
+        self._step = of_column * rows.pop() if len(rows) == 1 else w.mul(self._row, w.integer(of_column))
+        self._pieces = max(phase.pieces for phase in self._phases)
+        told = ("tiles", "k_tiles", "sharers", "shift", "start") if self._pieces > 1 else ()
+        self._tile = {name: e.number(self._numbers[name], behind) for name in told}
 
     @property
-    def read(self) -> Read:
-        return Read(CHUNK, self.load, self.epoch)
+    def parts(self) -> int:
+        """Words that a column may be made of."""
+        return max(phase.parts for phase in self._phases)
+
+    @property
+    def varies(self) -> bool:
+        """Whether layers differ in where it lies, or in how many parts."""
+        return any(len(set(values)) > 1 for values in self._numbers.values())
+
+    def read(self, row: Value, column: Value) -> Read:
+        """Four columns of a sequence."""
+        at = w.add(w.add(w.mul(row, self._row), column), self._begin)
+        first, there = w.offset_pointer(self.base, w.mul(at, w.integer(_WORD))), self._there(column)
+
+        def load(need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
+            """The columns, and the words that they are the sum of. Of a part that there is not, the word is as good as zero."""
+            some = w.select(need, there, w.integer(0))
+            found = [load_part(first, part, self._step, some, epoch) for part in range(self.parts)]
+            values = [w.total(list(four)) for four in zip(*map(w.floats, found), strict=True)]
+            return values, [word for four in found for word in four]
+
+        return Read(CHUNK, load, self.epoch)
+
+    def _there(self, column: Value) -> Value:
+        """Which parts of a column there are: a bit for each."""
+        more = self._more_pieces(column) if self._pieces > 1 else w.integer(0)
+        found = w.integer(0)
+        for piece in range(self._pieces):
+            bits = [sum(1 << part for part in range(p.parts) if part % p.pieces == piece) for p in self._phases]
+            these = w.integer(bits[0])
+            if self._second is not None:
+                these = w.select(w.equal(self._second, w.integer(0)), these, w.integer(bits[1]))
+            if piece:
+                these = w.select(w.below(w.integer(piece - 1), more), these, w.integer(0))
+            found = w.either(found, these)
+        return found
+
+    def _more_pieces(self, column: Value) -> Value:
+        """How many pieces beside the first the row tile of a column has, in each split; see `steps.sharer`."""
+        tiles, k_tiles, sharers, shift, start = self._tile.values()
+        column = w.add(column, start) if any(self._numbers["start"]) else column
+        begin = w.mul(w.add(w.quotient(column, TILE_ROWS), shift), k_tiles)
+        first, last = (
+            w.quotient(w.sub(w.mul(w.add(begin, after), sharers), w.integer(1)), tiles)
+            for after in (w.integer(1), k_tiles)
+        )
+        return w.sub(last, first)
+
+    def normed(self, values: list[Value], root: Value | None) -> list[Value]:
+        """Columns divided by the norm that is still to be done, whose reciprocal is ``root``."""
+        if root is None or self.normed_by is None:
+            return values
+        if self._second is not None:
+            root = w.select(w.equal(self._second, w.integer(0)), root, w.number(1.0))
+        return [w.mul_f(value, root) for value in values]
+
+    def bias(self, column: Value) -> list[Value]:
+        """What is still to be added to four columns, to be loaded before they are waited for; nothing if there is no bias."""
+        if self._bias is None:
+            return []
+        found = w.load_bf16(self._bias, w.mul(column, w.integer(2)))
+        if not self.behind:
+            return found
+        # The layer before the first one is the embedding, which has none.
+        is_first = w.equal(self.e.layer, w.integer(0))
+        return [w.select(is_first, w.number(0.0), value) for value in found]
 
 
-def columns(e: Emitter, output: Output, scaled: int | None, row: Value, column: Value) -> list[Value]:
-    """Four columns of an output once they are written, normed if ``scaled`` names the phase whose norm is to be done."""
-    squares = [] if scaled is None else [e.squares(scaled)]
-    values, *found = e.wait([FourColumns(e, output, row, column).read, *squares])
-    if not found:
-        return values
-    root = e.by_row(row, [e.root(total) for total in found[0]])
-    return [w.mul_f(value, root) for value in values]
+def biased(values: list[Value], bias: list[Value]) -> list[Value]:
+    """Columns with their bias, if they have one."""
+    return [w.add_f(v, b) for v, b in zip(values, bias, strict=True)] if bias else values
 
 
-def _more_pieces(e: Emitter, phase: Phase, output: Output, column: Value) -> Value:
-    """How many pieces beside the first the row tile of a column has, in each split; see `steps.sharer`."""
-    numbers = numbers_of(e.plan, phase)
-    (team,) = (number for number, team in enumerate(phase.teams) if output.group in team)
-    tiles, k_tiles, sharers, shift = (
-        e.number(numbers[name], output.behind)
-        for name in (f"tiles {team}", f"k_tiles {team}", f"sharers {team}", f"shift {output.group}")
-    )
-    begin = w.mul(w.add(w.quotient(column, TILE_ROWS), shift), k_tiles)
-    first, last = (
-        w.quotient(w.sub(w.mul(w.add(begin, after), sharers), w.integer(1)), tiles) for after in (w.integer(1), k_tiles)
-    )
-    return w.sub(last, first)
+def columns(of: Columns, row: Value, column: Value) -> list[Value]:
+    """Four columns of an output once they are written, normed, with their bias."""
+    e, bias = of.e, of.bias(column)
+    squares = [] if of.normed_by is None else [e.squares(of.normed_by, row)]
+    values, *found = e.wait([of.read(row, column), *squares])
+    root = e.root(*found[0]) if found else None
+    return biased(of.normed(values, root), bias)

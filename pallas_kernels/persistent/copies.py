@@ -5,6 +5,7 @@ from typing import Any
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
+from pallas_kernels.persistent.stalls import of_operand
 from pallas_kernels.persistent.steps import HALF_TILE, TILE_BYTES, TILE_ROWS
 
 MAP_BYTES = 128
@@ -62,9 +63,9 @@ def fetch(at: Value) -> None:
 
 
 def check_address(address: Value, told: Value, stall: Value, index: int) -> None:
-    """Writes (2, index, 0, 0) as the stall if both addresses differ."""
-    code = "{ .reg .pred q; setp.ne.u64 q, $0, $1; @q st.global.v4.u32 [$2], {$3,$4,$5,$5}; }"
-    w.ptx(code, address, told, stall, w.integer(2), w.integer(index), w.integer(0))
+    """Says in the stall if both addresses of an operand differ."""
+    code = "{ .reg .pred q; setp.ne.u64 q, $0, $1; @q red.relaxed.gpu.global.max.u32 [$2], $3; }"
+    w.ptx(code, address, told, stall, w.integer(of_operand(index)))
 
 
 def write_tensor_maps(

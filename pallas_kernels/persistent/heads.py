@@ -7,7 +7,7 @@ import jax
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.columns import Output, columns
+from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.items import Part
 from pallas_kernels.persistent.launch import FRESH_KEY, FRESH_VALUE, Emitter, Place
 from pallas_kernels.persistent.steps import Attention
@@ -71,12 +71,7 @@ class _Heads:
     def _columns(self, which: int, head: Value) -> list[Value]:
         """Of a head of the queries (0), keys (1) or values (2), as projected."""
         within = w.add(w.mul(head, w.integer(self.of.head_dim)), self.column)
-        column = w.add(within, w.integer(self.of.columns[which]))
-        values = columns(self.e, Output(self.of.of, which), self.of.scaled, self.row, column)
-        if self.of.biases is not None:
-            bias = w.load_bf16(self.e.operand(self.of.biases[which]), w.mul(within, w.integer(2)))
-            values = [w.add_f(v, b) for v, b in zip(values, bias, strict=True)]
-        return values
+        return columns(Columns(self.e, self.of.of[which]), self.row, within)
 
     def _normed(self, values: list[Value], which: int) -> list[Value]:
         if self.of.norms is None:

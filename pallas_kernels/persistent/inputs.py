@@ -14,21 +14,26 @@ import jax.numpy as jnp
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.columns import FourColumns, Output
+from pallas_kernels.persistent.columns import Columns, biased
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
-from pallas_kernels.persistent.words import Read, load_run, load_words, store_word
+from pallas_kernels.persistent.words import Read, load_run, load_words, store_word, store_words
+from pallas_kernels.rounding import power_of_two
 
 Loaded = tuple[list[Value], list[Value]]
 """Four columns, and the words they are made of."""
+
+_WORDS_OF_VARYING = 96
+"""That are waited for together, at the most, where what is told of an output by layer takes registers, too."""
 
 
 def embed(launch: Launch, x: Any) -> None:
     """Publishes the embedding [batch, width] as the stream that the layer before the first would have left."""
     first = launch.plan.steps[0]
     assert isinstance(first, Phase)
-    plan, source, added = launch.plan, first.source, launch.plan.steps[first.source.of]
+    plan, source, (output,) = launch.plan, first.source, first.source.of
+    added = plan.steps[output.steps[0]]
     assert isinstance(added, Phase)
 
     def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
@@ -40,13 +45,13 @@ def embed(launch: Launch, x: Any) -> None:
             at = w.mul(chunk, w.integer(CHUNK))
             row, column = w.quotient(at, plan.width), w.remainder(at, plan.width)
             values = w.load_bf16(refs[0], w.mul(at, w.integer(2)))
-            for i, value in enumerate(values):
-                stream = w.add(at, w.integer(plan.offset("stream", source.stream) + i))
-                store_word(base, w.mul(stream, w.integer(4)), value, e.epoch, real)
-                for part in range(added.parts):
-                    begin_ = plan.offset("sums", source.of) + part * plan.batch * added.padded_rows + i
-                    here = w.add(w.add(column, w.integer(begin_)), w.mul(row, w.integer(added.padded_rows)))
-                    store_word(base, w.mul(here, w.integer(4)), w.number(0.0), e.epoch, real)
+            stream = w.add(at, w.integer(plan.offset("stream", source.stream)))
+            store_words(base, w.mul(stream, w.integer(4)), values, e.epoch, real)
+            for part in range(added.parts):
+                before = plan.offset("sums", output.steps[0]) + output.starts[0]
+                before += part * plan.batch * added.padded_rows
+                here = w.add(w.add(column, w.integer(before)), w.mul(row, w.integer(added.padded_rows)))
+                store_words(base, w.mul(here, w.integer(4)), [w.number(0.0)] * CHUNK, e.epoch, real)
 
     Place(launch, 0, jnp.int32(-1)).emit(body, refs=[x])
 
@@ -71,17 +76,18 @@ def fill(place: Place, team: Team, split: jax.Array, first: jax.Array) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Chunk:
-    """Four columns of a sequence: whether the thread has one at all, whether the columns are real, and where they are."""
+    """Four columns of the thread's sequence: whether it has these at all, whether they are real, and where they are."""
 
     mine: Value
     real: Value
-    row: Value
     column: Value  # in the source
     offset: Value  # in shared memory
 
 
 @dataclasses.dataclass
 class _Loader:
+    """A warp has one sequence, and of it a tile's columns at a time."""
+
     e: Emitter
     phase: Phase
     split: Value
@@ -93,42 +99,57 @@ class _Loader:
     def __post_init__(self) -> None:
         self.plan, self.source = self.e.plan, self.phase.source
         self.columns = w.mul(self.k_tiles, w.integer(TILE_K))  # of this part of the slice
-        self.thread = w.thread()
+        self.rows = power_of_two(self.plan.batch)
+        self.warp, self.lane = w.quotient(w.thread(), 32), w.remainder(w.thread(), 32)
+        row = w.remainder(self.warp, self.rows)
+        self.has_row, self.row = (
+            w.below(row, w.integer(self.plan.batch)),
+            w.smaller(row, w.integer(self.plan.batch - 1)),
+        )
         self.publishing = w.below(w.integer(0), self.publishes)
         self.is_stream = self.source.kind == "stream"
-        self.base = self.e.base(self.source.of, self.source.behind)
+        self.base = self.e.base(self._before, self.source.behind)
         self.told = w.sub(self.e.epoch, w.integer(self.source.behind))
+        self.outputs = [Columns(self.e, output, self.source.behind) for output in self.source.of]
         self.scale = self.e.operand(self.source.scale) if self.is_stream else None
         self.stream_base = self.e.base(self.e.step)  # where this phase's own stream goes
 
+    @property
+    def _before(self) -> int:
+        """Of the steps whose words are read, one."""
+        return self.source.of[0].steps[0] if self.source.of else self.source.attention
+
     def run(self) -> None:
         w.meet()  # nobody multiplies the last input any more
-        total = w.mul(w.integer(self.plan.batch * TILE_K // CHUNK), self.k_tiles)
-        most = -(-self.plan.batch * self.phase.activation_tiles * TILE_K // CHUNK // THREADS)
-        together = min(most, max(1, self.plan.tuning.words_at_once // (CHUNK * max(1, self._parts))))
-        rounds = w.quotient(w.add(total, w.integer(THREADS * together - 1)), THREADS * together)
-        none = [w.number(0.0)] * (self.plan.batch if self.is_stream else 0)
+        at_once = THREADS // 32 // self.rows  # tiles of a sequence
+        most = -(-self.phase.activation_tiles // at_once)
+        words = self.plan.tuning.words_at_once
+        if any(output.varies for output in self.outputs):
+            words = min(words, _WORDS_OF_VARYING)
+        together = min(most, max(1, words // (CHUNK * max(1, self._parts))))
+        rounds = w.quotient(w.add(self.k_tiles, w.integer(at_once * together - 1)), at_once * together)
+        none = [w.number(0.0)] if self.is_stream else []
 
         def body(turn: Value, squares: list[Value]) -> list[Value]:
-            begin = w.mul(turn, w.integer(THREADS * together))
-            return self._round(
-                [self._chunk(w.add(begin, w.integer(THREADS * i)), total) for i in range(together)], squares
-            )
+            begin = w.add(w.mul(turn, w.integer(at_once * together)), w.quotient(self.warp, self.rows))
+            chunks = [self._chunk(w.add(begin, w.integer(at_once * i))) for i in range(together)]
+            return self._round(chunks, squares)
 
         squares = w.repeat(rounds, none, body)
         if self.is_stream:
             with w.when(self.publishing):
-                self._publish_squares(squares)
+                self._publish_squares(*squares)
 
     def _round(self, chunks: list[_Chunk], squares: list[Value]) -> list[Value]:
         scales = [
             w.load_bf16(self.scale, w.mul(chunk.column, w.integer(2))) if self.is_stream else [] for chunk in chunks
         ]
-        found, roots = self._wait(chunks)
-        for chunk, scale, parts in zip(chunks, scales, found, strict=True):
-            values = self._combine(chunk, parts, roots)
+        biases = [[output.bias(chunk.column) for output in self.outputs] for chunk in chunks]
+        found, root = self._wait(chunks)
+        for chunk, scale, bias, parts in zip(chunks, scales, biases, found, strict=True):
+            values = self._combine(parts, bias, root)
             if self.is_stream:
-                squares = self._keep(chunk, values, squares)
+                squares = [w.add_f(so_far, self._keep(chunk, values)) for so_far in squares]
                 values = [w.mul_f(v, s) for v, s in zip(values, scale, strict=True)]
             values = [w.select(chunk.real, v, w.number(0.0)) for v in values]
             w.store_activations(self.e.activations, chunk.offset, values)
@@ -136,68 +157,66 @@ class _Loader:
 
     @property
     def _parts(self) -> int:
-        """Words that make up a column."""
-        of = self.plan.steps[self.source.of]
-        if isinstance(of, Attention):
-            return of.parts * 5 // 4 + 1
-        assert isinstance(of, Phase)
-        return of.parts + 1 if self.is_stream else 2 * of.parts if self.source.kind == "gated" else of.parts
+        """Words that make up a column, its biases among them."""
+        if self.source.kind == "attended":
+            return self._attention.parts * 5 // 4 + 1
+        return sum(output.parts + output.has_bias for output in self.outputs) + self.is_stream
 
-    def _chunk(self, begin: Value, total: Value) -> _Chunk:
-        """The thread's chunk; threads beyond the end repeat the last one."""
-        chunk = w.add(self.thread, begin)
-        mine, chunk = w.below(chunk, total), w.smaller(chunk, w.sub(total, w.integer(1)))
-        of_row = w.quotient(self.columns, CHUNK)
-        k, row = w.mul(w.remainder(chunk, of_row), w.integer(CHUNK)), w.quotient(chunk, of_row)
+    @property
+    def _attention(self) -> Attention:
+        found = self.plan.steps[self.source.attention]
+        assert isinstance(found, Attention)
+        return found
+
+    def _chunk(self, tile: Value) -> _Chunk:
+        """The thread's chunk of a tile; threads beyond the end repeat one of the last tile."""
+        mine = w.both(w.below(tile, self.k_tiles), self.has_row)
+        tile = w.smaller(tile, w.sub(self.k_tiles, w.integer(1)))
+        k = w.add(w.mul(tile, w.integer(TILE_K)), w.mul(self.lane, w.integer(CHUNK)))
         within = w.add(k, w.mul(self.split, self.columns))
         real = w.below(within, self.width)
         column = w.add(w.select(real, within, w.integer(0)), self.start)
-        return _Chunk(mine, real, row, column, w.activation_offset(k, row, w.integer(0)))
+        return _Chunk(mine, real, column, w.activation_offset(k, self.row, w.integer(0)))
 
-    def _wait(self, chunks: list[_Chunk]) -> tuple[list[list[list[Value]]], list[Value]]:
-        """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what each
-        sequence is still to be divided by, which is waited for at the same time."""
+    def _wait(self, chunks: list[_Chunk]) -> tuple[list[list[list[Value]]], Value | None]:
+        """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what the
+        sequence is still to be multiplied with for its norm, which is waited for at the same time."""
         reads = [read for chunk in chunks for read in self._reads(chunk)]
-        squares = [] if self.source.scaled is None else [self.e.squares(self.source.scaled)]
+        normed_by = {output.normed_by for output in self.outputs if output.normed_by is not None}
+        squares = [self.e.squares(step, self.row) for step in normed_by]  # gate and up are of one input
         found = self.e.wait([*reads, *squares])
         fours, totals = found[: len(reads)], found[len(reads) :]
         lists = len(reads) // len(chunks)
-        roots = [self.e.root(total) for total in totals[0]] if totals else []
-        return [fours[i : i + lists] for i in range(0, len(fours), lists)], roots
+        root = self.e.root(*totals[0]) if totals else None
+        return [fours[i : i + lists] for i in range(0, len(fours), lists)], root
 
     def _reads(self, chunk: _Chunk) -> list[Read]:
         """Of a chunk: its columns, and where there is a gate what it gates."""
-        of = self.plan.steps[self.source.of]
-        if isinstance(of, Attention):
-            return [Read(CHUNK, lambda need, epoch: self._load_attended(of, chunk, need, epoch), self.told)]
-        halves = [(0, chunk.column)]
-        if self.source.kind == "gated":
-            halves.append((1, w.add(chunk.column, w.integer(self.source.half))))
-        outputs = [
-            FourColumns(self.e, Output(self.source.of, group, self.source.behind), chunk.row, column)
-            for group, column in halves
-        ]
+        if self.source.kind == "attended":
+            return [Read(CHUNK, lambda need, epoch: self._load_attended(chunk, need, epoch), self.told)]
+        reads = [output.read(self.row, chunk.column) for output in self.outputs]
         if self.is_stream:
-            return [Read(CHUNK, lambda need, epoch: self._load_stream(outputs[0], chunk, need, epoch), self.told)]
-        return [output.read for output in outputs]
+            return [Read(CHUNK, lambda need, epoch: self._load_stream(reads[0], chunk, need, epoch), self.told)]
+        return reads
 
-    def _load_stream(self, added: FourColumns, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
-        at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
+    def _load_stream(self, added: Read, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
+        at = w.add(w.mul(self.row, w.integer(self.plan.width)), chunk.column)
         at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
         stream = load_words(self.base, w.mul(at, w.integer(4)), need, epoch)
         values, words = added.load(need, epoch)
         return [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)], words + stream
 
-    def _load_attended(self, of: Attention, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
+    def _load_attended(self, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
         """Parts of the positions, weighed by what each has of the softmax."""
-        sums, weights = (self.plan.offset(kind, self.source.of) for kind in ("sums", "weights"))
+        of = self._attention
+        sums, weights = (self.plan.offset(kind, self.source.attention) for kind in ("sums", "weights"))
         heads = w.integer(of.heads)
-        head = w.add(w.mul(chunk.row, heads), w.quotient(chunk.column, of.head_dim))
+        head = w.add(w.mul(self.row, heads), w.quotient(chunk.column, of.head_dim))
         first = w.add(w.mul(head, w.integer(of.parts)), w.integer(weights))
         logs = load_run(self.base, first, of.parts, need, epoch)
         fours = []
         for part in range(of.parts):
-            row = w.mul(w.add(w.integer(part * self.plan.batch), chunk.row), w.integer(of.heads * of.head_dim))
+            row = w.mul(w.add(w.integer(part * self.plan.batch), self.row), w.integer(of.heads * of.head_dim))
             at = w.add(w.add(row, chunk.column), w.integer(sums))
             fours.append(load_words(self.base, w.mul(at, w.integer(4)), need, epoch))
         words = [word for four in fours for word in four] + logs
@@ -212,39 +231,35 @@ class _Loader:
         ]
         return values, words
 
-    def _combine(self, chunk: _Chunk, parts: list[list[Value]], roots: list[Value]) -> list[Value]:
-        if roots:
-            root = self.e.by_row(chunk.row, roots)
-            parts = [[w.mul_f(v, root) for v in part] for part in parts]
-        if self.source.kind == "gated":
-            return [w.mul_f(w.silu(g), u) for g, u in zip(*parts, strict=True)]
-        return parts[0]
+    def _combine(self, parts: list[list[Value]], biases: list[list[Value]], root: Value | None) -> list[Value]:
+        if self.source.kind == "attended":
+            return parts[0]
+        found = [
+            biased(output.normed(part, root), bias)
+            for output, part, bias in zip(self.outputs, parts, biases, strict=True)
+        ]
+        if self.source.kind != "gated":
+            return found[0]
+        gate = w.ACTIVATIONS[self.source.activation]
+        return [w.mul_f(gate(g), u) for g, u in zip(*found, strict=True)]
 
-    def _keep(self, chunk: _Chunk, values: list[Value], squares: list[Value]) -> list[Value]:
-        """Publishes the stream, and adds up its squares."""
+    def _keep(self, chunk: _Chunk, values: list[Value]) -> Value:
+        """Publishes the stream, and gives its squares' sum."""
         used = w.both(chunk.mine, chunk.real)
-        at = w.add(w.mul(chunk.row, w.integer(self.plan.width)), chunk.column)
+        at = w.add(w.mul(self.row, w.integer(self.plan.width)), chunk.column)
         at = w.add(at, w.integer(self.plan.offset("stream", self.e.step)))
-        for i, value in enumerate(values):
-            offset = w.mul(w.add(at, w.integer(i)), w.integer(4))
-            store_word(self.stream_base, offset, value, self.e.epoch, w.both(used, self.publishing))
-        square = w.total([w.mul_f(v, v) for v in values])
-        found = []
-        for row, so_far in enumerate(squares):
-            counts = w.both(used, w.equal(chunk.row, w.integer(row)))
-            found.append(w.add_f(so_far, w.select(counts, square, w.number(0.0))))
-        return found
+        store_words(self.stream_base, w.mul(at, w.integer(4)), values, self.e.epoch, w.both(used, self.publishing))
+        return w.select(used, w.total([w.mul_f(v, v) for v in values]), w.number(0.0))
 
-    def _publish_squares(self, squares: list[Value]) -> None:
-        """Adds up the squares of all threads: a word for the steps that follow."""
-        warp, lane = w.quotient(self.thread, 32), w.remainder(self.thread, 32)
-        for row, square in enumerate(squares):
-            at = w.add(w.integer(SQUARES + 16 * row), w.mul(warp, w.integer(4)))
-            w.store_shared(self.e.small, at, w.warp_sum(square), w.equal(lane, w.integer(0)))
+    def _publish_squares(self, square: Value) -> None:
+        """Adds up the squares of all threads: a word a sequence for the steps that follow."""
+        at = w.add(w.integer(SQUARES), w.mul(self.warp, w.integer(4)))
+        w.store_shared(self.e.small, at, w.warp_sum(square), w.equal(self.lane, w.integer(0)))
         w.meet()
-        alone = w.equal(self.thread, w.integer(0))
+        alone = w.equal(w.thread(), w.integer(0))
         for row in range(self.plan.batch):
-            total = w.total([w.load_shared(self.e.small, w.integer(SQUARES + 16 * row + 4 * i)) for i in range(4)])
+            warps = range(row, THREADS // 32, self.rows)
+            total = w.total([w.load_shared(self.e.small, w.integer(SQUARES + 4 * warp)) for warp in warps])
             begin = self.plan.offset("squares", self.e.step) + row * self.phase.splits
             at = w.mul(w.add(self.split, w.integer(begin)), w.integer(4))
             store_word(self.stream_base, at, total, self.e.epoch, alone)

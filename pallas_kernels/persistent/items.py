@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.persistent.launch import Place, numbers_of
+from pallas_kernels.persistent.launch import Place
 from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Phase
 
 
@@ -99,17 +99,16 @@ class PhaseItems:
 
     def rows(self, row_tile: jax.Array) -> Rows:
         """Of one of the team's row tiles."""
-        numbers, tiles_before, found = self.numbers, jnp.int32(0), None
-        of_team = [jnp.int32(0)] * len(self.phase.teams)
-        team_of = {i: number for number, team in enumerate(self.phase.teams) for i in team}
-        for i, group in enumerate(self.phase.layers[0]):
-            begin = of_team[team_of[i]]
+        numbers, phase, found = self.numbers, self.phase, None
+        of_team = [jnp.int32(0)] * len(phase.teams)
+        for i, (group, tiles_before) in enumerate(zip(phase.layers[0], phase.tile_starts, strict=False)):
+            team = phase.team_of(i)
+            begin = of_team[team]
             within = (row_tile - begin) * TILE_ROWS
             own = Rows(jnp.int32(group.weight), numbers[f"row_start {i}"] + within, tiles_before * TILE_ROWS + within)
-            here = (self.team.number == team_of[i]) & (row_tile >= begin)
+            here = (self.team.number == team) & (row_tile >= begin)
             found = own if found is None else _choose(here, own, found)
-            of_team[team_of[i]] = begin + numbers[f"row_tiles {i}"]
-            tiles_before = tiles_before + numbers[f"row_tiles {i}"]
+            of_team[team] = begin + numbers[f"row_tiles {i}"]
         assert found is not None
         return found
 
@@ -136,8 +135,7 @@ class AttentionItems:
 
 def _numbers(place: Place) -> dict[str, jax.Array]:
     """Of a step in its layer, by name."""
-    plan = place.launch.plan
-    found = numbers_of(plan, plan.steps[place.step])
+    found = place.launch.plan.numbers.of_steps[place.step]
     return {name: place.launch.number(values, place.layer) for name, values in found.items()}
 
 

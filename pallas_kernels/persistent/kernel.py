@@ -6,22 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode import STALL_INTEGERS
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
 from pallas_kernels.persistent.inputs import embed
-from pallas_kernels.persistent.launch import PATIENCE, SMALL_FLOATS, Launch, Place, varying
+from pallas_kernels.persistent.launch import PATIENCE, SMALL_FLOATS, Launch, Place
 from pallas_kernels.persistent.loading import load_step
 from pallas_kernels.persistent.multiplying import attend_step, multiply_step
 from pallas_kernels.persistent.outputs import collect
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
 from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase
-from pallas_kernels.persistent.words import SPINS, STALL_INTEGERS
+from pallas_kernels.persistent.words import SPINS
 
 
 def run_layers(
@@ -41,20 +41,16 @@ def run_layers(
       eps: of the norms.
 
     Returns:
-      The output, float32 [batch, columns]; int32 [4], nonzero if a wait was in vain.
+      The output, float32 [batch, columns]; int32 [1], nonzero if something was wrong, see `stalls`.
     """
-    columns = varying(plan)
-    numbers = np.zeros((plan.layers, max(1, len(columns))), np.int32)
-    for values, column in columns.items():
-        numbers[:, column] = values
     words = jax.new_ref(jnp.zeros((plan.words,), jnp.int32))
     stall = jax.new_ref(jnp.zeros((STALL_INTEGERS,), jnp.int32))
-    operands = [maps, addresses, x, *tables, lengths, jnp.asarray(numbers), words, stall, *given]
+    operands = [maps, addresses, x, *tables, lengths, jnp.asarray(plan.numbers.table()), words, stall, *given]
 
     def decode_layers(*refs: Any) -> None:
         maps, addresses, x, cos, sin, lengths, numbers, words, stall = refs[:9]
         logits, activations, small, slots, barriers, ready = refs[len(operands) :]
-        launch = Launch(plan, words, stall, addresses, numbers, columns, small, activations, eps)
+        launch = Launch(plan, words, stall, addresses, numbers, small, activations, eps)
         ring = Ring(slots, barriers, maps, plan.tuning.tiles_in_flight)
         _Program(launch, ring, x, (cos, sin), lengths, refs[9 : len(operands)], logits, ready).run()
 

@@ -11,12 +11,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import Attention, Collect, Phase, Step
+from pallas_kernels.persistent.stalls import STEPS
+from pallas_kernels.persistent.steps import Phase
 from pallas_kernels.persistent.words import Patience, Read, load_run, until_written
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
-SQUARES = 64  # float32 [4 sequences, 4 warps]
+SQUARES = 64  # float32 [4 warps]
 BY_WARP = 256  # float32 [2, 4 warps, 8 heads]
 FRESH_KEY, FRESH_VALUE = 512, 768  # bfloat16 [128] each, of the new token
 SMALL_FLOATS = 256
@@ -32,10 +33,9 @@ class Launch:
     Attributes:
       plan: what is computed.
       words: float words, those of two layers and of the head.
-      stall: int32 [4], written by a wait that ends in vain.
+      stall: int32 [1], see `stalls`.
       addresses: of all operands, layer by layer.
-      numbers: int32 [layers, columns], what differs from layer to layer; see `number`.
-      columns: what each of its columns holds.
+      numbers: int32 [layers, columns], what differs from layer to layer; see `number` and the plan's `Numbers.columns`.
       small: shared memory for reductions.
       activations: shared memory [tiles, 8, 128].
       eps: of all norms.
@@ -46,7 +46,6 @@ class Launch:
     stall: Any
     addresses: Any
     numbers: Any
-    columns: dict[tuple[int, ...], int]
     small: Any
     activations: Any
     eps: float
@@ -65,47 +64,12 @@ class Launch:
 
 def load_number(launch: Launch, numbers: Value, layer: Value, values: Sequence[int]) -> Value:
     """Emits the loading of a layer's number of ``values``, which differ, from the table at ``numbers``."""
-    column, width = launch.columns[tuple(values)], max(launch.columns.values()) + 1
-    return w.load_integer(numbers, w.mul(w.add(w.mul(layer, w.integer(width)), w.integer(column)), w.integer(4)))
+    columns = launch.plan.numbers.columns
+    at = w.add(w.mul(layer, w.integer(len(columns))), w.integer(columns[tuple(values)]))
+    return w.load_integer(numbers, w.mul(at, w.integer(4)))
 
 
 _INTEGER = plgpu.ShapeDtypeStruct((), jnp.int32, layout=w.SCALAR(()))  # pyright: ignore
-
-
-def varying(plan: Plan) -> dict[tuple[int, ...], int]:
-    """The numbers that differ from layer to layer, and their columns in the array that holds them."""
-    found: dict[tuple[int, ...], int] = {}
-    for values in _all_numbers(plan):
-        if len(set(values)) > 1:
-            found.setdefault(values, len(found))
-    return found
-
-
-def _all_numbers(plan: Plan) -> list[tuple[int, ...]]:
-    return [*plan.first_programs, *(values for step in plan.steps for values in numbers_of(plan, step).values())]
-
-
-def numbers_of(plan: Plan, step: Step) -> dict[str, tuple[int, ...]]:
-    """What a step needs to know of each layer, by name; of every team what it is and has, of every group where its rows are."""
-    if isinstance(step, Collect):
-        return {}
-    if isinstance(step, Attention):
-        return {"window": step.windows}
-    layers, found = range(len(step.layers)), {}
-    sizes = [step.team_programs(layer, plan.programs) for layer in layers]
-    sharers = [step.sharers(layer, plan.programs) for layer in layers]
-    for team, (first_group, *_) in enumerate(step.teams):
-        found[f"tiles {team}"] = tuple(step.team_tiles(team, layer) for layer in layers)
-        found[f"k_tiles {team}"] = tuple(step.k_tiles(team, layer) for layer in layers)
-        found[f"sharers {team}"] = tuple(of_layer[team] for of_layer in sharers)
-        found[f"start {team}"] = tuple(sum(of_layer[:team]) for of_layer in sizes)
-        for field in ("x_start", "k"):
-            found[f"{field} {team}"] = tuple(getattr(groups[first_group], field) for groups in step.layers)
-    for i in range(len(step.layers[0])):
-        for field in ("row_tiles", "row_start"):
-            found[f"{field} {i}"] = tuple(getattr(groups[i], field) for groups in step.layers)
-        found[f"shift {i}"] = tuple(step.tile_shift(i, layer) for layer in layers)
-    return found
 
 
 @dataclasses.dataclass
@@ -133,28 +97,29 @@ class Emitter:
         epoch = w.sub(self.epoch, w.integer(behind))
         return w.offset_pointer(self.words, w.mul(w.both(epoch, w.integer(1)), w.integer(4 * self.plan.layer_words)))
 
-    def operand(self, number: int) -> Value:
-        """Address of an operand of this layer; those of the head are counted on from the last layer's."""
-        index = w.add(w.mul(self.layer, w.integer(self.plan.operands)), w.integer(number))
-        return w.load_pointer(self.addresses, index)
+    def operand(self, number: int, behind: int = 0) -> Value:
+        """Address of an operand of this layer, or the one before; those of the head are counted on from the last layer's."""
+        layer = self._layer(behind)
+        return w.load_pointer(self.addresses, w.add(w.mul(layer, w.integer(self.plan.operands)), w.integer(number)))
 
     def wait(self, reads: Sequence[Read]) -> list[list[Value]]:
         """`until_written`."""
         attempts = w.add(self.small, w.integer(PATIENCE))
-        return until_written(reads, Patience(attempts, self.stall, w.integer(self.step), self.epoch))
+        step = STEPS.index(self.plan.steps[self.step].name)
+        return until_written(reads, Patience(attempts, self.stall, step, self.epoch))
 
-    def squares(self, stream: int) -> Read:
-        """Of each sequence's sum of squares of the stream in an earlier phase."""
+    def squares(self, stream: int, row: Value) -> Read:
+        """Of a sequence's sum of squares of the stream in an earlier phase."""
         phase, base = self.plan.steps[stream], self.base(stream)
         assert isinstance(phase, Phase)
-        begin, count = self.plan.offset("squares", stream), self.plan.batch * phase.splits
+        begin, count = self.plan.offset("squares", stream), phase.splits
+        first = w.add(w.mul(row, w.integer(count)), w.integer(begin))
 
         def load(need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
-            words = load_run(base, w.integer(begin), count, need, epoch)
-            parts = w.floats(words)
-            return [w.total(parts[i : i + phase.splits]) for i in range(0, count, phase.splits)], words
+            words = load_run(base, first, count, need, epoch)
+            return [w.total(w.floats(words))], words
 
-        return Read(self.plan.batch, load, self.epoch)
+        return Read(1, load, self.epoch)
 
     def root(self, squares: Value) -> Value:
         """1 / root mean square of a stream from its sum of squares."""
@@ -162,18 +127,16 @@ class Emitter:
         return w.inverse_root(w.add_f(mean, w.number(self.launch.eps)))
 
     def number(self, values: Sequence[int], behind: int = 0) -> Value:
-        """As `Launch.number`, of this layer or the one before; the first is its own."""
+        """As `Launch.number`, of this layer or the one before."""
         if len(set(values)) == 1:
             return w.integer(values[0])
-        layer = w.select(w.below(self.layer, w.integer(behind)), self.layer, w.sub(self.layer, w.integer(behind)))
-        return load_number(self.launch, self.numbers, layer, values)
+        return load_number(self.launch, self.numbers, self._layer(behind), values)
 
-    def by_row(self, row: Value, values: list[Value]) -> Value:
-        """The row-th of values."""
-        found = values[0]
-        for number, value in enumerate(values[1:], 1):
-            found = w.select(w.equal(row, w.integer(number)), value, found)
-        return found
+    def _layer(self, behind: int) -> Value:
+        """This layer, or the one before; before the first there is none, and it is meant itself."""
+        if not behind:
+            return self.layer
+        return w.select(w.equal(self.layer, w.integer(0)), self.layer, w.sub(self.layer, w.integer(1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The op `decode_layers` as one persistent launch: its plan, and what it cannot serve."""
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 from pallas_kernels.decode import Decoded, DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
+from pallas_kernels.persistent.code import ACTIVATIONS
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS
 from pallas_kernels.persistent.tensor_maps import described_bytes
-from pallas_kernels.persistent.tuning import tuning_for
+from pallas_kernels.persistent.tuning import Tuning, tuning_for
 from pallas_kernels.products import BLOCK_DIAGONAL
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import Target, target
@@ -38,8 +40,6 @@ def refuses(
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot serve a call."""
     batch, tokens, _ = x.shape
-    packed = [part for layer in layers for part in (layer.qkv, layer.o, layer.gate_up, layer.down)] + [head]
-    biases = [layer.qkv.biases for layer in layers]
     if tokens != 1 or batch > LARGEST_BATCH:
         return f"{batch} sequences of {tokens} tokens; it serves up to {LARGEST_BATCH} of one"
     if any(a.dtype != jnp.bfloat16 for a in jax.tree.leaves((x, layers, norm, head, keys, values))):
@@ -52,14 +52,19 @@ def refuses(
         return f"a cache of {keys[0].shape[2]} slots, no multiple of {TILE_ROWS}"
     if heads_of(layers[0], keys)[0] > _MOST_QUERIES * keys[0].shape[1]:
         return f"more than {_MOST_QUERIES} queries a kv head"
-    if any(layer.gate != "silu" for layer in layers):
-        return "an activation other than silu"
-    if any(b is not None for part in packed if not any(part is layer.qkv for layer in layers) for b in part.biases):
-        return "biases of other projections than q, k and v"
-    if len({tuple(b is None for b in each) for each in biases}) > 1 or len({b is None for b in biases[0]}) > 1:
-        return "biases of some of q, k and v"
-    if any(len({up is None for up in part.ups}) > 1 for part in packed):
-        return "dense and low-rank members of one input"
+    return _refused_structure(layers, norm, head) or plan_here(x, layers, norm, head, keys, values)[0].problems()
+
+
+def _refused_structure(layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection) -> str | None:
+    """Why the kernel cannot serve layers that are built as these are."""
+    packed = [part for layer in layers for part in _projections(layer)] + [head]
+    gates = sorted({layer.gate for layer in layers})
+    if not set(gates) <= ACTIVATIONS.keys():
+        return f"a gate of {' and '.join(gates)}; it serves {', '.join(ACTIVATIONS)}"
+    if len(gates) > 1:
+        return f"layers of different gates: {' and '.join(gates)}"
+    if head.biases != (None,):
+        return "a bias of the head"
     if any((layer.q_norm is None) != (layer.k_norm is None) for layer in layers):
         return "a norm of queries or of keys alone"
     if any(up is not None and up.ndim != 2 for part in packed for up in part.ups):
@@ -70,11 +75,11 @@ def refuses(
     if len({n.eps for n in [*norms, norm]}) > 1:
         return "norms of different eps"
     if len({_structure(layer) for layer in layers}) > 1:
-        return "layers that differ in which sites are dense, in their outputs, or in having norms of queries and keys"
+        return "layers that differ in their outputs, in having biases, or in having norms of queries and keys"
     weights = [weight for part in packed for weight in (part.first, *part.ups) if weight is not None]
     if any(weight.shape[1] % 8 for weight in weights):
         return "a contraction axis that is no multiple of 8"
-    return _plan(x, layers, norm, head, keys, values)[0].problems()
+    return None
 
 
 def run(
@@ -86,7 +91,7 @@ def run(
     from pallas_kernels.persistent.tensor_maps import describe
 
     batch, _, width = x.shape
-    plan, operands = _plan(x, layers, norm, head, keys, values)
+    plan, operands = plan_here(x, layers, norm, head, keys, values)
     # One reference for both kernels, so that the cache of which the first tells the address is the one that the second changes.
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     of_cache = {id(array): ref for array, ref in zip((*keys, *values), caches, strict=True)}
@@ -104,23 +109,45 @@ def workspace(
     values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array,
 ) -> int:  # fmt: skip
     """Bytes of the words, and of the operands' tensor maps and addresses. Weights and caches are used as they are."""
-    plan, operands = _plan(x, layers, norm, head, keys, values)
+    plan, operands = plan_here(x, layers, norm, head, keys, values)
     return 4 * plan.words + described_bytes(len(operands))
 
 
-def _plan(
-    x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
-    values: Sequence[jax.Array],
-) -> tuple[Plan, list[jax.Array]]:  # fmt: skip
-    """For the GPU in use."""
+def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
+    """For the GPU in use, as `building.plan_of`: its arguments are all but the last two."""
     device = target()
-    return plan_of(x, layers, norm, head, keys, values, device.cores, tuning_for(device.kind))
+    leaves, tree = jax.tree.flatten(arguments)
+    shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    tuning = tuning_for(device.kind, arguments[0].shape[0])
+    plan, operands = _plan_of_shapes(tree, shapes, device.cores, tuning)
+    return plan, [leaves[number] for number in operands]
+
+
+@functools.lru_cache(maxsize=8)
+def _plan_of_shapes(
+    tree: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...], cores: int, tuning: Tuning
+) -> tuple[Plan, list[int]]:
+    """A plan, and its operands as numbers of leaves. It is asked for by who chooses a kernel, by who runs it, and again."""
+    leaves = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    x, layers, norm, head, keys, values = jax.tree.unflatten(tree, leaves)
+    plan, operands = plan_of(x, layers, norm, head, keys, values, cores, tuning)
+    number = {id(leaf): index for index, leaf in enumerate(leaves)}
+    return plan, [number[id(operand)] for operand in operands]
+
+
+def forget_plans() -> None:
+    """Has plans made anew, by who changes how they are made."""
+    _plan_of_shapes.cache_clear()
+
+
+def _projections(layer: DecoderLayer) -> tuple[PackedProjection, ...]:
+    return layer.qkv, layer.o, layer.gate_up, layer.down
 
 
 def _structure(layer: DecoderLayer) -> Any:
-    parts = (layer.qkv, layer.o, layer.gate_up, layer.down)
-    ups = tuple(tuple(up is None for up in part.ups) for part in parts)
-    return ups, tuple(part.d_outs for part in parts), layer.q_norm is None
+    parts = _projections(layer)
+    biases = tuple(tuple(bias is None for bias in part.biases) for part in parts)
+    return biases, tuple(part.d_outs for part in parts), layer.q_norm is None
 
 
 def _as_matrix(array: jax.Array) -> tuple[int, int]:

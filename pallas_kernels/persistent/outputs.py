@@ -6,7 +6,7 @@ import jax
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.columns import Output, columns
+from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.launch import Emitter, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
 from pallas_kernels.persistent.words import store_word
@@ -43,12 +43,13 @@ def collect(place: Place, output: Any) -> None:
 
     def body(e: Emitter, scalars: Any, refs: list[Value], arrays: Any) -> None:
         mine = w.add(w.mul(w.program(), w.integer(THREADS)), w.thread())
+        of = Columns(e, step.of)
 
         def turn(number: Value, _: Any) -> list[Value]:
             chunk = w.add(mine, w.mul(number, w.integer(plan.programs * THREADS)))
             real, chunk = w.below(chunk, w.integer(total)), w.smaller(chunk, w.integer(total - 1))
             row, column = w.quotient(chunk, of_row), w.mul(w.remainder(chunk, of_row), w.integer(CHUNK))
-            values = columns(e, Output(step.of), step.scaled, row, column)
+            values = columns(of, row, column)
             for i, value in enumerate(values):
                 at = w.add(column, w.integer(i))
                 offset = w.mul(w.add(at, w.mul(row, w.integer(step.columns))), w.integer(4))

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pallas_kernels.persistent.numbers import Numbers, outputs_of
+from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import (
     CHUNK,
     TILE_BYTES,
@@ -133,6 +135,19 @@ class Plan:
     def _words_of(self, steps: range) -> int:
         return sum(size for number in steps for size in self._sizes(number).values())
 
+    @functools.cached_property
+    def numbers(self) -> Numbers:
+        """What programs must know of each layer."""
+        return Numbers(self)
+
+    def normed_by(self, output: Output) -> int | None:
+        """The phase by whose norm an output is still to be divided, in the layers in which it is of that phase; None if none is.
+
+        Such a phase is a product of a normed input that was split: nobody had the divisor yet.
+        """
+        first, phase = output.phases[0], self.steps[output.phases[0]]
+        return first if isinstance(phase, Phase) and phase.source.kind == "stream" else None
+
     @staticmethod
     def epoch(layer: int) -> int:
         """What the words of a layer are marked with: never 0, which memory is cleared to. Layer -1 is the embedding."""
@@ -148,7 +163,9 @@ class Plan:
         if any(self.programs < len(phase.teams) * phase.splits for phase in phases):
             return "fewer programs than slices of an input"
         groups = [group for phase in phases for groups in phase.layers for group in groups]
-        if any(group.x_start % CHUNK or group.k % 8 for group in groups):
+        starts = {start for step in self.steps for output in outputs_of(step) for start in output.starts}
+        starts |= {group.x_start for group in groups}
+        if any(start % CHUNK for start in starts) or any(group.k % 8 for group in groups):
             return "a contraction axis that is no multiple of 8, or that begins at no multiple of 4"
         if self.layers > MOST_LAYERS:
             return f"more than {MOST_LAYERS} layers"

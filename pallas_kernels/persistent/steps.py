@@ -1,7 +1,10 @@
-"""What a persistent launch is made of, as data: its steps, the groups of rows they compute, what their inputs are."""
+"""What a persistent launch is made of, as data: its steps, and the groups of rows they compute."""
 
 import dataclasses
 import functools
+import itertools
+
+from pallas_kernels.persistent.sources import Output, Source
 
 TILE_ROWS, TILE_K = 64, 128
 """A weight tile: 64 output rows by 128 of the contraction axis, 16 KiB of bfloat16. One of keys or values: 64 slots of a head."""
@@ -15,6 +18,9 @@ CHUNK = 4
 HALF_TILE = 64
 """Columns of half a tile: what 128 bytes, the widest swizzle of a bulk copy, hold."""
 
+MOST_PARTS = 24
+"""Partial sums of a column: more words than these would have a thread wait for them one after the other."""
+
 HEAD_DIMS = (32, 64, 128)
 """That attention can have: halves that are a power of two of lanes, and no more than a tile has columns."""
 
@@ -27,7 +33,7 @@ class Group:
 
     Attributes:
       weight: number of the operand that holds them, [weight rows, k], among the operands of a layer.
-      rows: of output.
+      rows: of output; none in a layer where they are done already, whose operand is then any.
       k: contraction length.
       row_start: first row in the operand.
       x_start: first column of the input.
@@ -44,30 +50,6 @@ class Group:
         return -(-self.rows // TILE_ROWS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What the input of a phase is made of.
-
-    Attributes:
-      kind: "stream" the residual stream, normed; "sum" the output of a phase; "gated" its second half times the activation of its
-        first; "attended" the output of an attention.
-      of: that phase; of a stream the one whose output is added to it.
-      stream: of a stream, the phase that had it last.
-      behind: 1 if those two are of the layer before.
-      scaled: the phase whose norm is still to be divided by, if ``of`` is a product of a normed input that was split.
-      half: columns from a gate to what it gates.
-      scale: number of the operand with the norm's scale, of a stream.
-    """
-
-    kind: str
-    of: int
-    stream: int = 0
-    behind: int = 0
-    scaled: int | None = None
-    half: int = 0
-    scale: int = 0
-
-
 def share(tiles: int, sharers: int, index: int) -> range:
     """The tiles of one of those who share them: as many as the others have, but for one."""
     return range(tiles * index // sharers, tiles * (index + 1) // sharers)
@@ -76,6 +58,13 @@ def share(tiles: int, sharers: int, index: int) -> range:
 def sharer(tiles: int, sharers: int, tile: int) -> int:
     """Who has a tile."""
     return ((tile + 1) * sharers - 1) // tiles
+
+
+def most_pieces(tiles: int, k_tiles: int, sharers: int) -> int:
+    """Into how many pieces row tiles of ``k_tiles`` are divided by who share ``tiles`` of them."""
+    begins = range(0, tiles, k_tiles)
+    edges = ((sharer(tiles, sharers, begin), sharer(tiles, sharers, begin + k_tiles - 1)) for begin in begins)
+    return max((last - first + 1 for first, last in edges), default=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +105,11 @@ class Phase:
         reads = [tuple((groups[i].x_start, groups[i].k) for groups in self.layers) for i in count]
         return tuple(tuple(i for i in count if reads[i] == read) for read in dict.fromkeys(reads))
 
-    def row_tiles(self, layer: int) -> int:
-        return sum(group.row_tiles for group in self.layers[layer])
+    @functools.cached_property
+    def tile_starts(self) -> tuple[int, ...]:
+        """First row tile of each group in the output, the same in every layer; then the number of them all."""
+        most = (max(groups[i].row_tiles for groups in self.layers) for i in range(len(self.layers[0])))
+        return tuple(itertools.accumulate(most, initial=0))
 
     def team_tiles(self, team: int, layer: int) -> int:
         """Weight tiles of one of a team's splits."""
@@ -128,29 +120,40 @@ class Phase:
         return -(-self.layers[layer][self.teams[team][0]].k // (TILE_K * self.splits))
 
     @functools.cached_property
-    def _team_programs(self) -> dict[tuple[int, int], tuple[int, ...]]:
+    def _found(self) -> dict[tuple[str, int, int], tuple[int, ...]]:
+        """What `team_programs` and `sharers` have found, which are asked for often."""
         return {}
 
     def team_programs(self, layer: int, programs: int) -> tuple[int, ...]:
-        """How many programs each team has: a multiple of the splits, more where each of them has most to do."""
-        if (layer, programs) not in self._team_programs:
-            self._team_programs[layer, programs] = self._divide(layer, programs)
-        return self._team_programs[layer, programs]
+        """How many programs each team has: a multiple of the splits, more where each of them has most to do, none without rows."""
+        key = "programs", layer, programs
+        if key not in self._found:
+            self._found[key] = self._divide(layer, programs)
+        return self._found[key]
 
     def _divide(self, layer: int, programs: int) -> tuple[int, ...]:
-        sizes = [self.splits] * len(self.teams)
-        for _ in range(sum(sizes), programs, self.splits):
-            busiest = max(range(len(sizes)), key=lambda t: self.team_tiles(t, layer) / sizes[t])
+        busy = [team for team in range(len(self.teams)) if self.team_tiles(team, layer)]
+        sizes = [self.splits if team in busy else 0 for team in range(len(self.teams))]
+        for _ in range(sum(sizes), programs, self.splits) if busy else ():
+            busiest = max(busy, key=lambda t: self.team_tiles(t, layer) / sizes[t])
             sizes[busiest] += self.splits
         return tuple(sizes)
 
     def sharers(self, layer: int, programs: int) -> tuple[int, ...]:
-        """How many programs share the tiles of a split, in each team."""
-        sizes = self.team_programs(layer, programs)
-        return tuple(
-            min(size // self.splits, self.team_tiles(team, layer) // self.unit(team, layer))
-            for team, size in enumerate(sizes)
-        )
+        """How many programs share the tiles of a split, in each team; 0 in one without rows."""
+        key = "sharers", layer, programs
+        if key not in self._found:
+            sizes = self.team_programs(layer, programs)
+            self._found[key] = tuple(self._sharers(team, layer, size) for team, size in enumerate(sizes))
+        return self._found[key]
+
+    def _sharers(self, team: int, layer: int, size: int) -> int:
+        """As many as there are, but for those who would divide row tiles into too many pieces."""
+        tiles, k_tiles, unit = self.team_tiles(team, layer), self.k_tiles(team, layer), self.unit(team, layer)
+        found = min(size // self.splits, tiles // unit)
+        while found > 1 and unit == 1 and most_pieces(tiles, k_tiles, found) * self.splits > MOST_PARTS:
+            found -= 1
+        return found
 
     def unit(self, team: int, layer: int) -> int:
         """Weight tiles that are not divided."""
@@ -162,26 +165,30 @@ class Phase:
         units = share(self.team_tiles(team, layer) // unit, sharers, index)
         return range(units.start * unit, units.stop * unit)
 
+    def longer_if_whole(self, programs: int) -> int:
+        """By how many tiles the longest share grows if no row tile is divided."""
+        even = max(max(self.work(layer, programs)) for layer in range(len(self.layers)))
+        whole = dataclasses.replace(self, whole=True)
+        return max(max(whole.work(layer, programs)) for layer in range(len(self.layers))) - even
+
     def row_tiles_each(self, programs: int) -> float:
         """Row tiles that a program has, where it has fewest."""
         return min(
             self.team_tiles(team, layer) / self.k_tiles(team, layer) / sharers
             for layer in range(len(self.layers))
             for team, sharers in enumerate(self.sharers(layer, programs))
+            if sharers
         )
 
     def most_pieces(self, programs: int) -> int:
         """Into how many pieces the sharing out divides a row tile."""
         if self.whole:
             return 1
-        found = 1
-        for layer in range(len(self.layers)):
-            for team, sharers in enumerate(self.sharers(layer, programs)):
-                tiles, k_tiles = self.team_tiles(team, layer), self.k_tiles(team, layer)
-                for begin in range(0, tiles, k_tiles):
-                    first, last = (sharer(tiles, sharers, tile) for tile in (begin, begin + k_tiles - 1))
-                    found = max(found, last - first + 1)
-        return found
+        return max(
+            most_pieces(self.team_tiles(team, layer), self.k_tiles(team, layer), sharers)
+            for layer in range(len(self.layers))
+            for team, sharers in enumerate(self.sharers(layer, programs))
+        )
 
     def work(self, layer: int, programs: int) -> list[int]:
         """Weight tiles that each program has, counted from the one that the phase begins with."""
@@ -199,13 +206,18 @@ class Phase:
 
     def tile_shift(self, group: int, layer: int) -> int:
         """What to add to a row tile's number in the output to get its number among its team's, of the rows of a group."""
-        (team,) = (team for team in self.teams if group in team)
-        return -sum(self.layers[layer][i].row_tiles for i in range(group) if i not in team)
+        team = self.teams[self.team_of(group)]
+        return sum(self.layers[layer][i].row_tiles for i in team if i < group) - self.tile_starts[group]
 
-    @functools.cached_property
+    def team_of(self, group: int) -> int:
+        """Number of the team that has a group."""
+        (found,) = (number for number, team in enumerate(self.teams) if group in team)
+        return found
+
+    @property
     def padded_rows(self) -> int:
-        """Columns of an output array, of the layer that has most: every group begins at a whole tile."""
-        return max(self.row_tiles(layer) for layer in range(len(self.layers))) * TILE_ROWS
+        """Columns of an output array: every group begins at a whole tile, where it does in the layer that has most."""
+        return self.tile_starts[-1] * TILE_ROWS
 
     @functools.cached_property
     def activation_tiles(self) -> int:
@@ -215,15 +227,11 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Collect:
-    """The end: sums of a phase's partial sums as the launch's output, float32 [batch, columns]. All programs share the columns.
-
-    ``scaled`` is as of `Source`.
-    """
+    """The end: an output, summed up, as the launch's, float32 [batch, columns]. All programs share the columns."""
 
     name: str
-    of: int
+    of: Output
     columns: int
-    scaled: int | None
     activation_tiles: int = 0
 
     def work(self, layer: int, programs: int) -> list[int]:
@@ -239,10 +247,9 @@ class Attention:
     Attributes:
       head_dim: columns of a head.
       windows: of each layer, 0 for none.
-      of: the phase whose output holds q, k and v; ``columns`` is where they begin in it.
-      scaled: as of `Source`.
+      of: the outputs q, k and v.
       keys, values: numbers of the operands with the cache.
-      norms, biases: numbers of operands, of q and k, and of q, k and v; None if there are none.
+      norms: numbers of the operands of q and k; None if there are none.
     """
 
     name: str
@@ -251,13 +258,10 @@ class Attention:
     head_dim: int
     parts: int
     windows: tuple[int, ...]
-    of: int
-    columns: tuple[int, int, int]
-    scaled: int | None
+    of: tuple[Output, Output, Output]
     keys: int
     values: int
     norms: tuple[int, int] | None
-    biases: tuple[int, int, int] | None
     batch: int
 
     @property

@@ -1,7 +1,8 @@
 """Sizes of the persistent kernel that are found by measurement, not by thought.
 
 What was measured on a device is data, `tuned/<device>.json`, each figure with what it was chosen by; `bench/persistent_times.py`
-measures again. Where there is none, the defaults below serve.
+measures again. What serves larger batches better is told there by the batch from which on it holds. Where there is none, the
+defaults below serve.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ class Tuning:
       words_at_once: words that a thread waits for together, at the most: as many as its registers hold.
       largest_input: tiles; a phase with a larger input is split, so that more of shared memory is left for weights.
       whole_row_tiles: from so many row tiles a program on, they are shared out whole.
+      uneven_tiles: they are, too, where that makes no program's share longer by more tiles than this: who reads the output then has
+        fewer words to read, one for each split.
       most_parts: of a sequence's positions.
     """
 
@@ -27,11 +30,17 @@ class Tuning:
     words_at_once: int = 96
     largest_input: int = 12
     whole_row_tiles: int = 16
+    uneven_tiles: int = 0
     most_parts: int = 16
 
 
 @functools.cache
-def tuning_for(device: str) -> Tuning:
-    """For a device, by the name that it gives itself."""
+def tuning_for(device: str, batch: int) -> Tuning:
+    """For a device, by the name that it gives itself, and a number of sequences."""
     found = table("pallas_kernels.persistent", device)
-    return Tuning(**found["tuning"]) if found else Tuning()
+    if not found:
+        return Tuning()
+    sizes = dict(found["tuning"])
+    for least, others in sorted(found["from_batch"].items(), key=lambda item: int(item[0])):
+        sizes |= others if batch >= int(least) else {}
+    return Tuning(**sizes)

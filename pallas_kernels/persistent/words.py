@@ -14,13 +14,11 @@ from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, scf
 
 from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent import stalls
 from pallas_kernels.persistent.code import Value
 
 SPINS = 2_000_000
 """Attempts to read a word before a program goes on without it: seconds, where the longest wait is microseconds."""
-
-STALL_INTEGERS = 4
-"""What a wait in vain writes."""
 
 
 def load_words(base: Value, offset: Value, there: Value, epoch: Value) -> list[Value]:
@@ -29,6 +27,20 @@ def load_words(base: Value, offset: Value, there: Value, epoch: Value) -> list[V
     code = _unless(4, "$6", "$7") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
     code = w.at_offset("$4", "$5") + code + " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
     return w.ptx(code, base, offset, w.flag(there), epoch, results=[w.int_type()] * 4)
+
+
+def load_part(first: Value, part: int, step: Value | int, there: Value, epoch: Value) -> list[Value]:
+    """The same of the ``part``-th of several, ``step`` bytes apart from the address ``first`` on, if that bit of ``there`` is set.
+
+    Where it lies, and whether it is there, is found out anew with every attempt: registers are for words.
+    """
+    loaded = ", ".join(f"v{i}" for i in range(4))
+    at = f"mad.wide.u32 a, $7, {part}, $4;" if not isinstance(step, int) else f"add.u64 a, $4, {part * step};"
+    code = f"{{ .reg .u64 a; .reg .u32 m; {at} and.b32 m, $5, {1 << part}; "
+    code += _unless(4, "m", "$6") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
+    code += " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
+    varying = [] if isinstance(step, int) else [step]
+    return w.ptx(code, first, there, epoch, *varying, results=[w.int_type()] * 4)
 
 
 def load_run(base: Value, first: Value, count: int, there: Value, epoch: Value) -> list[Value]:
@@ -52,9 +64,18 @@ def _unless(words: int, there: str, epoch: str) -> str:
 
 def store_word(base: Value, offset: Value, value: Value, epoch: Value, condition: Value) -> None:
     """A float as a word of an epoch."""
-    word = arith.ori(w.both(arith.bitcast(w.int_type(), value), w.integer(-256)), epoch)
     code = w.at_offset("$0", "$1") + ".reg .pred q; setp.ne.u32 q, $3, 0; @q st.relaxed.gpu.global.u32 [a], $2; }"
-    w.ptx(code, base, offset, word, w.flag(condition))
+    w.ptx(code, base, offset, _word(value, epoch), w.flag(condition))
+
+
+def store_words(base: Value, offset: Value, values: Sequence[Value], epoch: Value, condition: Value) -> None:
+    """Four of them, whose offset is a multiple of 16."""
+    code = ".reg .pred q; setp.ne.u32 q, $6, 0; @q st.relaxed.gpu.global.v4.u32 [a], {$2,$3,$4,$5}; }"
+    w.ptx(w.at_offset("$0", "$1") + code, base, offset, *(_word(v, epoch) for v in values), w.flag(condition))
+
+
+def _word(value: Value, epoch: Value) -> Value:
+    return arith.ori(w.both(arith.bitcast(w.int_type(), value), w.integer(-256)), epoch)
 
 
 def differ(words: Sequence[Value], epoch: Value) -> Value:
@@ -71,13 +92,13 @@ class Patience:
 
     Attributes:
       attempts: byte address in shared memory of the number of attempts.
-      stall: base of an int32 [4] in GPU memory.
-      step, epoch: what is waited for.
+      stall: address of an integer in GPU memory.
+      step, epoch: what is waited for; the step as a number among `stalls.STEPS`.
     """
 
     attempts: Value
     stall: Value
-    step: Value
+    step: int
     epoch: Value
 
 
@@ -98,7 +119,7 @@ def until_written(reads: Sequence[Read], patience: Patience) -> list[list[Value]
 
     What has been found is not read again: polls of many programs would crowd out the weights, and each other.
     After too many attempts it gives NaN, and so does all that depends on it, says so in ``patience.stall`` and makes all later
-    waits of this program short: a kernel that spins must end, and never with a wrong number.
+    waits of this program short, which then say nothing: a kernel that spins must end, and never with a wrong number.
     """
     counts = [read.count for read in reads]
     types = [*[w.float_type()] * sum(counts), *[w.int_type()] * (len(reads) + 1)]
@@ -117,7 +138,7 @@ def until_written(reads: Sequence[Read], patience: Patience) -> list[list[Value]
         scf.yield_(list(after.arguments))
     *results, _ = loop.results
     found, late = results[: sum(counts)], functools.reduce(w.either, results[sum(counts) :])
-    _give_up(late, patience)
+    _give_up(late, limit, patience)
     nan = w.select(w.below(w.integer(0), late), w.number(math.nan), w.number(0.0))
     numbers = iter([w.add_f(value, nan) for value in found])
     return [list(itertools.islice(numbers, count)) for count in counts]
@@ -136,9 +157,10 @@ def _attempt(
     return values, late
 
 
-def _give_up(late: Value, patience: Patience) -> None:
-    """Says where a wait was in vain, if it was, and that this program need not wait any more."""
-    code = "{ .reg .pred q; setp.ne.u32 q, $0, 0; @q st.global.v4.u32 [$1], {$2,$3,$4,$5}; @q st.shared.u32 [$6], $2; }"
-    w.ptx(
-        code, late, patience.stall, w.integer(1), patience.step, w.program(), patience.epoch, patience.attempts
-    )  # fmt: skip
+def _give_up(late: Value, limit: Value, patience: Patience) -> None:
+    """Says where a wait was in vain, if it was the first of this program, and that it need not wait any more."""
+    said = w.mul(w.sub(w.integer(stalls.LAST), patience.epoch), w.integer(1 << stalls.LAYER_BITS))
+    said = w.either(said, w.integer(stalls.LAST - patience.step << stalls.STEP_BITS))
+    code = "{ .reg .pred q; setp.ne.u32 q, $0, 0; @q st.shared.u32 [$1], 1; setp.ne.and.u32 q, $2, 1, q; "
+    code += "@q red.relaxed.gpu.global.max.u32 [$3], $4; }"
+    w.ptx(code, late, patience.attempts, limit, patience.stall, w.either(said, w.program()))

@@ -18,13 +18,14 @@ from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import schema
-from flashsvd_jax.shapes import SHAPES, mixed_config, shape_config
+from flashsvd_jax.shapes import SHAPES, mixed_config, partly_dense_config, shape_config
 
 BATCH, PROMPT, NEW = 2, 7, 5
 CONFIGS = {
     "low rank": shape_config("tiny", 0.5),
     "dense": shape_config("tiny"),
     "mixed": mixed_config("tiny", 0.5),
+    "partly dense": partly_dense_config("tiny", 0.5),
     "other theta": ModelConfig.from_hf(SHAPES["tiny"] | {"rope_theta": 500.0, "num_hidden_layers": 2}),
 }
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import persistent_times
 import pytest
+from decoder_cases import DecoderCase
 from h200_target import as_on_h200, on_h200
 
 from flashsvd_jax.kv_cache import empty_cache
@@ -11,7 +12,9 @@ from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import build_weights
 from flashsvd_jax.schema import abstract_params, flatten
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import hardware_rank, prefer
+from pallas_kernels import assume_target, hardware_rank, prefer
+from pallas_kernels.persistent import layers
+from pallas_kernels.target import H200
 
 
 def lowered(variant: str) -> str:
@@ -35,3 +38,14 @@ def test_a_variant_lowers_and_leaves_the_kernel_as_it_was(variant: str) -> None:
     before = [getattr(owner, name) for owner, name, _ in patches]
     assert "mosaic_gpu" in lowered(variant)
     assert [getattr(owner, name) for owner, name, _ in patches] == before
+
+
+def test_a_plan_that_was_made_before_does_not_hide_a_variant() -> None:
+    case = DecoderCase(1, 4096, 11008, 32, 32, (1024, 1488), (511,))
+    arguments = jax.eval_shape(case.arguments)[:6]
+    with assume_target(H200):
+        before = layers.plan_here(*arguments)[0]
+        for variant in ("half the splits", "half the parts", "inputs of 8 tiles", "all row tiles whole"):
+            with persistent_times.patched(persistent_times.VARIANTS[variant]):
+                assert layers.plan_here(*arguments)[0] != before
+            assert layers.plan_here(*arguments)[0] == before

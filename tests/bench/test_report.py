@@ -71,8 +71,8 @@ def test_whole_requests_have_a_table_of_their_own(tmp_path: Path) -> None:
 
 
 def test_mixed_ranks_are_a_setting_of_their_own(tmp_path: Path) -> None:
-    found = read(tmp_path, row(ranks="uniform"), row(ms=2.2, ranks="mixed"))
-    assert [line[1] for line in cells(tables.decode(found))[2:]] == ["0.50", "0.50, mixed"]
+    found = read(tmp_path, *(row(ms=2.2, ranks=ranks) for ranks in ("uniform", "mixed", "partly dense")))
+    assert [line[1] for line in cells(tables.decode(found))[2:]] == ["0.50", "0.50, mixed", "0.50, partly dense"]
     assert plots.plots(found) == {}
 
 

@@ -1,6 +1,7 @@
 """Which kernels an engine uses: chosen for its target, preferred by name, told afterwards, and the same tokens from all."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.schema import schema
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import assume_target, hardware_rank
+from pallas_kernels.persistent import stalls
 from pallas_kernels.target import H200
 
 
@@ -56,11 +58,22 @@ def test_interpreted_kernels_give_the_tokens_of_plain_xla() -> None:
 
 
 def test_a_kernel_that_gave_up_is_an_error_that_says_where() -> None:
-    check_stall(np.zeros(4, np.int32))
-    with pytest.raises(KernelError, match=r"block 17, phase 3 of layer 5.*kernels='products'"):
-        check_stall(np.array([1, 3, 17, 7], np.int32))
-    with pytest.raises(KernelError, match="where operand 12 is"):
-        check_stall(np.array([2, 12, 0, 0], np.int32))
+    check_stall(np.zeros(1, np.int32))
+    for integer, said in (
+        (stalls.of_wait("o up", 5, 17), r"for the input of 'o up' in layer 5, block 17.*kernels='products'"),
+        (stalls.of_wait("logits", 250, 131), "for the input of 'logits', block 131"),
+        (stalls.of_operand(12), "where operand 12 is"),
+    ):
+        with pytest.raises(KernelError, match=said):
+            check_stall(np.array([integer], np.int32))
+
+
+def test_the_earliest_stall_comes_before_others() -> None:
+    """The largest integer stays: that of the first layer, there of the first step; an operand in another place explains all."""
+    steps = [(layer, step) for layer in (0, 1, 249) for step in stalls.STEPS]
+    waits = [stalls.of_wait(step, layer, program) for layer, step in steps for program in (0, 131)]
+    assert all(a > b for of in (waits[::2], waits[1::2]) for a, b in itertools.pairwise(of))
+    assert min(waits) > 0 and max(waits) < stalls.of_operand(0) < stalls.of_operand(10_000) < 2**31
 
 
 def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +82,7 @@ def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatc
 
     def stalled(*arguments: Any) -> Any:
         *results, stall = decode(*arguments)
-        return *results, stall.at[0].set(1)
+        return *results, stall.at[0].set(stalls.of_wait("qkv", 0, 0))
 
     monkeypatch.setattr(engine, "_decode_greedily", stalled)
     with pytest.raises(KernelError, match="gave up waiting"):

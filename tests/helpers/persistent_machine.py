@@ -16,7 +16,14 @@ from persistent_models import EPS, Item, items_of, pieces_of
 
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect
+from pallas_kernels.persistent.sources import Output
+from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect, Phase
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+}
 
 
 @functools.cache
@@ -107,12 +114,13 @@ class Machine:
     def embed(self, g: int) -> None:
         """Four columns a thread, 128 threads a program."""
         plan, (source, epoch) = self.plan, (self.plan.steps[0].source, self.plan.epoch(-1))
+        (added,) = source.of
         columns = np.arange(plan.batch * plan.width)
         mine = columns[columns // 512 % plan.programs == g]
         self.write(epoch, plan.offset("stream", source.stream) + mine, self.x.ravel()[mine])
         row, column = divmod(mine, plan.width)
-        for part in range(plan.steps[source.of].parts):
-            self.write(epoch, self.sums_at(source.of, part, row, column), 0.0)
+        for part in range(plan.steps[added.steps[0]].parts):
+            self.write(epoch, self.sums_at(added.steps[0], part, row, added.starts[0] + column), 0.0)
 
     def sums_at(self, number: int, part: Any, row: Any, column: Any) -> Any:
         padded = self.plan.steps[number].padded_rows
@@ -159,26 +167,32 @@ class Machine:
     def columns(self, number: int, layer: int, at: np.ndarray) -> Run:
         """[batch, columns] of a phase's input."""
         plan, source = self.plan, self.plan.steps[number].source
-        epoch = plan.epoch(layer) - source.behind
         if source.kind == "attended":
-            return (yield from self.attended(epoch, source.of, at))
-        values = yield from self.sums(epoch, source.of, self.rows, at)
+            return (yield from self.attended(plan.epoch(layer), source.attention, at))
+        found = []
+        for output in source.of:
+            found.append((yield from self.output(output, layer - source.behind, self.rows, at)))
         if source.kind == "stream":
             before = plan.offset("stream", source.stream) + self.rows[:, None] * plan.width + at
-            return values + (yield from self.read(epoch, before))
-        root = 1.0 if source.scaled is None else (yield from self.roots(epoch, source.scaled))[:, None]
-        if source.kind == "sum":
-            return root * values
-        gate, up = root * values, root * (yield from self.sums(epoch, source.of, self.rows, at + source.half))
-        return gate / (1 + np.exp(-gate)) * up
+            return found[0] + (yield from self.read(plan.epoch(layer) - source.behind, before))
+        return ACTIVATIONS[source.activation](found[0]) * found[1] if source.kind == "gated" else found[0]
 
-    def sums(self, epoch: int, number: int, rows: np.ndarray, at: np.ndarray) -> Run:
+    def output(self, output: Output, layer: int, rows: np.ndarray, at: np.ndarray) -> Run:
+        """[rows, columns] of an output. Layer -1 is the embedding, which lies where the first layer's does."""
+        plan, own, epoch = self.plan, min(max(layer, 0), len(output.steps) - 1), self.plan.epoch(layer)
+        number = output.steps[own]
+        found = yield from self.sums(epoch, number, own, rows, output.starts[own] + at)
+        if isinstance(plan.steps[number], Phase) and plan.steps[number].source.kind == "stream":
+            found = found * (yield from self.roots(epoch, number))[rows, None]
+        return found if output.bias is None or layer < 0 else found + self.operand(layer, output.bias)[at]
+
+    def sums(self, epoch: int, number: int, own: int, rows: np.ndarray, at: np.ndarray) -> Run:
         """[rows, columns] of a phase's output."""
         plan, phase = self.plan, self.plan.steps[number]
-        own = max(epoch - plan.epoch(0), 0) if number < plan.in_layer else 0
         if (number, own) not in self.pieces:
             self.pieces[number, own] = np.array(pieces_of(plan, number, own))
         pieces = self.pieces[number, own][at // TILE_ROWS]
+        assert pieces.all(), "columns that the layer does not have"
         found = np.zeros((len(rows), len(at)))
         for split, piece in itertools.product(range(phase.splits), range(phase.pieces)):
             there = pieces > piece
@@ -218,20 +232,18 @@ class Machine:
         weight = self.operand(layer, group.weight)[begin : begin + TILE_ROWS, first : first + x.shape[1]]
         y = np.zeros((plan.batch, TILE_ROWS))
         y[:, : weight.shape[0]] = x[:, : weight.shape[1]] @ weight.T
-        row = (sum(other.row_tiles for other in groups[:index]) + within) * TILE_ROWS
+        row = (sum(max(layer[i].row_tiles for layer in phase.layers) for i in range(index)) + within) * TILE_ROWS
         part = item.split * phase.pieces + item.piece
         at = self.sums_at(number, part, self.rows[:, None], row + np.arange(TILE_ROWS))
         self.write(plan.epoch(layer), at, y)
 
     def collect(self, step: Collect, layer: int, g: int) -> Run:
         """Four columns a thread, 128 threads a program."""
-        epoch, of_row = self.plan.epoch(layer), -(-step.columns // 4)
+        of_row = -(-step.columns // 4)
         mine = [c for c in range(self.plan.batch * of_row) if c // 128 % self.plan.programs == g]
         for row, chunk in (divmod(c, of_row) for c in mine):
             columns = np.arange(4 * chunk, 4 * chunk + 4)
-            (values,) = yield from self.sums(epoch, step.of, np.array([row]), columns)
-            if step.scaled is not None:
-                values = values * (yield from self.roots(epoch, step.scaled))[row]
+            (values,) = yield from self.output(step.of, layer, np.array([row]), columns)
             real = columns[columns < step.columns]
             assert np.isnan(self.logits[row, real]).all(), "an output is written twice"
             self.logits[row, real] = values[: real.size]
@@ -264,13 +276,9 @@ class Machine:
 
     def head(self, of: Attention, layer: int, row: int, which: int, head: int) -> Run:
         """A head of the queries (0), keys (1) or values (2), normed and rotated."""
-        within, epoch = head * of.head_dim + np.arange(of.head_dim), self.plan.epoch(layer)
-        ((*values,),) = yield from self.sums(epoch, of.of, np.array([row]), of.columns[which] + within)
+        within = head * of.head_dim + np.arange(of.head_dim)
+        ((*values,),) = yield from self.output(of.of[which], layer, np.array([row]), within)
         found = np.array(values)
-        if of.scaled is not None:
-            found *= (yield from self.roots(epoch, of.scaled))[row]
-        if of.biases is not None:
-            found += self.operand(layer, of.biases[which])[within]
         if which == 2:
             return found
         if of.norms is not None:

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,14 +23,16 @@ from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import Phase
 
 EPS = 1e-5
-Ranks = tuple[int | None, ...]
+Ranks = tuple[int | tuple[int | None, ...] | None, ...]
+"""Of each layer: of all its projections, or of every one."""
 Draw = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Sizes of a decoder. ``attention`` and ``mlp`` hold a rank for each layer, None where it is dense; members of one input have
-    ranks 8 apart. Gate and up have one first factor in the layers that are ``shared``."""
+    """Sizes of a decoder. ``attention`` and ``mlp`` hold a rank for each layer, None where it is dense, or one for each of q, k, v
+    and o, of gate, up and down; members of one input that are given one rank have ranks 8 apart. Gate and up have one first factor
+    in the layers that are ``shared``. Biases of q, k and v alone are "qkv"."""
 
     attention: Ranks = (None, None)
     mlp: Ranks = (None, None)
@@ -45,7 +47,8 @@ class Model:
     slots: int = 192
     windows: tuple[int | None, ...] = (None, None, None)
     norms: bool = False
-    biases: bool = False
+    biases: str = ""
+    gate: str = "silu"
     shared: tuple[int, ...] = ()
     dtype: Any = jnp.float32
 
@@ -58,7 +61,7 @@ class Model:
             draw(self.batch, 1, self.width, dtype=self.dtype),
             tuple(self.layer(draw, index) for index in range(len(self.attention))),
             self.norm(draw, self.width),
-            self.packed(draw, self.width, self.head, self.vocab),
+            self.packed(draw, self.width, [self.head], self.vocab),
             keys,
             values,
             jnp.cos(angles),
@@ -67,36 +70,53 @@ class Model:
         )
 
     def layer(self, draw: Draw, index: int) -> DecoderLayer:
-        attention, mlp = self.attention[index], self.mlp[index]
+        attention, mlp = _of_members(self.attention[index], 3), _of_members(self.mlp[index], 2)
         inner, of_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        qkv = self.packed(draw, self.width, attention, inner, of_kv, of_kv)
-        if self.biases:
-            biases = tuple(draw(width, dtype=self.dtype) for width in (inner, of_kv, of_kv))
-            qkv = dataclasses.replace(qkv, biases=biases)
+        everywhere = self.biases == "all"
         return DecoderLayer(
             input_norm=self.norm(draw, self.width),
-            qkv=qkv,
+            qkv=self.packed(draw, self.width, attention[:3], inner, of_kv, of_kv, biases=bool(self.biases)),
             q_norm=self.norm(draw, self.head_dim) if self.norms else None,
             k_norm=self.norm(draw, self.head_dim) if self.norms else None,
-            o=self.packed(draw, inner, attention, self.width),
+            o=self.packed(draw, inner, attention[3:], self.width, biases=everywhere),
             mlp_norm=self.norm(draw, self.width),
-            gate_up=self.packed(draw, self.width, mlp, self.ff, self.ff, shared=index in self.shared),
-            down=self.packed(draw, self.ff, mlp, self.width),
-            gate="silu",
+            gate_up=self.packed(
+                draw, self.width, mlp[:2], self.ff, self.ff, biases=everywhere, shared=index in self.shared
+            ),
+            down=self.packed(draw, self.ff, mlp[2:], self.width, biases=everywhere),
+            gate=self.gate,
             window=self.windows[index],
         )
 
     def norm(self, draw: Draw, width: int) -> Norm:
         return Norm(1 + draw(width, dtype=self.dtype) * 0.3, EPS)
 
-    def packed(self, draw: Draw, d_in: int, rank: int | None, *d_outs: int, shared: bool = False) -> PackedProjection:
+    def packed(
+        self,
+        draw: Draw,
+        d_in: int,
+        ranks: Sequence[int | None],
+        *d_outs: int,
+        biases: bool = False,
+        shared: bool = False,
+    ) -> PackedProjection:
         weight = lambda *shape: draw(*shape, dtype=self.dtype) * shape[-1] ** -0.5  # noqa: E731
-        if rank is None:
-            return pack([Projection(weight=weight(d_out, d_in)) for d_out in d_outs])
-        ranks = [rank + (0 if shared else 8 * member) for member in range(len(d_outs))]
-        downs = [weight(rank, d_in)] * len(d_outs) if shared else [weight(rank, d_in) for rank in ranks]
-        ups = [weight(d_out, rank) for d_out, rank in zip(d_outs, ranks, strict=True)]
-        return pack([Projection(down=down, up=up) for down, up in zip(downs, ups, strict=True)])
+        found, one = [], weight(ranks[0], d_in) if shared and ranks[0] else None
+        for d_out, rank in zip(d_outs, ranks, strict=True):
+            bias = draw(d_out, dtype=self.dtype) if biases else None
+            if rank is None:
+                found.append(Projection(weight=weight(d_out, d_in), bias=bias))
+                continue
+            down = weight(rank, d_in) if one is None else one
+            found.append(Projection(down=down, up=weight(d_out, down.shape[0]), bias=bias))
+        return pack(found)
+
+
+def _of_members(ranks: int | tuple[int | None, ...] | None, packed: int) -> tuple[int | None, ...]:
+    """Of a layer's ``packed`` members of one input, and of the projection that follows them."""
+    if isinstance(ranks, tuple):
+        return ranks
+    return (*(None if ranks is None else ranks + 8 * member for member in range(packed)), ranks)
 
 
 def arrays_of(model: Model) -> tuple[Any, ...]:
@@ -132,6 +152,8 @@ def items_of(plan: Plan, number: int, layer: int, program: int) -> list[Any]:
     if not isinstance(step, Phase):
         return list(range(turn, step.items, plan.programs))
     sizes = step.team_programs(layer, plan.programs)
+    if not any(sizes):
+        return []
     team = next(t for t in range(len(sizes)) if turn < sum(sizes[: t + 1]))
     index, split = divmod(turn - sum(sizes[:team]), step.splits)
     sharers, k_tiles = step.sharers(layer, plan.programs)[team], step.k_tiles(team, layer)
@@ -158,6 +180,8 @@ def pieces_of(plan: Plan, number: int, layer: int) -> tuple[int, ...]:
         (team,) = (t for t, groups in enumerate(phase.teams) if i in groups)
         before = sum(phase.layers[layer][j].row_tiles for j in phase.teams[team] if j < i)
         found += [taken[team, before + tile] for tile in range(group.row_tiles)]
+        # Rows that only other layers have: who reads them here has gone astray.
+        found += [0] * (max(groups[i].row_tiles for groups in phase.layers) - group.row_tiles)
     return tuple(found)
 
 
@@ -169,12 +193,23 @@ MODELS = {
     "dense attention, low-rank MLP": Model(DENSE, (64, 200, 136), batch=3, windows=(None, 64, 100)),
     "grouped queries, one window": Model(LOW_RANK[:2], DENSE[:2], batch=1, heads=4, windows=(100, None)),
     "heads of 32": Model(LOW_RANK[:2], LOW_RANK[1:], heads=8, kv_heads=4, head_dim=32, norms=True, windows=(65, None)),
-    "heads of 64": Model(DENSE[:2], LOW_RANK[:2], batch=1, heads=4, head_dim=64, biases=True),
-    "norms and biases": Model(LOW_RANK[:2], LOW_RANK[1:], kv_heads=1, norms=True, biases=True, windows=(65, 1)),
-    "norms and biases of dense ones": Model(DENSE[:2], DENSE[:2], head=64, batch=3, heads=4, norms=True, biases=True),
+    "heads of 64": Model(DENSE[:2], LOW_RANK[:2], batch=1, heads=4, head_dim=64, biases="qkv"),
+    "norms and biases": Model(LOW_RANK[:2], LOW_RANK[1:], kv_heads=1, norms=True, biases="qkv", windows=(65, 1)),
+    "norms and biases of dense ones": Model(DENSE[:2], DENSE[:2], head=64, batch=3, heads=4, norms=True, biases="qkv"),
     "one first factor for gate and up": Model(LOW_RANK, LOW_RANK, batch=1, kv_heads=1, shared=(0, 2)),
     "split inputs": Model((136, 72), DENSE[:2], batch=3, heads=8, width=1024),
     "many rows": Model(DENSE[:2], LOW_RANK[:2], batch=1, vocab=8200),
+    "dense among low rank": Model(
+        ((None, 72, 40, 136), (136, None, 40, None), (None, None, None, 64)),
+        ((None, 64, 200), (136, None, None), (136, 136, 40)),
+        batch=3,
+        heads=4,
+        norms=True,
+        biases="all",
+        shared=(2,),
+    ),
+    "some layers dense": Model((None, 72, 136), (200, None, (None, None, 64)), batch=2, biases="qkv", gate="gelu_tanh"),
+    "first layer low rank": Model((72, None), (136, None), batch=1, heads=4, width=1024, biases="all", gate="gelu"),
     "split latents": Model(DENSE[:2], (1000, 64), 904, kv_heads=1, width=1024, ff=1160, norms=True, shared=(0,)),
 }
 
@@ -188,14 +223,21 @@ def eighths(most: int) -> st.SearchStrategy[int]:
 def models(draw: st.DrawFn) -> Model:
     """Of any structure that the kernel serves."""
     count = draw(st.integers(1, 4))
-    ranks = st.just((None,) * count) | st.tuples(*[eighths(160)] * count)
+
+    def ranks(members: int) -> st.SearchStrategy[Ranks]:
+        some = st.none() | eighths(160)
+        mixed = st.tuples(*[some | st.tuples(*[some] * members)] * count)
+        return st.just((None,) * count) | st.tuples(*[eighths(160)] * count) | mixed
+
     kv_heads = draw(st.sampled_from([1, 2, 8]))
+    everywhere, gates = ["", "qkv", "all"], ["silu", "gelu", "gelu_tanh"]
     return Model(
-        attention=draw(ranks), mlp=draw(ranks), head=draw(st.none() | eighths(80)), batch=draw(st.integers(1, 4)),
+        attention=draw(ranks(4)), mlp=draw(ranks(3)), head=draw(st.none() | eighths(80)), batch=draw(st.integers(1, 4)),
         head_dim=draw(st.sampled_from([32, 64, 128])),
         heads=kv_heads * draw(st.integers(1, 8)), kv_heads=kv_heads, width=draw(eighths(200)), ff=draw(eighths(300)),
         vocab=draw(st.integers(1, 700)), windows=draw(st.tuples(*[st.none() | st.integers(1, 300)] * count)),
-        norms=draw(st.booleans()), biases=draw(st.booleans()), shared=draw(st.sampled_from([(), (0,), (1, 2)])),
+        norms=draw(st.booleans()), gate=draw(st.sampled_from(gates)), biases=draw(st.sampled_from(everywhere)),
+        shared=draw(st.sampled_from([(), (0,), (1, 2)])),
     )  # fmt: skip
 
 

@@ -11,18 +11,35 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from persistent_models import MODELS, PROGRAMS, Item, Model, eighths, items_of, models, pieces_of, plan_of, shapes_of
+from persistent_models import (
+    LOW_RANK,
+    MODELS,
+    PROGRAMS,
+    Item,
+    Model,
+    eighths,
+    items_of,
+    models,
+    pieces_of,
+    plan_of,
+    shapes_of,
+)
 
-from pallas_kernels.persistent import attend
-from pallas_kernels.persistent.launch import SMALL_FLOATS, numbers_of, varying
+from pallas_kernels.persistent import attend, building
+from pallas_kernels.persistent.launch import SMALL_FLOATS
+from pallas_kernels.persistent.numbers import outputs_of
 from pallas_kernels.persistent.plan import SHARED_MEMORY, Plan, parts_for, splits_for
+from pallas_kernels.persistent.sources import Output, Source
 from pallas_kernels.persistent.steps import (
+    MOST_PARTS,
     TILE_BYTES,
     TILE_K,
     TILE_ROWS,
     Attention,
     Collect,
+    Group,
     Phase,
+    most_pieces,
     sharer,
 )
 from pallas_kernels.persistent.tuning import Tuning, tuning_for
@@ -75,22 +92,27 @@ def test_every_tile_has_one_program_and_programs_have_alike(model: Model, progra
 def check_teams(phase: Phase, layer: int, programs: int, taken: list[Item]) -> None:
     """Every team computes all its tiles and reads one slice; programs of a split have alike, and teams nearly so."""
     sizes, groups = phase.team_programs(layer, programs), phase.layers[layer]
-    assert sum(sizes) == programs and all(size > 0 and size % phase.splits == 0 for size in sizes)
+    rows = [sum(groups[i].row_tiles for i in team) for team in phase.teams]
+    assert [size > 0 for size in sizes] == [count > 0 for count in rows]
+    assert sum(sizes) == (programs if any(rows) else 0) and all(size % phase.splits == 0 for size in sizes)
     assert sorted(i for team in phase.teams for i in team) == list(range(len(groups)))
     tiles = [(i.team, i.split, i.row_tile, tile) for i in taken for tile in range(i.begin, i.end)]
     wanted = []
     for number, team in enumerate(phase.teams):
-        rows, k_tiles = sum(groups[i].row_tiles for i in team), phase.k_tiles(number, layer)
-        wanted += itertools.product([number], range(phase.splits), range(rows), range(k_tiles))
+        k_tiles = phase.k_tiles(number, layer)
+        wanted += itertools.product([number], range(phase.splits), range(rows[number]), range(k_tiles))
         assert len({(groups[i].x_start, groups[i].k) for i in team}) == 1
         assert k_tiles * phase.splits * TILE_K >= groups[team[0]].k
-        assert (phase.team_tiles(number, layer), phase.sharers(layer, programs)[number]) == (
-            rows * k_tiles,
-            min(sizes[number] // phase.splits, rows if phase.whole else rows * k_tiles),
-        )
+        in_all, sharers = rows[number] * k_tiles, phase.sharers(layer, programs)[number]
+        assert phase.team_tiles(number, layer) == in_all
+        most = min(sizes[number] // phase.splits, rows[number] * (1 if phase.whole else k_tiles))
+        # Fewer only where one more would divide row tiles into too many pieces.
+        fewer = sharers < most and most_pieces(in_all, k_tiles, sharers + 1) * phase.splits > MOST_PARTS
+        assert sharers == most or fewer
     assert sorted(tiles) == sorted(wanted)
-    shares = [phase.team_tiles(t, layer) / size for t, size in enumerate(sizes)]
-    for slow, fast in itertools.permutations(range(len(sizes)), 2):
+    busy = [team for team, size in enumerate(sizes) if size]
+    shares = {team: phase.team_tiles(team, layer) / sizes[team] for team in busy}
+    for slow, fast in itertools.permutations(busy, 2):
         if sizes[fast] > phase.splits:
             assert shares[slow] <= phase.team_tiles(fast, layer) / (sizes[fast] - phase.splits)
 
@@ -101,11 +123,11 @@ def check_pieces(plan: Plan, number: int, layer: int) -> None:
     assert isinstance(phase, Phase)
     pieces = pieces_of(plan, number, layer)
     if phase.whole:
-        assert phase.row_tiles_each(plan.programs) >= plan.tuning.whole_row_tiles and set(pieces) == {phase.pieces} == {
-            1
-        }
+        many = phase.row_tiles_each(plan.programs) >= plan.tuning.whole_row_tiles
+        assert many or phase.longer_if_whole(plan.programs) <= plan.tuning.uneven_tiles
+        assert set(pieces) - {0} <= {phase.pieces} == {1}
         return
-    assert max(pieces) <= phase.pieces and phase.parts == phase.splits * phase.pieces
+    assert max(pieces) <= phase.pieces and phase.parts == phase.splits * phase.pieces <= MOST_PARTS
     row_tile = 0
     for i, group in enumerate(phase.layers[layer]):
         (team,) = (t for t, groups in enumerate(phase.teams) if i in groups)
@@ -116,6 +138,7 @@ def check_pieces(plan: Plan, number: int, layer: int) -> None:
             first, last = (sharer(tiles, sharers, tile) for tile in (begin, begin + k_tiles - 1))
             assert pieces[row_tile] == last - first + 1
             row_tile += 1
+        row_tile = phase.tile_starts[i + 1]
 
 
 def arrays(plan: Plan) -> Iterator[tuple[int, int]]:
@@ -145,7 +168,12 @@ def test_words_and_shared_memory(model: Model, programs: int) -> None:
     assert end <= plan.words and plan.layer_words % 4 == 0
     phases = [step for step in plan.steps if isinstance(step, Phase)]
     for phase in phases:
-        assert phase.padded_rows == TILE_ROWS * max(map(phase.row_tiles, range(len(phase.layers))))
+        for layer, groups in enumerate(phase.layers):
+            assert all(
+                begin + group.row_tiles <= end
+                for group, begin, end in zip(groups, phase.tile_starts[:-1], phase.tile_starts[1:], strict=True)
+            ), layer
+        assert phase.padded_rows == TILE_ROWS * phase.tile_starts[-1]
         for team, layer in itertools.product(range(len(phase.teams)), range(len(phase.layers))):
             assert phase.k_tiles(team, layer) <= plan.activation_tiles
     held = plan.stages * (TILE_BYTES + 16) + plan.activation_tiles * 8 * TILE_K * 2 + 4 * SMALL_FLOATS
@@ -158,11 +186,16 @@ def test_words_and_shared_memory(model: Model, programs: int) -> None:
 @settings(max_examples=60, deadline=None)
 def test_what_differs_between_layers_has_a_column(model: Model, programs: int) -> None:
     plan = drawn_plan(model, programs)
-    columns = varying(plan)
+    columns = plan.numbers.columns
     assert list(columns.values()) == list(range(len(columns)))
     assert all(len(values) == plan.layers and len(set(values)) > 1 for values in columns)
     for number, step in enumerate(plan.steps):
-        numbers = numbers_of(plan, step)
+        numbers = plan.numbers.of_steps[number]
+        for output in outputs_of(step):
+            check_output(plan, output)
+            for values in plan.numbers.of_output(output).values():
+                assert len(values) == len(output.steps)
+                assert len(set(values)) == 1 or values in columns
         for values in (plan.first_programs[number], *numbers.values()):
             assert len(values) == (plan.layers if number < plan.in_layer else 1)
             assert len(set(values)) == 1 or values in columns
@@ -172,6 +205,22 @@ def test_what_differs_between_layers_has_a_column(model: Model, programs: int) -
             check_numbers(step, numbers, plan.programs)
 
 
+def check_output(plan: Plan, output: Output) -> None:
+    """Its first word and those after it are in its phase's array, behind rows that the layer has."""
+    numbers = plan.numbers.of_output(output)
+    for layer, (step, group) in enumerate(zip(output.steps, output.groups, strict=True)):
+        phase, now = plan.steps[step], {name: values[layer] for name, values in numbers.items()}
+        assert isinstance(phase, Phase)
+        column = now["begin"] - plan.offset("sums", step)
+        assert phase.layers[layer][group].rows > 0 and now["row"] == phase.padded_rows
+        assert phase.tile_starts[group] * TILE_ROWS <= column < phase.tile_starts[group + 1] * TILE_ROWS
+        # Tiles are told from a column of the member's: the first one's is that of the phase's column.
+        tile = now["start"] // TILE_ROWS + now["shift"]
+        assert tile == column // TILE_ROWS + phase.tile_shift(group, layer)
+        assert now["second"] == (step == output.phases[-1] != output.phases[0])
+    assert len(output.phases) <= 2
+
+
 def check_numbers(phase: Phase, numbers: dict[str, tuple[int, ...]], programs: int) -> None:
     for layer, groups in enumerate(phase.layers):
         now = {name: values[layer] for name, values in numbers.items()}
@@ -179,7 +228,7 @@ def check_numbers(phase: Phase, numbers: dict[str, tuple[int, ...]], programs: i
         for team, (first, *_) in enumerate(phase.teams):
             assert now[f"tiles {team}"] == phase.team_tiles(team, layer)
             assert now[f"k_tiles {team}"] == phase.k_tiles(team, layer)
-            assert now[f"sharers {team}"] == phase.sharers(layer, programs)[team]
+            assert now[f"sharers {team}"] == max(1, phase.sharers(layer, programs)[team])
             assert now[f"start {team}"] == sum(sizes[:team])
             assert (now[f"x_start {team}"], now[f"k {team}"]) == (groups[first].x_start, groups[first].k)
         for i, group in enumerate(groups):
@@ -194,7 +243,8 @@ def check_numbers(phase: Phase, numbers: dict[str, tuple[int, ...]], programs: i
 )
 @settings(max_examples=150, deadline=None)
 def test_parts_of_the_positions_cover_what_is_visible_once(length: int, window: int, parts: int) -> None:
-    attention = Attention("attention", 2, 2, 128, parts, (window,), 0, (0, 256, 512), None, 0, 1, None, None, 1)
+    read = Output((0,), (0,), (0,))
+    attention = Attention("attention", 2, 2, 128, parts, (window,), (read,) * 3, 0, 1, None, 1)
     found = attend.span(attention, jnp.int32(length), jnp.int32(window), jnp.arange(parts, dtype=jnp.int32))
     first, begins, ends = (np.broadcast_to(np.asarray(a), parts) for a in found)
     seen = max(0, length + 1 - window) if window else 0
@@ -258,8 +308,26 @@ def test_problems_are_told() -> None:
         assert reason in str(changed.problems())
 
 
+def test_row_tiles_are_whole_where_shares_stay_nearly_even() -> None:
+    """Fewer words for those who read the output, for a few tiles that some program has more: as the tuning says."""
+    groups = ((Group(0, 3072, 4096),),)
+    phase = Phase("down", groups, Source("sum", (Output((0,), (0,), (0,)),)), splits=4)
+    # 48 row tiles of 8 tiles a split, shared by 32 programs: 12 each, or 16 of some and 8 of others.
+    assert (phase.longer_if_whole(128), phase.most_pieces(128)) == (4, 2)
+    free = dataclasses.replace(phase, layers=((Group(0, 4096, 4096),),))
+    assert (free.longer_if_whole(128), free.most_pieces(128)) == (0, 1)
+    arguments = shapes_of(Model(LOW_RANK[:2], LOW_RANK[1:], batch=4, width=1024, ff=2048))
+    for uneven in (-1, 0, 4, 100):
+        plan, _ = building.plan_of(*arguments[:6], 24, Tuning(uneven_tiles=uneven))
+        assert plan.problems() is None
+        for step in plan.steps:
+            if isinstance(step, Phase):
+                most = uneven if step.name != "qkv up" else min(uneven, 0)
+                assert step.whole == (dataclasses.replace(step, whole=False).longer_if_whole(24) <= most)
+
+
 def test_sizes_of_a_device_are_data() -> None:
-    measured = tuning_for("NVIDIA H200")
-    assert dataclasses.asdict(measured).keys() == dataclasses.asdict(TUNING).keys()
-    assert 1 <= measured.tiles_in_flight < 8 and measured.words_at_once % 4 == 0
-    assert tuning_for("NVIDIA of another kind") == tuning_for("") == TUNING
+    measured = [tuning_for("NVIDIA H200", batch) for batch in (1, 2, 3, 4)]
+    assert measured[0] != measured[1] == measured[2] == measured[3]
+    assert all(1 <= sizes.tiles_in_flight < 8 and sizes.words_at_once % 4 == 0 for sizes in measured)
+    assert tuning_for("NVIDIA of another kind", 4) == tuning_for("", 1) == TUNING

@@ -14,7 +14,6 @@ from persistent_models import MODELS, Model, arrays_of, models, plan_of, shapes_
 from pallas_kernels import (
     decode_layers,
 )
-from pallas_kernels.persistent.launch import varying
 from pallas_kernels.persistent.steps import Attention, Phase
 
 SCHEDULES = [in_random_order, with_a_laggard, as_far_as_it_goes]
@@ -76,6 +75,7 @@ def test_the_models_have_what_the_protocol_must_stand() -> None:
     split = {(name, step) for name, of in splits.items() for step, count in of.items() if count > 1}
     assert split == {
         *(("split inputs", step) for step in ("qkv down", "o down", "gate_up", "head")),
+        *(("first layer low rank", step) for step in ("qkv down", "gate_up down", "head")),
         *(("split latents", step) for step in ("qkv", "gate_up down", "down down", "down up", "head down", "head up")),
     }
     parts = {
@@ -86,10 +86,10 @@ def test_the_models_have_what_the_protocol_must_stand() -> None:
         if isinstance(step, Attention)
     }
     assert parts == {1, 2, 4, 8, 16}
-    assert varying(plans["low rank, other ranks in every layer"])
+    assert plans["low rank, other ranks in every layer"].numbers.columns
     few, _ = plan_of(shapes_of(MODELS["many rows"]), 8)
     phases = [step for step in few.steps if isinstance(step, Phase)]
-    assert {step.name for step in phases if step.whole} == {"head"}
+    assert {step.name for step in phases if step.whole} >= {"head", "gate_up up"}
     assert {step.pieces for step in phases} >= {1, 2}
 
 

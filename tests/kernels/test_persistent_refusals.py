@@ -25,8 +25,7 @@ REFUSED = [
     (dict(head_dim=96), "heads of 96 columns"),
     (dict(slots=160), "160 slots, no multiple of 64"),
     (dict(heads=9, kv_heads=1), "more than 8 queries a kv head"),
-    (dict(attention=(136, None)), "layers that differ"),
-    (dict(mlp=(None, 136)), "layers that differ"),
+    (dict(gate="relu"), "a gate of relu; it serves silu, gelu, gelu_tanh"),
     (dict(mlp=(136, 132)), "no multiple of 8"),
     (dict(attention=(136,) * 251, mlp=(64,) * 251, windows=(None,) * 251), "more than 250 layers"),
 ]
@@ -44,7 +43,11 @@ def refusal(arguments: tuple[Any, ...]) -> str | None:
     "model",
     [
         BFLOAT16,
-        dataclasses.replace(BFLOAT16, attention=DENSE[:2], mlp=DENSE[:2], biases=True),
+        dataclasses.replace(BFLOAT16, attention=DENSE[:2], mlp=DENSE[:2], biases="qkv"),
+        dataclasses.replace(BFLOAT16, attention=(136, None), mlp=(None, 136), biases="all", gate="gelu"),
+        dataclasses.replace(
+            BFLOAT16, attention=((None, 64, 72, None), 136), mlp=((136, None, 64), None), gate="gelu_tanh"
+        ),
         dataclasses.replace(BFLOAT16, batch=4, heads=8, kv_heads=1, head=64, shared=(0, 1), windows=(64, None)),
     ],
 )
@@ -60,7 +63,7 @@ def test_it_refuses_sizes_with_reasons(fields: dict[str, Any], reason: str) -> N
 
 
 def test_it_refuses_weights_with_reasons() -> None:
-    x, (layer, last), norm, head, *rest = shapes_of(dataclasses.replace(BFLOAT16, biases=True))
+    x, (layer, last), norm, head, *rest = shapes_of(dataclasses.replace(BFLOAT16, biases="qkv"))
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)  # noqa: E731
     changed = lambda **fields: (x, (dataclasses.replace(layer, **fields), last), norm, head, *rest)  # noqa: E731
     assert refusal(changed()) is None
@@ -68,18 +71,16 @@ def test_it_refuses_weights_with_reasons() -> None:
     def with_biases(of: PackedProjection, *biases: Any) -> PackedProjection:
         return dataclasses.replace(of, biases=biases)
 
-    mixed = dataclasses.replace(layer.gate_up, ups=(None, layer.gate_up.ups[1]))
     bias, other = shape(256), Norm(layer.mlp_norm.scale, 1e-6)
     keys, *others = rest
     shorter = (*keys[1].shape[:2], 64, keys[1].shape[3])
     for arguments, reason in (
         ((shape(2, 2, 256), (layer, last), norm, head, *rest), "2 sequences of 2 tokens"),
-        (changed(gate="gelu"), "other than silu"),
-        (changed(o=with_biases(layer.o, bias)), "biases of other projections"),
-        ((x, (layer, last), norm, with_biases(head, shape(200)), *rest), "biases of other projections"),
-        (changed(qkv=with_biases(layer.qkv, bias, None, bias)), "biases of some"),
-        (changed(qkv=with_biases(layer.qkv, None, None, None)), "biases of some"),
-        (changed(gate_up=mixed), "dense and low-rank members"),
+        (changed(gate="gelu"), "layers of different gates: gelu and silu"),
+        (changed(gate="tanh"), "a gate of silu and tanh"),
+        (changed(o=with_biases(layer.o, bias)), "layers that differ"),
+        ((x, (layer, last), norm, with_biases(head, shape(200)), *rest), "a bias of the head"),
+        (changed(qkv=with_biases(layer.qkv, bias, None, bias)), "layers that differ"),
         (changed(o=dataclasses.replace(layer.o, ups=(shape(2, 128, 68),))), "block-diagonal"),
         (changed(mlp_norm=other), "different eps"),
         (changed(q_norm=Norm(layer.q_norm.scale, 1e-6)), "different eps"),

@@ -12,7 +12,15 @@ from flashsvd_jax.cli import main
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.schema import schema
-from flashsvd_jax.shapes import SHAPES, kept_share, mixed_config, rank_layout, shape_config
+from flashsvd_jax.shapes import (
+    SHAPES,
+    kept_share,
+    layer_sites,
+    mixed_config,
+    partly_dense_config,
+    rank_layout,
+    shape_config,
+)
 
 
 def test_a_decode_row_counts_the_bytes_that_a_step_reads() -> None:
@@ -68,6 +76,19 @@ def test_mixed_ranks_depend_on_the_seed_alone() -> None:
     assert mixed_config("tiny", 0.5) == mixed_config("tiny", 0.5, seed=0) != mixed_config("tiny", 0.5, seed=1)
     ranks = mixed_config("llama-2-7b", 0.5).factorization.rank_by_site
     assert (ranks["layers_0.self_attn.q_proj"], ranks["layers_31.mlp.down_proj"]) == (1172, 752)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_dense_sites_among_low_rank_ones_hold_what_uniform_ranks_hold(name: str) -> None:
+    found = partly_dense_config(name, 0.5)
+    assert kept_share(found) == pytest.approx(kept_share(shape_config(name, 0.5)), rel=0.01)
+    sites = layer_sites(found)
+    dense = [site.name for site in sites if site.name not in found.factorization.rank_by_site]
+    assert rank_layout(found) == "partly dense" and len(dense) == len(sites) // 8
+    assert found == partly_dense_config(name, 0.5, seed=0) != partly_dense_config(name, 0.5, seed=1)
+    for ratio in (0.05, 1.0):
+        with pytest.raises(RequestError, match="needs a ratio below 1 that holds them"):
+            partly_dense_config(name, ratio)
 
 
 def test_unknown_shapes_and_ratios_are_refused() -> None:

@@ -157,6 +157,7 @@ def _encoder(tokens: int = 16) -> list[KernelCall]:
 replace = dataclasses.replace
 LLAMA_7B = DecoderCase(2, 4096, 11008, 32, 32, (1024, 1492), starts=(0,), slots=8192, vocab=32000)
 LLAMA_8B = DecoderCase(2, 4096, 14336, 32, 8, (None, 1592), starts=(0,), slots=8192, vocab=128256)
+DENSE_AMONG_LOW_RANK = ("0.q", "0.down", "1.gate", "1.o")
 
 # Ranks are those of ratio 0.5: 1024 and 1488 in Llama-2-7B; 1024, 409 and 1592 in Llama-3.1-8B.
 KERNEL_CALLS: list[KernelCall] = [
@@ -189,6 +190,20 @@ KERNEL_CALLS: list[KernelCall] = [
         "heads-of-64", DecoderCase(2, 896, 4864, 14, 2, (None, 400), starts=(0,), slots=8192, biases=True, head_dim=64)
     ),
     _decode("heads-of-32", DecoderCase(2, 256, 704, 8, 4, (72, 120), starts=(0, 0), slots=128, head_dim=32)),
+    _decode("7b-some-dense", replace(LLAMA_7B, dense=DENSE_AMONG_LOW_RANK)),
+    _decode(
+        "8b-some-dense-everything-biased",
+        replace(
+            LLAMA_8B,
+            ranks=(1024, 1592),
+            dense=DENSE_AMONG_LOW_RANK,
+            varied=True,
+            biases=True,
+            more_biases=True,
+            gate="gelu",
+            starts=(0,) * 4,
+        ),
+    ),
     _decode("7b", LLAMA_7B, "products"),
     *_encoder(),
     _flash("7b", 32, 32, 128, 2048, padding="ignored"),

@@ -1,0 +1,167 @@
+"""What the persistent kernel emits to find its items and its inputs, run by numpy, against the machine that knows the protocol."""
+
+import types
+from typing import Any
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from persistent_machine import ACTIVATIONS, Machine, in_random_order
+from persistent_models import EPS, MODELS, Item, arrays_of, items_of, plan_of
+from persistent_threads import Threads, running
+
+from pallas_kernels.persistent import code, inputs, items
+from pallas_kernels.persistent.columns import Columns, columns
+from pallas_kernels.persistent.items import PhaseItems
+from pallas_kernels.persistent.plan import Plan
+from pallas_kernels.persistent.steps import THREADS, TILE_ROWS, Attention, Collect, Phase
+
+PROGRAMS = 24
+
+
+class Recorded(Machine):
+    """Keeps every program's inputs, by layer and step."""
+
+    def input(self, number: int, layer: int, own: int, team: int, split: int, publishes: bool) -> Any:
+        held = yield from super().input(number, layer, own, team, split, publishes)
+        self.held = getattr(self, "held", {})
+        self.held[layer, number, team, split] = held
+        return held
+
+
+def ended(name: str) -> Recorded:
+    """A machine that has run a model."""
+    arguments = arrays_of(MODELS[name])
+    plan, operands = plan_of(arguments, PROGRAMS)
+    x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
+    wide = [np.asarray(a, np.float64) for a in operands]
+    machine = Recorded(plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int))
+    in_random_order(machine, np.random.default_rng(0))
+    return machine
+
+
+def found_items(plan: Plan, number: int, layer: int, program: int) -> PhaseItems:
+    """As the kernel finds them."""
+    own = layer if number < plan.in_layer else 0
+    shell = types.SimpleNamespace(plan=plan, number=lambda values, layer: jnp.int32(values[own]))
+    place: Any = types.SimpleNamespace(launch=shell, step=number, layer=layer)
+    phase = plan.steps[number]
+    assert isinstance(phase, Phase)
+    with mock.patch.object(items.lax, "axis_index", lambda name: jnp.int32(program)):
+        return PhaseItems(place, phase)
+
+
+ALL_PRODUCTS = (
+    "dense among low rank", "some layers dense", "first layer low rank", "split latents", "norms and biases of dense ones",
+    "one first factor for gate and up",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL_PRODUCTS)
+def test_items_and_inputs_are_those_of_the_protocol(name: str) -> None:
+    machine = ended(name)
+    plan, last = machine.plan, machine.plan.layers - 1
+    # Words of the last layer, of the one before and of the head are still there.
+    steps = [(last, number) for number in range(plan.in_layer)]
+    steps += [(plan.layers, number) for number in range(plan.in_layer, len(plan.steps))]
+    for layer, number in steps:
+        phase = plan.steps[number]
+        if not isinstance(phase, Phase):
+            continue
+        own = layer if number < plan.in_layer else 0
+        seen = set()
+        for program in range(PROGRAMS):
+            found, wanted = found_items(plan, number, layer, program), items_of(plan, number, own, program)
+            assert int(found.count) == len(wanted)
+            if not wanted:
+                continue
+            team, split = int(found.team.number), int(found.split)
+            check_items(phase, own, found, wanted)
+            if (team, split, bool(found.is_first)) in seen:
+                continue
+            seen.add((team, split, bool(found.is_first)))
+            check_input(machine, number, layer, program, found)
+
+
+@pytest.mark.parametrize("name", ["dense among low rank", "heads of 64", "norms and biases of dense ones"])
+def test_columns_are_those_of_the_protocol(name: str) -> None:
+    """As attention and the head read them: every thread another sequence and column."""
+    machine = ended(name)
+    plan, last = machine.plan, machine.plan.layers - 1
+    (attention,) = (step for step in plan.steps if isinstance(step, Attention))
+    sizes = [attention.head_dim * n for n in (attention.heads, *[attention.kv_heads] * 2)]
+    head = plan.steps[-1]
+    assert isinstance(head, Collect)
+    read = [(last, plan.steps.index(attention), of, size) for of, size in zip(attention.of, sizes, strict=True)]
+    for layer, number, output, size in [*read, (plan.layers, len(plan.steps) - 1, head.of, head.columns // 4 * 4)]:
+        places = np.arange(plan.batch * size // 4)
+        for begin in range(0, len(places), THREADS):
+            row, column = divmod(4 * np.resize(places[begin : begin + THREADS], THREADS), size)
+            threads = Threads(machine, 0)
+            with running(threads):
+                got = columns(Columns(threads.emitter(number, layer, EPS), output), row, column)
+            places_of = zip(row, column, strict=True)
+            runs = [machine.output(output, layer, np.array([r]), c + np.arange(4)) for r, c in places_of]
+            want = [ended_with(run) for run in runs]
+            np.testing.assert_allclose(np.stack(got, 1), np.concatenate(want), rtol=1e-6, atol=1e-9)
+
+
+def ended_with(run: Any) -> Any:
+    """What a machine's generator gives, which need not wait."""
+    while True:
+        try:
+            assert next(run) != "waits"
+        except StopIteration as end:
+            return end.value
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("gelu", 5e-4), ("gelu_tanh", 1e-6)])
+def test_gates_are_as_near_as_bfloat16_can_tell(name: str, tolerance: float) -> None:
+    x = np.linspace(-4, 12, 3000)
+    with running(Threads(ended("heads of 64"), 0)), np.errstate(over="ignore"):
+        got = getattr(code, name)(x)
+        far = getattr(code, name)(np.array([-60.0, -9.0, 60.0]))
+    np.testing.assert_allclose(got, ACTIVATIONS[name](x), rtol=tolerance, atol=1e-12)
+    np.testing.assert_allclose(far, [0, 0, 60], rtol=1e-6, atol=1e-12)
+
+
+def check_items(phase: Phase, layer: int, found: PhaseItems, wanted: list[Item]) -> None:
+    for i, item in enumerate(wanted):
+        got = found.item(jnp.int32(i))
+        begin = int(got.begin)
+        mine = (
+            int(found.team.number),
+            int(found.split),
+            int(got.row_tile),
+            begin,
+            begin + int(got.count),
+            int(got.piece),
+        )
+        assert mine == tuple(item)
+        rows = found.rows(got.row_tile)
+        column = phase.layers[layer], int(rows.output) // TILE_ROWS
+        group = max(g for g in phase.teams[item.team] if phase.tile_starts[g] <= column[1] and column[0][g].rows)
+        within = column[1] - phase.tile_starts[group]
+        assert within < column[0][group].row_tiles
+        assert int(rows.weight) == column[0][group].weight
+        assert int(rows.row) == column[0][group].row_start + within * TILE_ROWS
+
+
+def check_input(machine: Recorded, number: int, layer: int, program: int, found: PhaseItems) -> None:
+    """A warpgroup that loads the input has what the machine has, and publishes what it does."""
+    plan, team, split = machine.plan, int(found.team.number), int(found.split)
+    phase = plan.steps[number]
+    assert isinstance(phase, Phase)
+    threads = Threads(machine, program)
+    with running(threads):
+        e = threads.emitter(number, layer, EPS)
+        given = (split, int(found.is_first), *(int(n) for n in (found.team.k_tiles, found.team.x_start, found.team.k)))
+        inputs._Loader(e, phase, *given).run()
+    held = machine.held[layer, number, team, split]
+    got = threads.activations[: held.shape[1], : plan.batch].T
+    np.testing.assert_allclose(got, held, rtol=1e-6, atol=1e-9)
+    assert np.isnan(threads.activations[held.shape[1] :]).all() and np.isnan(threads.activations[:, plan.batch :]).all()
+    count = held.shape[1] if phase.source.kind == "stream" and bool(found.is_first) else 0
+    real = min(count, int(found.team.k) - split * held.shape[1])
+    assert len(threads.published) == plan.batch * (real + 1 if count else 0)
