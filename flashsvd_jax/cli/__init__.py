@@ -17,6 +17,7 @@ COMMANDS = {
     "compress": "turn a dense model into factors, by SVD-LLM, ASVD, FWSVD, DRONE or plain SVD",
     "inspect": "ranks, sizes and memory of a model, from file headers alone",
     "perplexity": "perplexity of a text file, with its standard error",
+    "evaluate": "perplexity and lm-eval tasks of several models, side by side",
     "bench": "measure prompt processing and decoding",
     "env": "versions, device, caches and kernels, for a bug report",
 }

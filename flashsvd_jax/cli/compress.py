@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashsvd_jax.cli.options import read_text
 from flashsvd_jax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -58,11 +59,7 @@ def _calibration(parsed: argparse.Namespace) -> "Calibration":
     from flashsvd_jax.compress import Calibration
 
     file = parsed.calibration or CALIBRATION
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read as text: {error}") from error
-    return Calibration(text, file.name, parsed.samples, parsed.length, parsed.seed)
+    return Calibration(read_text(file), file.name, parsed.samples, parsed.length, parsed.seed)
 
 
 @contextlib.contextmanager
