@@ -160,8 +160,8 @@ def test_a_text_that_does_not_suffice(change: dict[str, Any], message: str, dens
     ("options", "message"),
     [
         ({"method": "cur"}, "no method named 'cur'"),
-        ({"ratio": 1.5}, r"between 0 and 1, not 1\.5"),
-        ({"alloc": "fair"}, "alloc 'fair' is not one of uniform, greedy"),
+        ({"target": 1.5}, r"between 0 and 1, not 1\.5"),
+        ({"alloc": "fair"}, "alloc 'fair' is not one of uniform, greedy, v2, sensitivity, file"),
         ({"multiple": 0}, "multiples of 1 or more"),
         ({"alpha": 0.0}, r"alpha must be above 0, not 0\.0"),
         ({"alpha": math.nan}, "alpha must be above 0, not nan"),
@@ -169,7 +169,7 @@ def test_a_text_that_does_not_suffice(change: dict[str, Any], message: str, dens
 )
 def test_a_recipe_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Recipe(**{"method": "svd", "ratio": 0.5, **options})
+        Recipe(**{"method": "svd", "target": 0.5, **options})
 
 
 def test_a_missing_text_a_taken_place_and_a_factorized_model_are_refused(dense: Any, tmp_path: Path) -> None:
