@@ -19,6 +19,8 @@ ALLOCATIONS = ("uniform", "greedy", "v2", "sensitivity", "file")
 SENSITIVITY_RATIOS = tuple(n / 10 for n in range(1, 10))
 """Of which ASVD measures what each does to the loss."""
 _BISECTIONS = 40
+# As a share of the largest of its kind; what is below it counts as that.
+_SMALLEST_LOSS = 1e-12
 
 
 def uniform_ranks(sites: Sequence[Site], ratio: float, budget: Budget) -> dict[str, int]:
@@ -39,9 +41,9 @@ def v2_ranks(sites: Sequence[Site], ratio: float, gains: Mapping[str, np.ndarray
     found = {}
     for members in kinds.values():
         losses = np.array([np.sqrt(gains[s.name][uniform_rank(s, ratio) :].sum()) for s in members])
-        losses = np.maximum(losses, 1e-12 * losses.max(initial=1e-300))
         if losses.min() < np.e:
-            losses *= np.e / losses.min()
+            shares = np.maximum(losses / (losses.max() or 1.0), _SMALLEST_LOSS)
+            losses = np.e * shares / shares.min()
         for site, removed in zip(members, _shared_out(1 / np.log(losses), 1 - ratio), strict=True):
             found[site.name] = budget.rounded(uniform_rank(site, 1 - removed))
     return found
