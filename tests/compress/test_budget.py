@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from flashsvd_jax.benchmark import bytes_per_token, random_weights
+from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.cli import main
 from flashsvd_jax.compress import Recipe, Target
 from flashsvd_jax.compress.budget import CONTEXT, budget_of
@@ -18,6 +19,7 @@ from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.inspection import inspect
+from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.schema import count_params
 from flashsvd_jax.shapes import layer_sites, shape_config
 from pallas_kernels import hardware_rank
@@ -39,7 +41,8 @@ def chosen(target: Target, alloc: str = "greedy") -> ModelConfig:
 
 
 def read(config: ModelConfig, context: int = 0) -> int:
-    return bytes_per_token(config, random_weights(config), 1, context)
+    weights = jax.eval_shape(lambda: random_weights(config))
+    return sum(2 * array.size for array in weights.read_by_a_step()) + cache_bytes(config, 1, context, 2)
 
 
 def milliseconds(config: ModelConfig, costs: DecodeCosts) -> float:
