@@ -1,4 +1,4 @@
-"""Compresses the bundled model by every method, ratio and choice of ranks, and measures held-out perplexity.
+"""Compresses the bundled model by every method, ratio and choice of ranks, fine-tunes some, and measures held-out perplexity.
 
 Each result is a row of bench/results/DEVICE/compression.jsonl, `cpu` for a CPU; settings that the file has a row of are not
 measured again, so a run that was interrupted goes on. `bench/report.py` makes the README's table from the rows.
@@ -23,21 +23,24 @@ from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.bundled import CALIBRATION, DENSE, HELDOUT
 from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
 from flashsvd_jax.evaluation import evaluate
+from flashsvd_jax.finetune import Settings, finetune
 
 RATIOS = (0.6, 0.8, 0.4)
 ALLOCATIONS = ("uniform", "greedy", "v2")
-SETTINGS = ("method", "ratio", "alloc", "update", "samples", "length", "seed")
+SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
+FINETUNE = {"steps": 100, "batch": 4, "length": 512, "lr": 1e-3, "dtype": "float32"}
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What a row is of; method "dense" at ratio 1 for the model as it is."""
+    """What a row is of; method "dense" at ratio 1 for the model as it is, ``finetune`` the options where factors are trained."""
 
     method: str
     ratio: float
     alloc: str
     update: bool = False
+    finetune: dict[str, Any] | None = None
 
 
 def cells() -> Iterator[Cell]:
@@ -45,6 +48,8 @@ def cells() -> Iterator[Cell]:
     yield Cell("dense", 1.0, "uniform")
     for ratio, alloc, method in itertools.product(RATIOS, ALLOCATIONS, METHODS):
         yield Cell(method, ratio, alloc)
+    for ratio in (0.6, 0.4):
+        yield Cell("svdllm", ratio, "uniform", finetune=FINETUNE)
     for ratio in RATIOS:
         yield Cell("drone", ratio, "uniform", update=True)
     for ratio in RATIOS:
@@ -67,6 +72,10 @@ def measure(cell: Cell, dense: Path, folder: Path, options: argparse.Namespace) 
         recipe = Recipe(cell.method, cell.ratio, cell.alloc, update=cell.update)
         compress(dense, model, recipe, text, dtype="float32", progress=False)
     seconds = time.monotonic() - begin
+    if cell.finetune is not None:
+        tuned = folder / "tuned"
+        finetune(model, tuned, text.text, Settings(**cell.finetune), text_name=text.name, progress=False)
+        model = tuned
     heldout = HELDOUT.read_text(encoding="utf-8")
     found = evaluate(model, text=heldout, text_name=HELDOUT.name, dtype="float32", progress=False)
     row = json.loads(found.to_json())
@@ -83,6 +92,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32, help="windows of the calibration text")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--seed", type=int, default=0, help="chooses them")
+    parser.add_argument(
+        "--tuned", action="store_true", help="only those that are fine-tuned, beside a run of the others"
+    )
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="begin nothing after so long")
     options = parser.parse_args()
     device = jax.devices()[0]
@@ -94,6 +106,8 @@ def main() -> None:
         dense = Path(place, "dense")
         convert(DENSE, dense, dtype="float32", progress=False)
         for number, cell in enumerate(cells()):
+            if options.tuned and cell.finetune is None:
+                continue
             if settings(cell, options) in done or time.monotonic() - begin > options.budget:
                 continue
             row = measure(cell, dense, Path(place, str(number)), options)

@@ -76,7 +76,13 @@ class EncoderModel:
 
 
 def _vectors(
-    config: EncoderConfig, weights: EncoderWeights, tokens: jax.Array, lengths: jax.Array, *, pooling: str, normalize: bool
+    config: EncoderConfig,
+    weights: EncoderWeights,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    pooling: str,
+    normalize: bool,
 ) -> jax.Array:
     found = pooled(hidden_states(config, weights, tokens, lengths), real_tokens(tokens, lengths), pooling)
     return found / jnp.maximum(jnp.linalg.norm(found, axis=-1, keepdims=True), _TINY) if normalize else found

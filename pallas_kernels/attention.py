@@ -56,7 +56,9 @@ class Visible:
         if self.real is None:
             return within
         last = self.real.shape[1] - 1
-        return within & jnp.take_along_axis(self.real, jnp.broadcast_to(jnp.minimum(places, last), within.shape), axis=1)
+        return within & jnp.take_along_axis(
+            self.real, jnp.broadcast_to(jnp.minimum(places, last), within.shape), axis=1
+        )
 
 
 def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:

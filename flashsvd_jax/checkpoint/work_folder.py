@@ -1,5 +1,6 @@
 """A folder of finished parts of long work, so that it can go on after an interruption."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from flashsvd_jax.checkpoint.layout import CONFIG_FILE, MANIFEST_FILE
 from flashsvd_jax.checkpoint.staging import locked, sync, unwritable_as_checkpoint_error
 from flashsvd_jax.errors import CheckpointError
 
@@ -78,7 +80,7 @@ class WorkFolder:
 
     def save(self, part: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Keeps a part; a part of that name is replaced."""
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         with unwritable_as_checkpoint_error(self.path, SafetensorError):
             self._replace(self._file(part, "safetensors"), lambda file: save_file(contiguous, file))
 
@@ -110,3 +112,12 @@ class WorkFolder:
         sync(part)
         os.replace(part, file)
         sync(self.path)
+
+
+def content_digest(folder: Path) -> str:
+    """Of a model's folder: the SHA-256 of its weights, configuration and manifest."""
+    digests = []
+    for file in sorted([*folder.glob("*.safetensors"), folder / CONFIG_FILE, folder / MANIFEST_FILE]):
+        with file.open("rb") as opened:
+            digests.append(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}")
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -15,6 +15,7 @@ COMMANDS = {
     "encode": "turn lines of text into vectors, with an encoder",
     "convert": "turn a PyTorch SVD checkpoint into a folder that the other commands load",
     "compress": "turn a dense model into factors, by SVD-LLM, ASVD, FWSVD, DRONE or plain SVD",
+    "finetune": "train the factors of a compressed model on a text",
     "inspect": "ranks, sizes and memory of a model, from file headers alone",
     "perplexity": "perplexity of a text file, with its standard error",
     "evaluate": "perplexity and lm-eval tasks of several models, side by side",

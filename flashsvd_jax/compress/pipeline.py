@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +15,7 @@ from flashsvd_jax import __version__
 from flashsvd_jax.checkpoint import FolderWriter, Manifest, ModelFolder, WeightWarning, open_folder
 from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
-from flashsvd_jax.checkpoint.work_folder import WorkFolder
+from flashsvd_jax.checkpoint.work_folder import WorkFolder, content_digest
 from flashsvd_jax.compress.allocation import SENSITIVITY_RATIOS
 from flashsvd_jax.compress.calibration import Calibration
 from flashsvd_jax.compress.factors import Loss, factorize, gains, refit
@@ -283,18 +281,10 @@ def _manifest(
 
 def _what(folder: ModelFolder, recipe: Recipe, calibration: Calibration | None, dtype: str) -> dict[str, Any]:
     """All that the finished layers depend on, for those who come back to them."""
-    model = [folder.hf_config, folder.manifest.to_json()]
-    if not folder.manifest.sources:  # which have digests of their content
-        model += [_digest(file) for file in sorted(folder.path.glob("*.safetensors"))]
     return {
         "version": __version__,
-        "model": hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest(),
+        "model": content_digest(folder.path),
         "recipe": dataclasses.asdict(recipe),
         "text": str(calibration) if recipe.reads_text else None,
         "dtype": dtype,
     }
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
