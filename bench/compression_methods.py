@@ -28,7 +28,7 @@ from flashsvd_jax.finetune import Settings, finetune
 RATIOS = (0.6, 0.8, 0.4)
 ALLOCATIONS = ("uniform", "greedy", "v2")
 SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
-FINETUNE = {"steps": 100, "batch": 4, "length": 512, "lr": 1e-3, "dtype": "float32"}
+FINETUNE = {"steps": 60, "batch": 4, "length": 512, "lr": 5e-4, "dtype": "float32"}
 Row = dict[str, Any]
 
 
