@@ -25,8 +25,8 @@ from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
 from flashsvd_jax.evaluation import evaluate
 from flashsvd_jax.finetune import Settings, finetune
 
-RATIOS = (0.6, 0.8, 0.4)
-ALLOCATIONS = ("uniform", "greedy", "v2")
+RATIOS = (0.8, 0.6, 0.4)
+ALLOCATIONS = ("uniform", "greedy", "v2", "fisher")
 SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
 FINETUNE = {"steps": 60, "batch": 4, "length": 512, "lr": 5e-4, "dtype": "float32"}
 Row = dict[str, Any]
@@ -46,7 +46,7 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """All of them, what says most first."""
     yield Cell("dense", 1.0, "uniform")
-    for ratio, alloc, method in itertools.product(RATIOS, ALLOCATIONS, METHODS):
+    for alloc, ratio, method in itertools.product(ALLOCATIONS, RATIOS, METHODS):
         yield Cell(method, ratio, alloc)
     for ratio in (0.6, 0.4):
         yield Cell("svdllm", ratio, "uniform", finetune=FINETUNE)

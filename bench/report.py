@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import decode_costs
-from reporting import plots, tables
+from reporting import compression, plots, tables
 from reporting.rows import results
 
 from converters import FAMILIES
@@ -82,6 +82,11 @@ def bundled_table() -> str:
     return "\n".join(lines)
 
 
+def compression_table() -> str:
+    """Held-out perplexity by method of compression."""
+    return compression.compression(compression.read(RESULTS / "cpu" / "compression.jsonl"))
+
+
 def bundled_sample() -> str:
     """A completion by the compressed model."""
     measured = _measured()
@@ -103,6 +108,7 @@ def _measured() -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "compression": compression_table,
     "decode": decode_table,
     "dense": dense_table,
     "end_to_end": end_to_end_table,

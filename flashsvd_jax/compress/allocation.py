@@ -15,7 +15,7 @@ from flashsvd_jax.errors import RequestError, first_line
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.shapes import uniform_rank
 
-ALLOCATIONS = ("uniform", "greedy", "v2", "sensitivity", "file")
+ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity", "file")
 SENSITIVITY_RATIOS = tuple(n / 10 for n in range(1, 10))
 """Of which ASVD measures what each does to the loss."""
 _BISECTIONS = 40

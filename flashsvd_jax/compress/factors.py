@@ -42,6 +42,13 @@ class Loss:
         sizes = np.sqrt(np.maximum(values, _SMALLEST_EIGENVALUE * values.max()))
         return sizes if vectors is None else vectors * sizes
 
+    def trace(self, d_out: int, d_in: int) -> float:
+        """The sum over a weight's entries of what an error of each alone counts."""
+        rows = d_out if self.rows is None else self.rows.sum(dtype=np.float64)
+        moment = self.inputs
+        columns = d_in if moment is None else (moment if moment.ndim == 1 else moment.diagonal()).sum(dtype=np.float64)
+        return float(rows * columns)
+
 
 class Factors(NamedTuple):
     """A weight as ``up @ down``: [d_out, rank] and [rank, d_in] in float64, each component's size split evenly between them."""

@@ -128,13 +128,14 @@ class _Run:
         with progress_bar("compressing", self._config.num_layers, " layers", self._progress) as bar:
             for index in range(self._config.num_layers):
                 arrays = self.work and self.work.load(f"layer_{index}")
+                moved = arrays is None and not self._method.sequential  # already, with the statistics
                 if arrays is None:
                     arrays = self._compressed(index, stream, updated, factorization)
                     if self.work is not None:
                         self.work.save(f"layer_{index}", arrays)
                 self._add(writer, index, arrays)
                 if index + 1 < self._config.num_layers:
-                    if stream is not None:
+                    if stream is not None and not moved:
                         self._advance(stream, index, arrays if self._method.sequential else {})
                     if updated is not None:
                         self._advance(updated, index, arrays)
@@ -146,7 +147,7 @@ class _Run:
         """The factors of a layer by their flat names, as they are stored."""
         moments = {} if updated is None else updated.statistics(index, self._folder.get)
         arrays = {}
-        for site, loss in self._losses(index, stream).items():
+        for site, loss in self._losses(index, stream, advance=not self._method.sequential).items():
             rank = factorization.rank(site)
             if rank is None:
                 continue
@@ -180,12 +181,21 @@ class _Run:
         stream.advance(index, get)
 
     def _gains(self) -> dict[str, np.ndarray]:
-        """What each further rank takes off the loss of each site, in the dense model."""
+        """What each further rank takes off the loss of each site, in the dense model.
+
+        For ranks by Fisher information, losses are scaled such that what errors of a site's entries count is, in sum, the Fisher
+        information of the site: then a loss is, but for one factor, what the model's own loss rises by, to second order.
+        """
         found: dict[str, np.ndarray] = {}
         stream = self._stream(self._method.needs)
-        for index in self._pass("choosing ranks", stream):
-            for site, loss in self._losses(index, stream).items():
-                found[site] = gains(self._weight(site), loss)
+        for index in self._pass("choosing ranks"):
+            for site, loss in self._losses(index, stream, advance=True).items():
+                weight = self._weight(site)
+                found[site] = gains(weight, loss)
+                if self._recipe.alloc == "fisher":
+                    information = self._fisher[site].fisher
+                    assert information is not None
+                    found[site] *= information.sum() / (loss.trace(*weight.shape) or 1.0)
         return found
 
     def _sensitivity(self) -> dict[str, list[float]]:
@@ -194,8 +204,8 @@ class _Run:
         found: dict[str, list[float]] = {}
         stream = self._stream(self._method.needs)
         model = Sensitivity(self._config, self._folder.get, self._tokens[:SENSITIVITY_WINDOWS])
-        for index in self._pass("measuring sensitivity", stream):
-            for site, loss in self._losses(index, stream).items():
+        for index in self._pass("measuring sensitivity"):
+            for site, loss in self._losses(index, stream, advance=True).items():
                 ranks = [uniform_rank(by_name[site], ratio) for ratio in SENSITIVITY_RATIOS]
                 up, down = factorize(
                     self._weight(site), ranks[-1], loss
@@ -204,17 +214,15 @@ class _Run:
             model.advance(index)
         return found
 
-    def _pass(self, what: str, stream: LayerPass | None) -> Iterator[int]:
-        """The layers of the dense model in order, with a bar; the stream moves on after each."""
+    def _pass(self, what: str) -> Iterator[int]:
+        """The layers in order, with a bar."""
         with progress_bar(what, self._config.num_layers, " layers", self._progress) as bar:
             for index in range(self._config.num_layers):
                 yield index
-                if stream is not None:
-                    stream.advance(index, self._folder.get)
                 bar.update()
 
     def _measure_fisher(self) -> None:
-        if self._method.needs != "fisher":
+        if self._method.needs != "fisher" and self._recipe.alloc != "fisher":
             return
         kept = self.work and self.work.load("fisher")
         if kept is None:
@@ -232,9 +240,12 @@ class _Run:
             return None
         return LayerPass(self._config, self._tokens, self._folder.get("embed_tokens.weight"), kind)
 
-    def _losses(self, index: int, stream: LayerPass | None) -> dict[str, Loss]:
-        """The loss of each site of a layer; sites that read the same inputs have the same one."""
-        found = self._fisher if stream is None else stream.statistics(index, self._folder.get)
+    def _losses(self, index: int, stream: LayerPass | None, advance: bool) -> dict[str, Loss]:
+        """The loss of each site of a layer; sites that read the same inputs have the same one.
+
+        ``advance`` moves the stream on through the layer as it is, too.
+        """
+        found = self._fisher if stream is None else stream.statistics(index, self._folder.get, advance)
         statistics = {name: found.get(name, Statistics()) for name in self._layer(index)}
         losses = {id(s): self._method.loss(s, self._recipe.alpha) for s in statistics.values()}
         return {name: losses[id(s)] for name, s in statistics.items()}

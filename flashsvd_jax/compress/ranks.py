@@ -34,7 +34,7 @@ def choose_ranks(
       recipe: the choices of the caller.
       config: the dense model.
       itemsize: bytes of a stored number.
-      gains: measures them, by the method's own loss; asked only where ranks depend on it.
+      gains: measures them, by the method's own loss, for "fisher" in units of the model's; asked only where ranks depend on it.
       sensitivity: measures the model's loss with each site alone compressed at each of `SENSITIVITY_RATIOS`, likewise.
 
     Raises:
@@ -49,6 +49,8 @@ def choose_ranks(
     budget = budget_of(target, config, itemsize, recipe.multiple)
     if recipe.alloc == "sensitivity":
         return sensitivity_ranks(sites, budget, sensitivity())
+    if recipe.alloc == "fisher":
+        return greedy_ranks(sites, budget, gains())
     if recipe.alloc == "greedy":
         # Losses of different projections have no unit in common; the shares of them that ranks take off have.
         return greedy_ranks(sites, budget, {site: found / (found.sum() or 1.0) for site, found in gains().items()})
