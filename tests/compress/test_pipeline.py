@@ -16,6 +16,7 @@ from flashsvd_jax import bundled
 from flashsvd_jax.checkpoint import FolderWriter, load_params, open_folder
 from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
 from flashsvd_jax.compress.allocation import SENSITIVITY_RATIOS, sensitivity_ranks
+from flashsvd_jax.compress.greedy import greedy_ranks
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.generation import generate
 from flashsvd_jax.inspection import inspect
@@ -131,6 +132,35 @@ def test_sensitivity_is_the_loss_of_the_model_with_one_site_compressed(
         assert seen[name][ratio] == pytest.approx(expected, rel=1e-5)
     with open_folder(tmp_path / "out") as opened:
         assert 0.4 < kept_share(opened.config) <= 0.5
+
+
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "drone"])
+def test_gains_by_fisher_information_are_in_units_of_the_models_loss(
+    method: str, dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all ranks of a site gain: its own loss at rank 0, times its Fisher information over what errors count in that."""
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(sites: Any, budget: Any, found: dict[str, np.ndarray]) -> dict[str, int]:
+        seen.update(found)
+        return greedy_ranks(sites, budget, found)
+
+    monkeypatch.setattr("flashsvd_jax.compress.ranks.greedy_ranks", keep)
+    compress(dense.folder, tmp_path / "out", Recipe(method, 0.6, "fisher"), CALIBRATION)
+    model, tokens = dense.reference.model, CALIBRATION.windows(Tokenizer(dense.folder), dense.config)
+    for name in ("layers_0.self_attn.k_proj", "layers_1.mlp.down_proj"):
+        linear, information = weights(model)[name], 0.0
+        for window in torch.tensor(tokens).long():
+            loss = nn.functional.cross_entropy(model(window[None, :-1]).logits[0], window[1:])
+            information = information + torch.autograd.grad(loss, linear.weight)[0].double().square().numpy()
+        weight, x = linear.weight.detach().double().numpy(), inputs(model, tokens, name)
+        if method == "svd":
+            expected = np.square(weight).sum() * information.mean()
+        elif method == "fwsvd":
+            expected = (np.square(weight) * information.mean(1, keepdims=True)).sum()
+        else:
+            expected = np.square(weight @ x.T).sum() * information.mean() / np.square(x).sum(1).sum() * x.shape[1]
+        assert seen[name].sum() == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -277,7 +307,7 @@ def test_an_interruption_leaves_nothing(dense: Any, tmp_path: Path, monkeypatch:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashsvd_jax.compress.pipeline.LayerPass.advance", interrupt)
+    monkeypatch.setattr("flashsvd_jax.compress.layerwise.LayerPass.advance", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress(dense.folder, tmp_path / "out", Recipe("svdllm", 0.5), CALIBRATION)
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,8 @@ import pytest
 
 from flashsvd_jax import bundled
 from flashsvd_jax.cli import main
-from flashsvd_jax.compress import Calibration, Recipe, compress, pipeline
+from flashsvd_jax.compress import Calibration, Recipe, compress
+from flashsvd_jax.compress.layerwise import LayerwiseCompression
 from flashsvd_jax.errors import CheckpointError, RequestError
 
 TEXT = bundled.CALIBRATION.read_text(encoding="utf-8")[:5000]
@@ -28,14 +29,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, *layers: int) -> None:
     """Ends a run when it begins to compress one of these layers."""
-    whole = pipeline._Run._compressed
+    whole = LayerwiseCompression._compressed
 
     def compressed(run: Any, index: int, *args: Any) -> Any:
         if index in layers:
             raise KeyboardInterrupt
         return whole(run, index, *args)
 
-    monkeypatch.setattr(pipeline._Run, "_compressed", compressed)
+    monkeypatch.setattr(LayerwiseCompression, "_compressed", compressed)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)
@@ -50,8 +51,8 @@ def test_an_interrupted_run_goes_on(
     assert (tmp_path / ".out.resume" / "layer_0.safetensors").is_file()
     with monkeypatch.context() as patch:
         interrupt_at(patch, 0)  # nothing is computed again
-        patch.setattr("flashsvd_jax.compress.pipeline.choose_ranks", _interrupt)
-        patch.setattr("flashsvd_jax.compress.pipeline.fisher_statistics", _interrupt)
+        patch.setattr("flashsvd_jax.compress.layerwise.choose_ranks", _interrupt)
+        patch.setattr("flashsvd_jax.compress.layerwise.fisher_statistics", _interrupt)
         compress(dense.folder, tmp_path / "out", recipe, CALIBRATION, resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
