@@ -1,4 +1,4 @@
-"""Writes the README's measured parts and the plots from what measurements left; nothing there is typed by hand.
+"""Writes the README's measured parts, the plots and the costs of decoding from what measurements left, nothing by hand.
 
 Each part stands between `<!-- measured: NAME -->` and `<!-- end -->`. With --check nothing is written, and a README that does
 not say what was measured is an error.
@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reporting import plots, tables
+import decode_costs
+from reporting import compression, plots, tables
 from reporting.rows import results
 
 from converters import FAMILIES
 from converters.families import WITHOUT_FORM
+from flashsvd_jax.compress.decode_costs import COSTS_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -81,6 +83,11 @@ def bundled_table() -> str:
     return "\n".join(lines)
 
 
+def compression_table() -> str:
+    """Held-out perplexity by method of compression."""
+    return compression.compression(compression.read(RESULTS / "cpu" / "compression.jsonl"))
+
+
 def bundled_sample() -> str:
     """A completion by the compressed model."""
     measured = _measured()
@@ -103,6 +110,7 @@ def _measured() -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "compression": compression_table,
     "decode": decode_table,
     "dense": dense_table,
     "end_to_end": end_to_end_table,
@@ -125,20 +133,23 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    """Updates README.md and the plots, or checks them."""
+    """Updates README.md, the plots and the costs, or checks them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether README and plots are up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether all that is up to date")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
     text, wanted = readme.read_text(encoding="utf-8"), plots.plots(results(DECODE))
     updated = render(text)
     if not check:
         readme.write_text(updated, encoding="utf-8")
+        COSTS_FILE.write_text(decode_costs.render(), encoding="utf-8")
         plots.write(PLOTS, wanted)
         return 0
     wrong = [f"bench/plots/{name}.svg" for name in plots.stale(PLOTS, wanted)]
     if updated != text:
         wrong.insert(0, "README.md")
+    if COSTS_FILE.read_text(encoding="utf-8") != decode_costs.render():
+        wrong.append(COSTS_FILE.name)
     if wrong:
         print(f"not what was measured: {', '.join(wrong)}; run python bench/report.py", file=sys.stderr)
     return int(bool(wrong))

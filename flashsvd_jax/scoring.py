@@ -46,6 +46,7 @@ class Perplexity:
       tokens: number of tokens scored.
       windows: number of windows that the text was cut into.
       window: their length in tokens; the last one may be shorter.
+      losses: of each token that is scored, float64, by window.
     """
 
     value: float
@@ -53,6 +54,20 @@ class Perplexity:
     tokens: int
     windows: int
     window: int
+    losses: tuple[np.ndarray, ...] = dataclasses.field(repr=False, compare=False)
+
+    def over(self, other: "Perplexity") -> tuple[float, float]:
+        """This perplexity divided by another one of the same tokens, and the standard error of that.
+
+        Texts differ in difficulty more than models do; the difference at each token, or window, leaves that out.
+
+        Raises:
+          RequestError: the other one is of other tokens or windows.
+        """
+        if [len(loss) for loss in self.losses] != [len(loss) for loss in other.losses]:
+            raise RequestError("perplexities of different tokens or windows cannot be compared")
+        differences = [mine - theirs for mine, theirs in zip(self.losses, other.losses, strict=True)]
+        return _exponential(*_mean_and_error(differences))
 
 
 def score(
@@ -117,10 +132,8 @@ def perplexity(
         -piece.logprobs[first - start - 1 :].astype(np.float64)
         for (start, _, first), piece in zip(windows, scores, strict=True)
     ]
-    mean, error = _mean_and_error(losses)
-    with np.errstate(over="ignore"):
-        value = float(np.exp(mean))
-    return Perplexity(value, value * error, sum(map(len, losses)), len(windows), window)
+    value, error = _exponential(*_mean_and_error(losses))
+    return Perplexity(value, error, sum(map(len, losses)), len(windows), window, tuple(losses))
 
 
 def _token_ids(model: Model, text: str | Sequence[int]) -> list[int]:
@@ -159,6 +172,13 @@ def _mean_and_error(losses: list[np.ndarray]) -> tuple[float, float]:
     groups = len(sums)
     spread = np.square(sums - mean * counts).sum() * groups / (groups - 1)
     return float(mean), float(np.sqrt(spread) / counts.sum())
+
+
+def _exponential(mean: float, error: float) -> tuple[float, float]:
+    """Of a mean and its standard error."""
+    with np.errstate(over="ignore"):
+        value = float(np.exp(mean))
+    return value, value * error
 
 
 def _score(

@@ -8,7 +8,7 @@ from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import Factorization
-from flashsvd_jax.schema import Site, schema, sites
+from flashsvd_jax.schema import Site, schema, sites, stored_names
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -110,7 +110,7 @@ def uniform_rank(site: Site, ratio: float) -> int:
 
 
 def kept_share(config: ModelConfig) -> float:
-    """Parameters of the layers' projections as a share of the dense ones, to four digits."""
+    """Parameters of the layers' projections, shared ones counted once, as a share of the dense ones, to four digits."""
     return round(_projection_params(config) / _projection_params(config.dense()), 4)
 
 
@@ -140,5 +140,6 @@ def _with_ranks(name: str, ranks: dict[str, int]) -> ModelConfig:
 
 
 def _projection_params(config: ModelConfig) -> int:
-    specs = schema(config).items()
-    return sum(spec.size for name, spec in specs if name.startswith("layers_") and "norm" not in name)
+    specs = schema(config)
+    names = (name for name in stored_names(config) if name.startswith("layers_") and "norm" not in name)
+    return sum(specs[name].size for name in names)

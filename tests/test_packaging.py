@@ -49,6 +49,7 @@ def test_wheel_holds_the_packages_and_their_data_alone(wheel: zipfile.ZipFile) -
     code = {path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     data = {
         ROOT / "flashsvd_jax/py.typed",
+        ROOT / "flashsvd_jax/compress/decode_costs.json",
         *(path for path in (ROOT / "flashsvd_jax/bundled").rglob("*") if path.is_file()),
         *(ROOT / "pallas_kernels").rglob("*.json"),
     }

@@ -35,7 +35,7 @@ class StagedFolder:
         with unwritable_as_checkpoint_error(self._dst), contextlib.ExitStack() as undo:
             undo.callback(_remove_empty, new_parents)
             self._dst.parent.mkdir(parents=True, exist_ok=True)
-            undo.callback(self._locked())
+            undo.callback(locked(self._lock_file, f"{self._dst} is being written by another process"))
             shutil.rmtree(self.path, ignore_errors=True)
             undo.callback(shutil.rmtree, self.path, ignore_errors=True)
             self.path.mkdir()
@@ -47,9 +47,9 @@ class StagedFolder:
         self._refuse_existing()
         with unwritable_as_checkpoint_error(self._dst):
             for path in [*self.path.rglob("*"), self.path]:
-                _sync(path)
+                sync(path)
             self.path.rename(self._dst)
-        _sync(self._dst.parent)
+        sync(self._dst.parent)
 
     def __exit__(self, *exc_info: object) -> None:
         self._undo.close()
@@ -58,19 +58,24 @@ class StagedFolder:
         if os.path.lexists(self._dst):
             raise CheckpointError(f"{self._dst} already exists; delete it or choose another destination")
 
-    def _locked(self) -> Callable[[], None]:
-        """Takes the lock; returns what gives it back."""
-        lock = filelock.FileLock(self._lock_file)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise CheckpointError(f"{self._dst} is being written by another process") from error
 
-        def unlock() -> None:
-            self._lock_file.unlink(missing_ok=True)  # while it is held: filelock never trusts a file that was unlinked
-            lock.release()
+def locked(file: Path, busy: str) -> Callable[[], None]:
+    """Takes the lock of that file; returns what gives it back.
 
-        return unlock
+    Raises:
+      CheckpointError: another process has it; ``busy`` says so.
+    """
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise CheckpointError(busy) from error
+
+    def unlock() -> None:
+        file.unlink(missing_ok=True)  # while it is held: filelock never trusts a file that was unlinked
+        lock.release()
+
+    return unlock
 
 
 @contextlib.contextmanager
@@ -85,7 +90,7 @@ def unwritable_as_checkpoint_error(dst: Path, *library_errors: type[Exception]) 
         raise CheckpointError(f"{dst} cannot be written, and nothing was left there: {error}") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file is on disk, or the names in a folder."""
     # Some file systems cannot sync folders; a model can be written there all the same.
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():

@@ -16,8 +16,10 @@ COMMANDS = {
     "convert": "turn a PyTorch SVD checkpoint into a folder that the other commands load",
     "export": "write a converted model in a published form, for other tools",
     "compress": "turn a dense model into factors, by SVD-LLM, ASVD, FWSVD, DRONE or plain SVD",
+    "finetune": "train the factors of a compressed model on a text",
     "inspect": "ranks, sizes and memory of a model, from file headers alone",
     "perplexity": "perplexity of a text file, with its standard error",
+    "evaluate": "perplexity and lm-eval tasks of several models, side by side",
     "bench": "measure prompt processing and decoding",
     "env": "versions, device, caches and kernels, for a bug report",
 }

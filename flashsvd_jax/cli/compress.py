@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashsvd_jax.cli.options import read_text
 from flashsvd_jax.errors import RequestError
 
 if TYPE_CHECKING:
-    from flashsvd_jax.compress import Calibration
+    from flashsvd_jax.compress import Calibration, Recipe
 
 # Named here as well as in flashsvd_jax.compress, so that help does not wait for JAX; a test compares them.
 METHODS = ("svd", "fwsvd", "asvd", "drone", "svdllm")
-ALLOCATIONS = ("uniform", "greedy")
+ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity")  # and "file", which --ranks stands for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", help="a dense model: a Hugging Face folder or hub id, or a folder that `flashsvd convert` wrote")
     add("destination", help="folder to write; must not exist")
     add("--method", choices=METHODS, default="svdllm", help="what is minimised; README.md tells them apart")
-    add("--ratio", type=float, required=True, metavar="R", help="share of the layers' parameters to keep, such as 0.6")
-    add("--alloc", choices=ALLOCATIONS, default="uniform", help="the ratio everywhere, or ranks by gain a parameter")
+    target = parser.add_mutually_exclusive_group(required=True)
+    size = target.add_argument
+    size("--ratio", type=float, metavar="R", help="share of the layers' parameters to keep, such as 0.6")
+    size("--params", type=int, metavar="N", help="or: parameters of the whole model")
+    size("--bytes-per-token", type=int, metavar="N", help="or: bytes of weights that decoding a token reads")
+    size("--ms-per-token", type=float, metavar="X", help="or: time of a token by --costs, batch 1, context 512")
+    size(
+        "--ranks", type=Path, metavar="FILE", help="or: a rank of each projection, as JSON, or another model's manifest"
+    )
+    add("--alloc", choices=ALLOCATIONS, default="uniform", help="how ranks are chosen; README.md tells them apart")
+    add(
+        "--costs",
+        metavar="NAME",
+        help="with --ms-per-token: a device and kernels of --costs-file; nvidia_h200/persistent",
+    )
+    add("--costs-file", type=Path, metavar="FILE", help="a table by bench/decode_costs.py in place of the package's")
+    add("--update", action="store_true", help="fit second factors again, to inputs as compressed layers give them")
     add("--rank-multiple", type=int, default=1, metavar="N", help="round ranks down to multiples of this, such as 8")
     add("--alpha", type=float, default=0.5, metavar="A", help="asvd: exponent of the inputs' mean magnitude")
     add(
@@ -37,20 +53,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=512, metavar="N", help="tokens of a window")
     add("--seed", type=int, default=0, metavar="N", help="chooses the windows, where the text has more")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="store in this; as the dense model if not given")
+    add("--resume", action="store_true", help="keep finished layers, and go on from those of an interrupted call")
     add("--quiet", action="store_true", help="no progress bar and no table")
 
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the command."""
-    from flashsvd_jax.compress import METHODS, Recipe, compress
+    from flashsvd_jax.compress import compress
     from flashsvd_jax.inspection import inspect
 
-    recipe = Recipe(parsed.method, parsed.ratio, parsed.alloc, parsed.rank_multiple, parsed.alpha)
-    calibration = None if METHODS[parsed.method].needs is None else _calibration(parsed)
+    recipe = _recipe(parsed)
+    calibration = _calibration(parsed) if recipe.reads_text else None
+    options = {"dtype": parsed.dtype, "resume": parsed.resume, "progress": not parsed.quiet}
     with _dense_folder(parsed) as folder:
-        compress(folder, parsed.destination, recipe, calibration, dtype=parsed.dtype, progress=not parsed.quiet)
+        compress(folder, parsed.destination, recipe, calibration, **options)
     if not parsed.quiet:
         print(inspect(parsed.destination))
+
+
+def _recipe(parsed: argparse.Namespace) -> "Recipe":
+    from flashsvd_jax.compress import Recipe, Target
+    from flashsvd_jax.compress.allocation import read_ranks
+    from flashsvd_jax.compress.budget import Unit
+    from flashsvd_jax.compress.decode_costs import COSTS_FILE, DEFAULT_COSTS, load_costs
+
+    options = {"multiple": parsed.rank_multiple, "alpha": parsed.alpha, "update": parsed.update}
+    if parsed.ranks is not None:
+        if parsed.alloc != "uniform" or parsed.rank_multiple != 1:
+            raise RequestError("--ranks says every rank: leave --alloc and --rank-multiple out")
+        return Recipe(parsed.method, None, "file", **options, ranks=read_ranks(parsed.ranks))
+    costs = None
+    if parsed.ms_per_token is not None:
+        costs = load_costs(parsed.costs or DEFAULT_COSTS, parsed.costs_file or COSTS_FILE)
+    elif parsed.costs or parsed.costs_file:
+        raise RequestError("--costs and --costs-file are for --ms-per-token")
+    amounts: dict[Unit, float | None] = {
+        "ratio": parsed.ratio, "params": parsed.params, "bytes": parsed.bytes_per_token, "ms": parsed.ms_per_token,
+    }  # fmt: skip
+    target = next(Target(unit, amount, costs) for unit, amount in amounts.items() if amount is not None)
+    return Recipe(parsed.method, target, parsed.alloc, **options)
 
 
 def _calibration(parsed: argparse.Namespace) -> "Calibration":
@@ -58,11 +99,7 @@ def _calibration(parsed: argparse.Namespace) -> "Calibration":
     from flashsvd_jax.compress import Calibration
 
     file = parsed.calibration or CALIBRATION
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{file} cannot be read as text: {error}") from error
-    return Calibration(text, file.name, parsed.samples, parsed.length, parsed.seed)
+    return Calibration(read_text(file), file.name, parsed.samples, parsed.length, parsed.seed)
 
 
 @contextlib.contextmanager
@@ -76,6 +113,9 @@ def _dense_folder(parsed: argparse.Namespace) -> Iterator[Path]:
     if (path / MANIFEST_FILE).is_file():
         yield path
         return
+    if parsed.resume:
+        yield from _kept_conversion(parsed, path)
+        return
     destination = Path(parsed.destination).absolute()
     place = next(parent for parent in destination.parents if parent.is_dir())
     try:
@@ -86,3 +126,20 @@ def _dense_folder(parsed: argparse.Namespace) -> Iterator[Path]:
         dense = Path(folder, "dense")
         _siblings.load("converters").convert(path, dense, dtype=parsed.dtype, progress=not parsed.quiet)
         yield dense
+
+
+def _kept_conversion(parsed: argparse.Namespace, path: Path) -> Iterator[Path]:
+    """The converted model in a folder that an interruption leaves for the next call."""
+    from flashsvd_jax import _siblings
+    from flashsvd_jax.checkpoint.work_folder import WorkFolder
+
+    files = {file.name: file.stat() for file in sorted(path.iterdir())} if path.is_dir() else {path.name: path.stat()}
+    stamps = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+    destination = Path(parsed.destination)
+    what = {"converted from": str(path.resolve()), "its files": stamps, "dtype": parsed.dtype}
+    with WorkFolder(destination.with_name(f".{destination.name}.dense"), what) as work:
+        dense = work.path / "dense"
+        if not dense.is_dir():  # which appears whole
+            _siblings.load("converters").convert(path, dense, dtype=parsed.dtype, progress=not parsed.quiet)
+        yield dense
+        work.remove()

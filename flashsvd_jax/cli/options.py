@@ -1,8 +1,10 @@
 """Options that several commands share."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import MATERIALIZE
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -89,6 +91,18 @@ def sampling_params(parsed: argparse.Namespace) -> Any:
         stop_token_ids=tuple(parsed.stop_token_id),
         ignore_eos=parsed.ignore_eos,
     )
+
+
+def read_text(file: Path) -> str:
+    """A text file.
+
+    Raises:
+      RequestError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file} cannot be read as text: {error}") from error
 
 
 def numbers(text: str) -> list[int]:

@@ -6,8 +6,7 @@ The file is tokenized as a whole and cut into windows; the first token of each w
 import argparse
 from pathlib import Path
 
-from flashsvd_jax.cli.options import add_model_options, load_model
-from flashsvd_jax.errors import RequestError
+from flashsvd_jax.cli.options import add_model_options, load_model, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the command."""
-    try:
-        text = parsed.file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{parsed.file} cannot be read as text: {error}") from error
+    text = read_text(parsed.file)
 
     from flashsvd_jax.scoring import perplexity
 

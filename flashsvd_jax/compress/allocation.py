@@ -1,90 +1,144 @@
-"""Which rank each projection gets, for a share of the layers' parameters that is kept. The head stays dense."""
+"""Which rank each projection gets within a budget. The head stays dense.
 
-import dataclasses
-import heapq
-from collections.abc import Mapping, Sequence
+Each function gives a rank by site; a site that is not there stays dense.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from flashsvd_jax.errors import RequestError
+from flashsvd_jax.compress.budget import Budget, too_little
+from flashsvd_jax.errors import RequestError, first_line
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.shapes import uniform_rank
 
-ALLOCATIONS = ("uniform", "greedy")
+ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity", "file")
+SENSITIVITY_RATIOS = tuple(n / 10 for n in range(1, 10))
+"""Of which ASVD measures what each does to the loss."""
+_BISECTIONS = 40
+# As a share of the largest of its kind; what is below it counts as that.
+_SMALLEST_LOSS = 1e-12
 
 
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """What a site may get next: a larger rank, or None, its weight as it is."""
-
-    rank: int | None
-    cost: int  # further parameters
-    worth: float  # gain for each of them
+def uniform_ranks(sites: Sequence[Site], ratio: float, budget: Budget) -> dict[str, int]:
+    """Each site at the ratio, rounded down as the budget says."""
+    return {site.name: budget.rounded(uniform_rank(site, ratio)) for site in sites}
 
 
-def check_budget(ratio: float, multiple: int) -> None:
-    """Raises RequestError for a ratio or a multiple that no model can have."""
-    if not 0 < ratio < 1:
-        raise RequestError(f"ratio is the share of the layers' parameters that is kept, between 0 and 1, not {ratio}")
-    if multiple < 1:
-        raise RequestError(f"ranks can be multiples of 1 or more, not of {multiple}")
+def v2_ranks(sites: Sequence[Site], ratio: float, gains: Mapping[str, np.ndarray], budget: Budget) -> dict[str, int]:
+    """Ranks by theoretical loss, as SVD-LLM v2 chooses them (Wang et al. 2025, algorithm 2).
+
+    Within the sites of one kind, such as all query projections, the share that is removed is proportional to ``1 / log L``, with L
+    the root of what truncation at the ratio itself would lose. The paper leaves open what that means for L of e or less: there all
+    of the kind are scaled by one factor, so that the least is e. A share beyond what a site has goes to the others of its kind.
+    """
+    kinds: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        kinds[site.name.partition(".")[2]].append(site)
+    found = {}
+    for members in kinds.values():
+        losses = np.array([np.sqrt(gains[s.name][uniform_rank(s, ratio) :].sum()) for s in members])
+        if losses.min() < np.e:
+            shares = np.maximum(losses / (losses.max() or 1.0), _SMALLEST_LOSS)
+            losses = np.e * shares / shares.min()
+        for site, removed in zip(members, _shared_out(1 / np.log(losses), 1 - ratio), strict=True):
+            found[site.name] = budget.rounded(uniform_rank(site, 1 - removed))
+    return found
 
 
-def uniform_ranks(sites: Sequence[Site], ratio: float, multiple: int = 1) -> dict[str, int]:
-    """Each site at the ratio, rounded down to a multiple; a rank below the multiple stays as it is."""
-    ranks = {site.name: uniform_rank(site, ratio) for site in sites}
-    return {name: rank // multiple * multiple or rank for name, rank in ranks.items()}
+def _shared_out(weights: np.ndarray, mean: float, most: float = 0.99) -> np.ndarray:
+    """Numbers proportional to the weights with that mean, none above ``most``: what is cut off goes to the others."""
+    total, free, found = mean * len(weights), np.ones(len(weights), bool), np.zeros(len(weights))
+    while free.any():
+        found[free] = weights[free] * (total - most * (~free).sum()) / weights[free].sum()
+        over = free & (found > most)
+        found[over], free = most, free & ~over
+        if not over.any():
+            break
+    return found
 
 
-def greedy_ranks(
-    sites: Sequence[Site], ratio: float, gains: Mapping[str, np.ndarray], multiple: int = 1
-) -> dict[str, int]:
-    """Ranks by the gain of each further parameter, over all sites together, until the share of parameters is used up.
+def sensitivity_ranks(sites: Sequence[Site], budget: Budget, losses: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    """Ranks by measured sensitivity, as ASVD searches them (Yuan et al. 2023): each site has the lowest ratio at which the model's
+    loss, that site alone being compressed, stays below a threshold; the lowest threshold is taken that the budget allows.
 
     Args:
       sites: the projections.
-      ratio: share of their parameters that is kept.
-      gains: what each further rank takes off a site's loss, the most first, in a unit that all sites have in common.
-      multiple: of which ranks are, where a site is not too small for it.
-
-    Returns:
-      Rank by site. A site that is worth its break-even rank is not there: it stays dense, which costs no more.
+      budget: for all of them.
+      losses: the model's loss at each of `SENSITIVITY_RATIOS`, by site.
 
     Raises:
-      RequestError: the ratio does not suffice for the lowest rank of every site.
+      RequestError: the budget does not suffice for the lowest ratio everywhere.
     """
-    budget = int(ratio * sum(site.d_out * site.d_in for site in sites))
-    steps = {site.name: iter(_steps(site, gains[site.name], multiple)) for site in sites}
-    found = {name: next(ladder) for name, ladder in steps.items()}
-    budget -= sum(step.cost for step in found.values())
-    if budget < 0:
-        raise RequestError(f"ratio {ratio} does not suffice for rank {multiple} everywhere; give a higher one")
-    queue: list[tuple[float, str, _Step]] = []
 
-    def offer(name: str) -> None:
-        step = next(steps[name], None)
-        if step is not None:
-            heapq.heappush(queue, (-step.worth, name, step))
+    def ranks(threshold: float) -> dict[str, int]:
+        found = {}
+        for site in sites:
+            below = (r for r, loss in zip(SENSITIVITY_RATIOS, losses[site.name], strict=True) if loss <= threshold)
+            ratio = next(below, None)
+            if ratio is None and not budget.dense:
+                ratio = SENSITIVITY_RATIOS[-1]
+            if ratio is not None:
+                found[site.name] = budget.rounded(uniform_rank(site, ratio))
+        return found
 
-    for name in found:
-        offer(name)
-    while queue:
-        _, name, step = heapq.heappop(queue)
-        if step.cost <= budget:  # else this site is done, but a smaller one may still have room
-            found[name], budget = step, budget - step.cost
-            offer(name)
-    return {name: step.rank for name, step in found.items() if step.rank is not None}
+    thresholds = sorted({loss for found in losses.values() for loss in found})
+    low, high = 0, len(thresholds) - 1
+    least = ranks(thresholds[high])
+    if budget.total(sites, least) > budget.amount:
+        raise too_little(budget, budget.total(sites, least))
+    while low < high:  # a higher threshold never costs more
+        middle = (low + high) // 2
+        if budget.total(sites, ranks(thresholds[middle])) <= budget.amount:
+            high = middle
+        else:
+            low = middle + 1
+    return ranks(thresholds[high])
 
 
-def _steps(site: Site, gains: np.ndarray, multiple: int) -> list[_Step]:
-    """A site's ranks up to break-even, then its weight, each with what it adds to the one before."""
-    dense, per_rank = site.d_out * site.d_in, site.d_out + site.d_in
-    break_even = dense // per_rank
-    ranks = list(range(multiple, break_even + 1, multiple)) or [break_even] * (break_even > 0)
-    sizes = [*(rank * per_rank for rank in ranks), dense]
-    kept = np.concatenate([[0.0], np.cumsum(gains)])
-    totals = kept[[*ranks, -1]]
-    steps = []
-    for rank, cost, gain in zip([*ranks, None], np.diff(sizes, prepend=0), np.diff(totals, prepend=0.0), strict=True):
-        steps.append(_Step(rank, int(cost), float(gain) / max(int(cost), 1)))
-    return steps
+def largest_within(budget: Budget, sites: Sequence[Site], ranks: Callable[[float], dict[str, int]]) -> dict[str, int]:
+    """The ranks of the highest ratio that the budget allows.
+
+    Raises:
+      RequestError: it allows none.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if budget.total(sites, ranks(middle)) <= budget.amount else (low, middle)
+    found = ranks(low)
+    if budget.total(sites, found) > budget.amount:
+        raise too_little(budget, budget.total(sites, found))
+    return found
+
+
+def read_ranks(file: Path) -> dict[str, int]:
+    """Ranks from a file: a JSON object of sites and their ranks, or the manifest of a factorized model.
+
+    Raises:
+      RequestError: it cannot be read, or is something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file} cannot be read as JSON: {first_line(error)}") from error
+    ranks = found.get("ranks", found) if isinstance(found, dict) else None
+    if not isinstance(ranks, dict) or not ranks or not all(type(rank) is int for rank in ranks.values()):
+        raise RequestError(f'{file} must be an object of ranks by site, such as {{"layers_0.self_attn.q_proj": 64}}')
+    return ranks
+
+
+def check_ranks(ranks: Mapping[str, int], sites: Sequence[Site]) -> None:
+    """Raises RequestError for ranks of sites that are not among these, or that a site cannot have."""
+    by_name = {site.name: site for site in sites}
+    unknown = sorted(ranks.keys() - by_name.keys())
+    if unknown:
+        listed = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise RequestError(f"ranks are given for what is no projection of the model's layers: {listed}")
+    for name, rank in ranks.items():
+        most = min(by_name[name].d_out, by_name[name].d_in)
+        if not 1 <= rank <= most:
+            raise RequestError(f"the rank of {name} must be from 1 to {most}, its smaller side, not {rank}")

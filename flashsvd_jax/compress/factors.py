@@ -16,6 +16,8 @@ import numpy as np
 # reached then comes last, but in the order of its size, and no row is divided by zero.
 _SMALLEST_EIGENVALUE = 1e-12
 _SMALLEST_ROW = 1e-10
+# Below this share of the largest, a direction of the latent inputs is noise of the sums that the moment is made of.
+_SMALLEST_LATENT = 1e-10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,13 @@ class Loss:
         sizes = np.sqrt(np.maximum(values, _SMALLEST_EIGENVALUE * values.max()))
         return sizes if vectors is None else vectors * sizes
 
+    def trace(self, d_out: int, d_in: int) -> float:
+        """The sum over a weight's entries of what an error of each alone counts."""
+        rows = d_out if self.rows is None else self.rows.sum(dtype=np.float64)
+        moment = self.inputs
+        columns = d_in if moment is None else (moment if moment.ndim == 1 else moment.diagonal()).sum(dtype=np.float64)
+        return float(rows * columns)
+
 
 class Factors(NamedTuple):
     """A weight as ``up @ down``: [d_out, rank] and [rank, d_in] in float64, each component's size split evenly between them."""
@@ -57,6 +66,17 @@ def factorize(weight: np.ndarray, rank: int, loss: Loss) -> Factors:
     sizes, others = np.linalg.norm(down, axis=1), np.linalg.norm(up, axis=0)
     balance = np.sqrt(np.where(sizes > 0, sizes, others) / others)
     return Factors(up * balance, down / balance[:, None])
+
+
+def refit(weight: np.ndarray, factors: Factors, moment: np.ndarray) -> Factors:
+    """The same first factor with the second one that loses least for another second moment of the inputs, [d_in, d_in].
+
+    Least squares, as SVD-LLM's update of U. Where these inputs leave the second factor open, it stays as it is.
+    """
+    moment, down = moment.astype(np.float64), factors.down.astype(np.float64)
+    seen = moment @ down.T
+    missed = (weight.astype(np.float64) - factors.up @ down) @ seen
+    return Factors(factors.up + missed @ np.linalg.pinv(down @ seen, rcond=_SMALLEST_LATENT, hermitian=True), down)
 
 
 def gains(weight: np.ndarray, loss: Loss) -> np.ndarray:

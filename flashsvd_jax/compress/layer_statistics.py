@@ -36,12 +36,13 @@ class LayerPass:
         scores = 4 * tokens.shape[1] * max(config.num_heads * tokens.shape[1], config.intermediate_size)
         self._batch = batch_within_workspace(scores, len(tokens))
 
-    def statistics(self, index: int, get: Callable[[str], np.ndarray]) -> dict[str, Statistics]:
-        """Measures the inputs of a layer's projections; the stream stays where it is.
+    def statistics(self, index: int, get: Callable[[str], np.ndarray], advance: bool = False) -> dict[str, Statistics]:
+        """Measures the inputs of a layer's projections.
 
         Args:
           index: of the layer.
           get: flat name -> array.
+          advance: whether the stream moves on through the layer with the same weights; else it stays where it is.
 
         Returns:
           Statistics by site; sites that read the same inputs have the same object.
@@ -50,7 +51,9 @@ class LayerPass:
         sums: dict[tuple[str, ...], np.ndarray] = {}
         weights = self._weights(index, get)
         for batch in self._batches():
-            _, measured = _measured_layer(self._config, self._config.windows[index], self._kind, weights, batch)
+            after, measured = _measured_layer(self._config, self._config.windows[index], self._kind, weights, batch)
+            if advance:
+                batch[:] = after
             for group, array in zip(groups, measured, strict=True):
                 sums[group] = sums.get(group, 0.0) + np.asarray(array, np.float64)
         for group, total in sums.items():

@@ -20,7 +20,7 @@ SMALL = ["--samples", "3", "--length", "32"]
 
 def test_options_name_all_methods_and_allocations() -> None:
     assert tuple(METHODS) == command.METHODS
-    assert command.ALLOCATIONS == ALLOCATIONS
+    assert (*command.ALLOCATIONS, "file") == ALLOCATIONS
 
 
 @pytest.mark.parametrize("form", ["hugging_face", "folder"])

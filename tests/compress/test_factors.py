@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flashsvd_jax.compress.factors import Factors, Loss, factorize, gains
+from flashsvd_jax.compress.factors import Factors, Loss, factorize, gains, refit
 from flashsvd_jax.compress.methods import METHODS, Statistics, method_named
 from flashsvd_jax.errors import RequestError
 
@@ -153,3 +153,32 @@ def test_a_missing_statistic_is_named() -> None:
         METHODS["asvd"].loss(Statistics(moment=np.eye(3)))
     with pytest.raises(RequestError, match="no method named 'cur'; known: svd, fwsvd, asvd, drone, svdllm"):
         method_named("cur")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("rank", [1, 9, 15])
+def test_an_update_is_least_squares_for_the_other_inputs(shape: tuple[int, int], kind: str, rank: int) -> None:
+    """SVD-LLM's update of U, as numpy solves it: outputs of the weight from latent inputs."""
+    weight, x = draw_weight(*shape), draw_inputs("correlated", shape[1])
+    other = draw_inputs(kind, shape[1])[::-1] * np.linspace(0.5, 2, shape[1])
+    before = factorize(weight, rank, Loss(inputs=x.T @ x))
+    found = refit(weight, before, other.T @ other)
+    expected = np.linalg.lstsq(other @ before.down.T, other @ weight.T)[0].T
+    errors = [np.linalg.norm(other @ (weight - up @ before.down).T) for up in (found.up, expected, before.up)]
+    scale = np.linalg.norm(other @ weight.T)
+    assert errors[0] <= errors[1] + 1e-6 * scale
+    assert errors[0] <= errors[2] + 1e-9 * scale
+    assert found.down is not before.up and np.array_equal(found.down, before.down)
+
+
+def test_an_update_for_the_same_inputs_changes_nothing() -> None:
+    weight, x = draw_weight(24, 40), draw_inputs("correlated", 40)
+    before = factorize(weight, 9, Loss(inputs=x.T @ x))
+    np.testing.assert_allclose(refit(weight, before, x.T @ x).up, before.up, atol=1e-9)
+
+
+def test_an_update_leaves_open_what_no_input_reaches() -> None:
+    weight, x = draw_weight(24, 40), draw_inputs("correlated", 40)
+    before = factorize(weight, 9, Loss(inputs=x.T @ x))
+    np.testing.assert_array_equal(refit(weight, before, np.zeros((40, 40))).up, before.up)

@@ -15,6 +15,8 @@ from torch import nn
 from flashsvd_jax import bundled
 from flashsvd_jax.checkpoint import FolderWriter, load_params, open_folder
 from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
+from flashsvd_jax.compress.allocation import SENSITIVITY_RATIOS, sensitivity_ranks
+from flashsvd_jax.compress.greedy import greedy_ranks
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.generation import generate
 from flashsvd_jax.inspection import inspect
@@ -80,6 +82,85 @@ def test_factors_are_those_of_whitening_with_the_inputs_that_the_method_reads(
         if METHODS[method].sequential:
             for name, linear in layer.items():
                 linear.weight.data = torch.tensor(found[name])
+
+
+def test_updated_second_factors_are_least_squares_for_inputs_of_the_compressed_layers(
+    dense: Any, tmp_path: Path
+) -> None:
+    """First factors as without an update; SVD-LLM's update of U, written down with PyTorch and numpy."""
+    compress(dense.folder, tmp_path / "plain", Recipe("drone", 0.5), CALIBRATION)
+    compress(dense.folder, tmp_path / "out", Recipe("drone", 0.5, update=True), CALIBRATION)
+    found, model = products(tmp_path / "out"), copy.deepcopy(dense.reference.model)
+    tokens = CALIBRATION.windows(Tokenizer(dense.folder), dense.config)
+    assert any(note.endswith("inputs of compressed layers") for note in inspect(tmp_path / "out").notes)
+    with open_folder(tmp_path / "out") as updated, open_folder(tmp_path / "plain") as plain:
+        for index in range(dense.config.num_layers):
+            layer = {name: linear for name, linear in weights(model).items() if name.startswith(f"layers_{index}.")}
+            measured = {name: inputs(model, tokens, name) for name in layer}
+            for name, linear in layer.items():
+                down = updated.get(f"{name}.down").astype(np.float64)
+                assert np.array_equal(down, plain.get(f"{name}.down"))
+                x, weight = measured[name], linear.weight.detach().double().numpy()
+                up = np.linalg.lstsq(x @ down.T, x @ weight.T)[0].T
+                scale = np.linalg.norm(up @ down @ x.T)
+                assert np.linalg.norm((found[name] - up @ down) @ x.T) < 1e-3 * scale
+            for name, linear in layer.items():
+                linear.weight.data = torch.tensor(found[name])
+
+
+def test_sensitivity_is_the_loss_of_the_model_with_one_site_compressed(
+    dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[float]] = {}
+
+    def keep(sites: Any, budget: Any, losses: dict[str, list[float]]) -> dict[str, int]:
+        seen.update(losses)
+        return sensitivity_ranks(sites, budget, losses)
+
+    monkeypatch.setattr("flashsvd_jax.compress.ranks.sensitivity_ranks", keep)
+    compress(dense.folder, tmp_path / "out", Recipe("svd", 0.5, "sensitivity"), CALIBRATION)
+    tokens = torch.tensor(CALIBRATION.windows(Tokenizer(dense.folder), dense.config)).long()
+    for name, ratio in (("layers_0.self_attn.v_proj", 2), ("layers_1.mlp.down_proj", 8)):
+        model = copy.deepcopy(dense.reference.model)
+        linear = weights(model)[name]
+        u, s, vt = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
+        rank = int(SENSITIVITY_RATIOS[ratio] * linear.weight.numel() / sum(linear.weight.shape))
+        linear.weight.data = ((u[:, :rank] * s[:rank]) @ vt[:rank]).float()
+        with torch.no_grad():
+            logits = model(tokens).logits[:, :-1].flatten(0, 1)
+        expected = float(nn.functional.cross_entropy(logits, tokens[:, 1:].flatten()))
+        assert seen[name][ratio] == pytest.approx(expected, rel=1e-5)
+    with open_folder(tmp_path / "out") as opened:
+        assert 0.4 < kept_share(opened.config) <= 0.5
+
+
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "drone"])
+def test_gains_by_fisher_information_are_in_units_of_the_models_loss(
+    method: str, dense: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What all ranks of a site gain: its own loss at rank 0, times its Fisher information over what errors count in that."""
+    seen: dict[str, np.ndarray] = {}
+
+    def keep(sites: Any, budget: Any, found: dict[str, np.ndarray]) -> dict[str, int]:
+        seen.update(found)
+        return greedy_ranks(sites, budget, found)
+
+    monkeypatch.setattr("flashsvd_jax.compress.ranks.greedy_ranks", keep)
+    compress(dense.folder, tmp_path / "out", Recipe(method, 0.6, "fisher"), CALIBRATION)
+    model, tokens = dense.reference.model, CALIBRATION.windows(Tokenizer(dense.folder), dense.config)
+    for name in ("layers_0.self_attn.k_proj", "layers_1.mlp.down_proj"):
+        linear, information = weights(model)[name], 0.0
+        for window in torch.tensor(tokens).long():
+            loss = nn.functional.cross_entropy(model(window[None, :-1]).logits[0], window[1:])
+            information = information + torch.autograd.grad(loss, linear.weight)[0].double().square().numpy()
+        weight, x = linear.weight.detach().double().numpy(), inputs(model, tokens, name)
+        if method == "svd":
+            expected = np.square(weight).sum() * information.mean()
+        elif method == "fwsvd":
+            expected = (np.square(weight) * information.mean(1, keepdims=True)).sum()
+        else:
+            expected = np.square(weight @ x.T).sum() * information.mean() / np.square(x).sum(1).sum() * x.shape[1]
+        assert seen[name].sum() == pytest.approx(expected, rel=2e-3)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -160,16 +241,20 @@ def test_a_text_that_does_not_suffice(change: dict[str, Any], message: str, dens
     ("options", "message"),
     [
         ({"method": "cur"}, "no method named 'cur'"),
-        ({"ratio": 1.5}, r"between 0 and 1, not 1\.5"),
-        ({"alloc": "fair"}, "alloc 'fair' is not one of uniform, greedy"),
+        ({"target": 1.5}, r"between 0 and 1, not 1\.5"),
+        ({"alloc": "fair"}, "alloc 'fair' is not one of uniform, greedy, fisher, v2, sensitivity, file"),
         ({"multiple": 0}, "multiples of 1 or more"),
         ({"alpha": 0.0}, r"alpha must be above 0, not 0\.0"),
+        ({"target": None}, "give either a target, such as a ratio, or ranks"),
+        ({"ranks": {"a": 1}}, "give either a target"),
+        ({"alloc": "file"}, "alloc is 'file' where ranks are given, and nowhere else"),
+        ({"method": "svdllm", "update": True}, "choose method drone"),
         ({"alpha": math.nan}, "alpha must be above 0, not nan"),
     ],
 )
 def test_a_recipe_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Recipe(**{"method": "svd", "ratio": 0.5, **options})
+        Recipe(**{"method": "svd", "target": 0.5, **options})
 
 
 def test_a_missing_text_a_taken_place_and_a_factorized_model_are_refused(dense: Any, tmp_path: Path) -> None:
@@ -222,7 +307,7 @@ def test_an_interruption_leaves_nothing(dense: Any, tmp_path: Path, monkeypatch:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flashsvd_jax.compress.pipeline.LayerPass.advance", interrupt)
+    monkeypatch.setattr("flashsvd_jax.compress.layerwise.LayerPass.advance", interrupt)
     with pytest.raises(KeyboardInterrupt):
         compress(dense.folder, tmp_path / "out", Recipe("svdllm", 0.5), CALIBRATION)
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,153 @@
+"""What ranks may cost, all projections of the layers together: parameters, bytes read to decode a token, or milliseconds."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+from flashsvd_jax.compress.decode_costs import DecodeCosts
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import RequestError
+from flashsvd_jax.kv_cache import cache_bytes
+from flashsvd_jax.models.packing import packed_sites
+from flashsvd_jax.param_specs import Site
+from flashsvd_jax.schema import count_params, schema
+from flashsvd_jax.shapes import layer_sites
+from pallas_kernels import hardware_rank
+
+Unit = Literal["ratio", "params", "bytes", "ms"]
+_TEXTS = {"params": "{:,.0f} parameters", "bytes": "{:,.0f} bytes of weights a token", "ms": "{:g} ms a token"}
+# Keys and values are read too, so a time is for a context; this is the one of the decode benchmark.
+CONTEXT = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """How large the compressed model is to be at most.
+
+    Attributes:
+      unit: "ratio", the share of the layers' parameters that is kept; "params", of the whole model; "bytes", the weights that
+        decoding a token reads, ranks as kernels pad them; "ms", the time of a token at batch 1 and a context of 512 tokens.
+      amount: of that.
+      costs: what milliseconds are reckoned with.
+
+    Raises:
+      RequestError: no model can have that.
+    """
+
+    unit: Unit
+    amount: float
+    costs: DecodeCosts | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit == "ratio" and not 0 < self.amount < 1:
+            raise RequestError(
+                f"ratio is the share of the layers' parameters that is kept, between 0 and 1, not {self.amount}"
+            )
+        if not 0 < self.amount < float("inf"):
+            raise RequestError(f"a target in {self.unit} must be above 0, not {self.amount}")
+        if (self.unit == "ms") != (self.costs is not None):
+            raise RequestError("a target in milliseconds, and no other, needs a table of what decoding costs")
+
+    def __str__(self) -> str:
+        if self.unit == "ratio":
+            return f"{self.amount:g} of the layers' parameters"
+        return _TEXTS[self.unit].format(self.amount) + (f" by the costs of {self.costs.name}" if self.costs else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What is left of a target for the projections of the layers.
+
+    Attributes:
+      amount: how much that is.
+      cost: what a site costs at a rank, or dense for None.
+      multiple: of which ranks are, where a site is not too small for it.
+      padded: whether ranks that kernels would pad are passed over, too.
+      dense: whether single sites may stay dense.
+    """
+
+    amount: float
+    cost: Callable[[Site, int | None], float]
+    multiple: int = 1
+    padded: bool = False
+    dense: bool = True
+
+    def ranks(self, site: Site) -> list[int]:
+        """The ranks that a site may have, up to break-even; one at least, if it has any."""
+        break_even = site.d_out * site.d_in // (site.d_out + site.d_in)
+        ranks = [rank for rank in range(self.multiple, break_even + 1, self.multiple) if self._fits(rank)]
+        return ranks or [break_even] * (break_even > 0)
+
+    def rounded(self, rank: int) -> int:
+        """The next lower of such ranks; a rank below all of them stays as it is."""
+        below = range(rank // self.multiple * self.multiple, 0, -self.multiple)
+        return next((lower for lower in below if self._fits(lower)), rank)
+
+    def total(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> float:
+        """What all sites cost; those without a rank are dense."""
+        return sum(self.cost(site, ranks.get(site.name)) for site in sites)
+
+    def _fits(self, rank: int) -> bool:
+        return not self.padded or hardware_rank(rank) == rank
+
+
+def budget_of(target: Target, config: ModelConfig, itemsize: int, multiple: int = 1) -> Budget:
+    """The budget that a target leaves.
+
+    Args:
+      target: for the whole model, or the share of its layers.
+      config: the dense model.
+      itemsize: bytes of a stored number.
+      multiple: of which ranks are.
+
+    Raises:
+      RequestError: the target does not suffice for what stays dense, or the dense model does not exceed it.
+    """
+    sites = layer_sites(config)
+    weights = sum(site.d_out * site.d_in for site in sites)
+    if target.unit == "ratio":
+        return Budget(int(target.amount * weights), _params, multiple)
+    rest = count_params(config) - weights
+    if target.unit == "params":
+        return _checked(Budget(target.amount - rest, _params, multiple), target, sites)
+    if not config.tie_embeddings:
+        rest -= schema(config)["embed_tokens.weight"].size  # a step reads a row of it
+    if target.unit == "bytes":
+        budget = Budget(target.amount - rest * itemsize, lambda s, r: itemsize * _padded_params(s, r), multiple, True)
+        return _checked(budget, target, sites)
+    assert target.costs is not None
+    costs, members = target.costs, {name: len(group) for group in packed_sites(config) for name in group}
+
+    def milliseconds(site: Site, rank: int | None) -> float:
+        # Sites that are packed together share the launch of each of their products.
+        products = (1 if rank is None else 2) / members[site.name]
+        return costs.milliseconds(itemsize * _padded_params(site, rank), products=products)
+
+    cache = cache_bytes(config, 1, CONTEXT, itemsize)
+    fixed = costs.milliseconds(rest * itemsize + cache, products=1, layers=config.num_layers)
+    budget = Budget(target.amount - fixed, milliseconds, multiple, True, dense=not costs.layers_alike)
+    return _checked(budget, target, sites)
+
+
+def _checked(budget: Budget, target: Target, sites: Sequence[Site]) -> Budget:
+    if budget.amount <= 0:
+        raise RequestError(f"{target} do not suffice for what stays dense: embeddings, norms and the head")
+    if budget.total(sites, {}) <= budget.amount:
+        raise RequestError(f"the dense model does not exceed {target}: there is nothing to compress")
+    return budget
+
+
+def _params(site: Site, rank: int | None) -> int:
+    return site.d_out * site.d_in if rank is None else rank * (site.d_out + site.d_in)
+
+
+def _padded_params(site: Site, rank: int | None) -> int:
+    """Numbers that a step reads: ranks are padded, and factors that hold more than the weight then are loaded as that."""
+    return _params(site, None) if rank is None else min(_params(site, hardware_rank(rank)), _params(site, None))
+
+
+def too_little(budget: Budget, needed: float) -> RequestError:
+    return RequestError(
+        f"the target does not suffice for the lowest ranks everywhere: they cost {needed:g}, and {budget.amount:g} is left for"
+        " them; give more, or a lower rank multiple"
+    )

@@ -1,0 +1,211 @@
+"""A dense decoder's layers one after the other: what is measured of them, their ranks, their factors."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from flashsvd_jax.checkpoint import FolderWriter, ModelFolder
+from flashsvd_jax.checkpoint.work_folder import WorkFolder
+from flashsvd_jax.compress.allocation import SENSITIVITY_RATIOS
+from flashsvd_jax.compress.calibration import Calibration
+from flashsvd_jax.compress.factors import Loss, factorize, gains, refit
+from flashsvd_jax.compress.fisher import fisher_statistics
+from flashsvd_jax.compress.layer_statistics import LayerPass
+from flashsvd_jax.compress.methods import Statistic, Statistics, method_named
+from flashsvd_jax.compress.ranks import choose_ranks
+from flashsvd_jax.compress.recipe import Recipe
+from flashsvd_jax.compress.sensitivity import SENSITIVITY_WINDOWS, Sensitivity
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import CheckpointError, RequestError
+from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.progress import progress_bar
+from flashsvd_jax.schema import schema
+from flashsvd_jax.shapes import layer_sites, uniform_rank
+from flashsvd_jax.tokenizer import Tokenizer
+
+
+class LayerwiseCompression:
+    """One folder being compressed.
+
+    Attributes:
+      work: where finished layers, ranks and Fisher information are kept, if they are.
+
+    Args:
+      folder: the dense model.
+      config: of it.
+      recipe: how.
+      calibration: the text, for recipes that read one.
+      dtype: of the stored arrays.
+      progress: show bars for what takes longer than two seconds.
+
+    Raises:
+      RequestError: there is no text where one is needed, or it does not suffice.
+    """
+
+    work: WorkFolder | None = None
+
+    def __init__(
+        self, folder: ModelFolder, config: ModelConfig, recipe: Recipe, calibration: Calibration | None,
+        dtype: np.dtype, progress: bool,
+    ):  # fmt: skip
+        self._folder, self._config, self._recipe, self._progress = folder, config, recipe, progress
+        self._dtype = dtype
+        self._method = method_named(recipe.method)
+        self._sites = layer_sites(config)
+        self._tokens = np.zeros((0, 0), np.int32)
+        self._fisher: dict[str, Statistics] = {}
+        if recipe.reads_text:
+            if calibration is None:
+                raise RequestError(f"{recipe.why_text} needs a calibration text")
+            self._tokens = calibration.windows(Tokenizer(folder.path), config)
+
+    def ranks(self) -> dict[str, int]:
+        """Ranks by site; those that stay dense are not there. What they need to be known takes a pass over the dense model."""
+        self._measure_fisher()
+        found = self.work and self.work.load_json("ranks")
+        if found is None:
+            found = choose_ranks(self._recipe, self._config, self._dtype.itemsize, self._gains, self._sensitivity)
+            if self.work is not None:
+                self.work.save_json("ranks", found)
+        return found
+
+    def write(self, writer: FolderWriter, factorization: Factorization) -> None:
+        """Adds every array of the compressed model."""
+        replaced = {f"{site.name}.weight" for site in self._sites}
+        for name in schema(self._config).keys() - replaced:
+            writer.add(name, self._folder.get(name))
+        stream = self._stream(self._method.needs)
+        updated = self._stream("moment") if self._recipe.update else None
+        with progress_bar("compressing", self._config.num_layers, " layers", self._progress) as bar:
+            for index in range(self._config.num_layers):
+                arrays = self.work and self.work.load(f"layer_{index}")
+                moved = arrays is None and not self._method.sequential  # already, with the statistics
+                if arrays is None:
+                    arrays = self._compressed(index, stream, updated, factorization)
+                    if self.work is not None:
+                        self.work.save(f"layer_{index}", arrays)
+                self._add(writer, index, arrays)
+                if index + 1 < self._config.num_layers:
+                    if stream is not None and not moved:
+                        self._advance(stream, index, arrays if self._method.sequential else {})
+                    if updated is not None:
+                        self._advance(updated, index, arrays)
+                bar.update()
+
+    def _compressed(
+        self, index: int, stream: LayerPass | None, updated: LayerPass | None, factorization: Factorization
+    ) -> dict[str, np.ndarray]:
+        """The factors of a layer by their flat names, as they are stored."""
+        moments = {} if updated is None else updated.statistics(index, self._folder.get)
+        arrays = {}
+        for site, loss in self._losses(index, stream, advance=not self._method.sequential).items():
+            rank = factorization.rank(site)
+            if rank is None:
+                continue
+            weight = self._weight(site)
+            with np.errstate(over="ignore", invalid="ignore"):  # the writer says which arrays are not finite
+                factors = factorize(weight, rank, loss)
+                down = factors.down.astype(self._dtype)
+                moment = moments[site].moment if moments else None
+                if moment is not None:
+                    factors = refit(weight, factors._replace(down=down), moment)
+                arrays |= {f"{site}.down": down, f"{site}.up": factors.up.astype(self._dtype)}
+        return arrays
+
+    def _add(self, writer: FolderWriter, index: int, arrays: dict[str, np.ndarray]) -> None:
+        """Writes a layer's factors, and its weights that stay dense."""
+        for name, array in arrays.items():
+            writer.add(name, array)
+        for site in self._layer(index):
+            if f"{site}.down" not in arrays:
+                writer.add(f"{site}.weight", self._weight(site))
+
+    def _advance(self, stream: LayerPass, index: int, arrays: dict[str, np.ndarray]) -> None:
+        """Moves a stream on through a layer with those factors in place of the weights they stand for."""
+
+        def get(name: str) -> np.ndarray:
+            site = name.removesuffix(".weight")
+            if f"{site}.down" not in arrays:
+                return self._folder.get(name)
+            return arrays[f"{site}.up"].astype(np.float32) @ arrays[f"{site}.down"].astype(np.float32)
+
+        stream.advance(index, get)
+
+    def _gains(self) -> dict[str, np.ndarray]:
+        """What each further rank takes off the loss of each site, in the dense model.
+
+        For ranks by Fisher information, losses are scaled such that what errors of a site's entries count is, in sum, the Fisher
+        information of the site: then a loss is, but for one factor, what the model's own loss rises by, to second order.
+        """
+        found: dict[str, np.ndarray] = {}
+        stream = self._stream(self._method.needs)
+        for index in self._pass("choosing ranks"):
+            for site, loss in self._losses(index, stream, advance=True).items():
+                weight = self._weight(site)
+                found[site] = gains(weight, loss)
+                if self._recipe.alloc == "fisher":
+                    information = self._fisher[site].fisher
+                    assert information is not None
+                    found[site] *= information.sum() / (loss.trace(*weight.shape) or 1.0)
+        return found
+
+    def _sensitivity(self) -> dict[str, list[float]]:
+        """The model's loss with each site alone compressed at each of `SENSITIVITY_RATIOS`, on the first windows of the text."""
+        by_name = {site.name: site for site in self._sites}
+        found: dict[str, list[float]] = {}
+        stream = self._stream(self._method.needs)
+        model = Sensitivity(self._config, self._folder.get, self._tokens[:SENSITIVITY_WINDOWS])
+        for index in self._pass("measuring sensitivity"):
+            for site, loss in self._losses(index, stream, advance=True).items():
+                ranks = [uniform_rank(by_name[site], ratio) for ratio in SENSITIVITY_RATIOS]
+                up, down = factorize(
+                    self._weight(site), ranks[-1], loss
+                )  # the first components are the factors of lower ranks
+                found[site] = [model.loss(index, {f"{site}.weight": up[:, :rank] @ down[:rank]}) for rank in ranks]
+            model.advance(index)
+        return found
+
+    def _pass(self, what: str) -> Iterator[int]:
+        """The layers in order, with a bar."""
+        with progress_bar(what, self._config.num_layers, " layers", self._progress) as bar:
+            for index in range(self._config.num_layers):
+                yield index
+                bar.update()
+
+    def _measure_fisher(self) -> None:
+        if self._method.needs != "fisher" and self._recipe.alloc != "fisher":
+            return
+        kept = self.work and self.work.load("fisher")
+        if kept is None:
+            names = [site.name for site in self._sites]
+            self._fisher = fisher_statistics(self._config, self._folder.get, names, self._tokens, self._progress)
+            if self.work is not None:
+                rows = {name: found.fisher for name, found in self._fisher.items() if found.fisher is not None}
+                self.work.save("fisher", rows)
+        else:
+            self._fisher = {name: Statistics(fisher=rows) for name, rows in kept.items()}
+
+    def _stream(self, kind: Statistic | None) -> LayerPass | None:
+        """The start of a pass over the layers that measures their inputs, where that is what is asked for."""
+        if kind not in ("moment", "magnitude"):
+            return None
+        return LayerPass(self._config, self._tokens, self._folder.get("embed_tokens.weight"), kind)
+
+    def _losses(self, index: int, stream: LayerPass | None, advance: bool) -> dict[str, Loss]:
+        """The loss of each site of a layer; sites that read the same inputs have the same one.
+
+        ``advance`` moves the stream on through the layer as it is, too.
+        """
+        found = self._fisher if stream is None else stream.statistics(index, self._folder.get, advance)
+        statistics = {name: found.get(name, Statistics()) for name in self._layer(index)}
+        losses = {id(s): self._method.loss(s, self._recipe.alpha) for s in statistics.values()}
+        return {name: losses[id(s)] for name, s in statistics.items()}
+
+    def _layer(self, index: int) -> list[str]:
+        return [site.name for site in self._sites if site.name.startswith(f"layers_{index}.")]
+
+    def _weight(self, site: str) -> np.ndarray:
+        weight = self._folder.get(f"{site}.weight").astype(np.float32)
+        if not np.isfinite(weight).all():
+            raise CheckpointError(f"{self._folder.path}: {site}.weight holds NaN or infinity and cannot be compressed")
+        return weight

@@ -1,0 +1,64 @@
+"""From a recipe to the rank of every projection."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from flashsvd_jax.compress.allocation import (
+    check_ranks,
+    largest_within,
+    sensitivity_ranks,
+    uniform_ranks,
+    v2_ranks,
+)
+from flashsvd_jax.compress.budget import Target, budget_of
+from flashsvd_jax.compress.greedy import greedy_ranks
+from flashsvd_jax.compress.recipe import Recipe
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.shapes import layer_sites
+
+# By the name of a site, what each further rank takes off its loss.
+Gains = Mapping[str, np.ndarray]
+
+
+def choose_ranks(
+    recipe: Recipe,
+    config: ModelConfig,
+    itemsize: int,
+    gains: Callable[[], Gains],
+    sensitivity: Callable[[], Mapping[str, list[float]]],
+) -> dict[str, int]:
+    """Ranks by site; those that stay dense are not there.
+
+    Args:
+      recipe: the choices of the caller.
+      config: the dense model.
+      itemsize: bytes of a stored number.
+      gains: measures them, by the method's own loss, for "fisher" in units of the model's; asked only where ranks depend on it.
+      sensitivity: measures the model's loss with each site alone compressed at each of `SENSITIVITY_RATIOS`, likewise.
+
+    Raises:
+      RequestError: the target cannot be met, or given ranks are not of this model.
+    """
+    sites = layer_sites(config)
+    if recipe.ranks is not None:
+        check_ranks(recipe.ranks, sites)
+        return dict(recipe.ranks)
+    target = recipe.target
+    assert isinstance(target, Target)
+    budget = budget_of(target, config, itemsize, recipe.multiple)
+    if recipe.alloc == "sensitivity":
+        return sensitivity_ranks(sites, budget, sensitivity())
+    if recipe.alloc == "fisher":
+        return greedy_ranks(sites, budget, gains())
+    if recipe.alloc == "greedy":
+        # Losses of different projections have no unit in common; the shares of them that ranks take off have.
+        return greedy_ranks(sites, budget, {site: found / (found.sum() or 1.0) for site, found in gains().items()})
+    measured = gains() if recipe.alloc == "v2" else {}
+
+    def at(ratio: float) -> dict[str, int]:
+        if recipe.alloc == "v2":
+            return v2_ranks(sites, ratio, measured, budget)
+        return uniform_ranks(sites, ratio, budget)
+
+    return at(target.amount) if target.unit == "ratio" else largest_within(budget, sites, at)

@@ -1,0 +1,52 @@
+"""Costs of decoding are found again in rows that were made from them, and the package's are what its rows give."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import decode_costs
+import pytest
+
+from flashsvd_jax.compress.decode_costs import COSTS_FILE
+
+
+def rows(kernels: str, us_a_layer: float, us_a_product: float) -> list[dict[str, Any]]:
+    found = []
+    for ratio, ranks in ((1.0, "dense"), (0.8, "uniform"), (0.6, "uniform"), (0.5, "uniform"), (0.4, "uniform")):
+        products = 32 * (4 if ranks == "dense" else 8) + 1
+        beyond = (32 * us_a_layer + products * us_a_product) / 1e3
+        found.append({
+            "suite": "decode", "impl": "flashsvd_jax", "kernels": kernels, "model": "llama-2-7b", "ratio": ratio,
+            "ranks": ranks, "dtype": "bfloat16", "batch": 1, "context": 512, "ms_per_token": 3 * ratio + beyond,
+            "floor_ms": 3 * ratio, "read_tb_s": 4.2, "commit": "abc",
+        })  # fmt: skip
+    return found
+
+
+def test_costs_that_rows_were_made_from_are_found(tmp_path: Path) -> None:
+    device = tmp_path / "some_gpu"
+    device.mkdir()
+    made = rows("decode_layers=persistent", 2.0, 0.7) + rows("attend_cached=triton", 0.0, 2.5)
+    others = [made[0] | {"batch": 8, "ms_per_token": 99.0}, made[1] | {"error": "out of memory"}]
+    (device / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*made, *others]))
+    found = decode_costs.fit(device)
+    assert set(found) == {"some_gpu/persistent", "some_gpu/products"}
+    for name, us_a_layer, us_a_product in (("persistent", 2.0, 0.7), ("products", 0.0, 2.5)):
+        costs = found[f"some_gpu/{name}"]
+        assert costs["us_a_layer"] == pytest.approx(us_a_layer, abs=1e-3)
+        assert costs["us_a_product"] == pytest.approx(us_a_product, abs=1e-3)
+        assert costs["read_tb_s"] == 4.2 and costs["rows"] == 5 and costs["largest_error_ms"] == 0
+        assert costs["layers_alike"] == (name == "persistent")
+
+
+def test_no_cost_is_below_zero(tmp_path: Path) -> None:
+    device = tmp_path / "some_gpu"
+    device.mkdir()
+    made = rows("attend_cached=triton", 40.0, -1.0)
+    (device / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    costs = decode_costs.fit(device)["some_gpu/products"]
+    assert costs["us_a_product"] == 0 and 25 < costs["us_a_layer"] < 40 and costs["largest_error_ms"] > 0.05
+
+
+def test_the_packages_costs_are_what_its_rows_give() -> None:
+    assert COSTS_FILE.read_text(encoding="utf-8") == decode_costs.render()
