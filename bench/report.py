@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import decode_costs
-from reporting import compression, plots, tables
+from reporting import compression, plots, prompts, tables
 from reporting.rows import results
 
 from converters import FAMILIES
@@ -73,6 +73,16 @@ def plot_links() -> str:
     return "\n".join(f"![{PLOT_TEXTS[name]}](bench/plots/{name}.svg)" for name in plots.plots(results(DECODE)))
 
 
+def encoder_table() -> str:
+    """Encoders."""
+    return prompts.encoder(RESULTS / "nvidia_h200" / "encoder.jsonl")
+
+
+def prefill_table() -> str:
+    """Prompts of decoders."""
+    return prompts.prefill(RESULTS / "nvidia_h200" / "prefill.jsonl")
+
+
 def bundled_table() -> str:
     """Held-out perplexity of the bundled model."""
     measured = _measured()
@@ -113,10 +123,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "compression": compression_table,
     "decode": decode_table,
     "dense": dense_table,
+    "encoder": encoder_table,
     "end_to_end": end_to_end_table,
     "families": families,
     "perplexity": bundled_table,
     "plots": plot_links,
+    "prefill": prefill_table,
     "sample": bundled_sample,
     "speedups": speedup_table,
     "start": start_table,

@@ -16,7 +16,7 @@ def decode(results: Results) -> str:
         own = results.own(setting)
         floor = f"{own['floor_ms']:.2f}" if own else "-"
         lines.append([*_what(setting), floor, *(_cell(results, setting, impl) for impl in impls)])
-    return _table(["model", "kept", "batch", "context", "floor", *(IMPLEMENTATIONS[impl] for impl in impls)], lines)
+    return markdown(["model", "kept", "batch", "context", "floor", *(IMPLEMENTATIONS[impl] for impl in impls)], lines)
 
 
 def start(compiled: Results, cached: Results) -> str:
@@ -30,7 +30,7 @@ def start(compiled: Results, cached: Results) -> str:
         if row["commit"] == again["commit"] and None not in (row["cold_start_s"], again["cold_start_s"]):
             times = [f"{row['prefill_ms']:.1f}", f"{row['cold_start_s']:.1f} s", f"{again['cold_start_s']:.1f} s"]
             lines.append([*_what(setting), IMPLEMENTATIONS[impl], *times])
-    return _table(["model", "kept", "batch", "context", "with", "prompt ms", "first call", "cached"], lines)
+    return markdown(["model", "kept", "batch", "context", "with", "prompt ms", "first call", "cached"], lines)
 
 
 def low_rank_against_dense(results: Results) -> str:
@@ -47,7 +47,7 @@ def low_rank_against_dense(results: Results) -> str:
             continue
         times = [_share(results.value(setting, impl), results.value(dense, impl)) for impl in impls]
         lines.append([setting.kept_text, _share(own["bytes_per_token"], own_dense["bytes_per_token"]), *times])
-    return _table(["kept", "bytes", *(f"time, {IMPLEMENTATIONS[impl]}" for impl in impls)], lines)
+    return markdown(["kept", "bytes", *(f"time, {IMPLEMENTATIONS[impl]}" for impl in impls)], lines)
 
 
 def speedups(results: Results) -> str:
@@ -64,7 +64,7 @@ def speedups(results: Results) -> str:
         cells = ["-" if time is None or time == best else f"{time / best:.2f}" for time in times]
         if any(cell != "-" for cell in cells):
             lines.append([*_what(setting), *cells])
-    return _table(["model", "kept", "batch", "context", *(IMPLEMENTATIONS[other] for other in others)], lines)
+    return markdown(["model", "kept", "batch", "context", *(IMPLEMENTATIONS[other] for other in others)], lines)
 
 
 def end_to_end(results: Results) -> str:
@@ -76,7 +76,7 @@ def end_to_end(results: Results) -> str:
         cells = [_number(results, setting, impl, "total_ms", 1) for impl in impls]
         new_tokens = next(iter(results.by_setting[setting].values()))["new_tokens"]
         lines.append([*_what(setting)[:3], f"{setting.context} + {new_tokens}", *cells])
-    return _table(["model", "kept", "batch", "tokens", *(IMPLEMENTATIONS[impl] for impl in impls)], lines)
+    return markdown(["model", "kept", "batch", "tokens", *(IMPLEMENTATIONS[impl] for impl in impls)], lines)
 
 
 def _what(setting: Setting) -> list[str]:
@@ -103,6 +103,7 @@ def _share(part: float | None, whole: float | None) -> str:
     return "-" if part is None or whole is None else f"{part / whole:.0%}"
 
 
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table; "" without lines."""
     rows = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]) if rows else ""

@@ -1,0 +1,83 @@
+"""Tables of `encoder.jsonl` and `prefill.jsonl`: passes over whole batches, with their memory or their share of the matrix rate."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reporting.tables import markdown
+
+Row = dict[str, Any]
+Setting = tuple[str, float, int, int]
+"""Model, share of parameters kept, batch, length."""
+
+IMPLEMENTATIONS = {
+    "flashsvd_jax": "flashsvd_jax",
+    "flashsvd_jax-products": "without streaming",
+    "jax-cudnn": "plain JAX, cuDNN attention",
+    "jax-scores": "plain JAX, scores in memory",
+    "torch-compile": "torch.compile",
+    "torch-sdpa": "PyTorch",
+    "torch-eager": "PyTorch, scores in memory",
+}
+
+
+def read(file: Path) -> dict[Setting, dict[str, Row]]:
+    """The newest row of every setting and implementation; failures count only where nothing was measured."""
+    found: dict[Setting, dict[str, Row]] = {}
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    for row in map(json.loads, lines):
+        if "length" not in row:  # rows of `flashsvd bench` are told by other keys
+            continue
+        by_impl = found.setdefault((row["model"], row["ratio"], row["batch"], row["length"]), {})
+        if "error" not in row or row["impl"] not in by_impl:
+            by_impl[row["impl"]] = row
+    return found
+
+
+def encoder(file: Path) -> str:
+    """Milliseconds and temporary memory of a pass."""
+    return _table(file, _time_and_memory)
+
+
+def prefill(file: Path) -> str:
+    """Milliseconds of a prompt, and its operations a second, beside those of large products in the same process."""
+    return _table(file, _time_and_rate, _matrix_rate)
+
+
+def _table(
+    file: Path, cell: Callable[[Row], str], more: Callable[[dict[str, Row]], tuple[str, str]] | None = None
+) -> str:
+    rows = read(file)
+    impls = [impl for impl in IMPLEMENTATIONS if any(impl in by_impl for by_impl in rows.values())]
+    lines, extra = [], ""
+    for setting in sorted(rows, key=lambda s: (s[0], -s[1], s[2] * s[3], s[3])):
+        model, ratio, batch, length = setting
+        by_impl = rows[setting]
+        line = [model, "all (dense)" if ratio == 1 else f"{ratio:.2f}", f"{batch} x {length}"]
+        if more is not None:
+            extra, figure = more(by_impl)
+            line.append(figure)
+        lines.append([*line, *(_cell(by_impl.get(impl), cell) for impl in impls)])
+    head = ["model", "kept", "batch x tokens", *([extra] if extra else []), *(IMPLEMENTATIONS[impl] for impl in impls)]
+    return markdown(head, lines)
+
+
+def _cell(row: Row | None, cell: Callable[[Row], str]) -> str:
+    if row is None:
+        return "-"
+    return "fails" if "error" in row else cell(row)
+
+
+def _time_and_memory(row: Row) -> str:
+    memory = row["temp_bytes"] if row["temp_bytes"] is not None else row["peak_activation_bytes"]
+    return f"{row['latency_ms']:.1f} ms" + ("" if memory is None else f", {memory / 2**20:.0f} MiB")
+
+
+def _time_and_rate(row: Row) -> str:
+    return f"{row['latency_ms']:.1f} ms, {row['tflops']:.0f}"
+
+
+def _matrix_rate(by_impl: dict[str, Row]) -> tuple[str, str]:
+    rate = by_impl.get("flashsvd_jax", {}).get("matmul_tflops")
+    return "matrix rate", "-" if rate is None else f"{rate:.0f}"
