@@ -25,7 +25,7 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, power_of_two, prefer, record, stall_reason
+from pallas_kernels import implementation_names, power_of_two, prefer, record, target, stall_reason
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
@@ -33,6 +33,8 @@ CACHE_UNIT = 64
 """Slots of a cache come in this many: kernels read tiles of keys and values, and a tile should be of one sequence."""
 
 PREFILL_CHUNK = 1024
+GPU_PREFILL_CHUNK = 2048
+"""Of kernels that keep no scores: a chunk costs less memory, and its products want this many rows."""
 DECODE_CHUNK = 8
 
 
@@ -67,7 +69,7 @@ class Engine:
       batch: sequences computed together.
       max_length: longest prompt plus completion, in tokens.
       decode_chunk: tokens per dispatch; more hides the host, fewer stream sooner.
-      prefill_chunk: longer prompts are processed in pieces of this many tokens.
+      prefill_chunk: longer prompts are processed in pieces of this many tokens; what suits the device if not given.
       kernels: "auto" for the fastest implementation of every op, or the name of one that is tried first, such as "xla".
 
     Attributes:
@@ -82,10 +84,12 @@ class Engine:
         batch: int = 1,
         max_length: int,
         decode_chunk: int = DECODE_CHUNK,
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         kernels: str = "auto",
     ):
         check_kernels(kernels)
+        if prefill_chunk is None:
+            prefill_chunk = GPU_PREFILL_CHUNK if target().platform == "cuda" else PREFILL_CHUNK
         if batch < 1 or max_length < 2 or decode_chunk < 1 or prefill_chunk < 1:
             raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
         self.config, self.weights, self.batch, self.max_length = config, weights, batch, max_length
