@@ -13,7 +13,7 @@ from pallas_kernels.products import project, project_reference
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
 
-STALL_INTEGERS = 1  # that say where a kernel gave up
+STALL_INTEGERS = 4  # of which the first says where a kernel gave up; one alone XLA would copy by a launch of its own
 
 
 @jax.tree_util.register_dataclass
@@ -64,8 +64,8 @@ class Decoded:
     Attributes:
       logits: float32 [batch, vocab].
       keys, values: the cache of each layer, with the new tokens in it.
-      stall: int32 [1]; nonzero if a kernel that waits for words of other blocks gave up, see `stall_reason`. The other results then
-        mean nothing.
+      stall: int32 [4]; the first is nonzero if a kernel that waits for words of other blocks gave up, see `stall_reason`. The other
+        results then mean nothing.
     """
 
     logits: jax.Array

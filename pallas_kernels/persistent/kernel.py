@@ -41,7 +41,7 @@ def run_layers(
       eps: of the norms.
 
     Returns:
-      The output, float32 [batch, columns]; int32 [1], nonzero if something was wrong, see `stalls`.
+      The output, float32 [batch, columns]; int32 [4], the first nonzero if something was wrong, see `stalls`.
     """
     words = jax.new_ref(jnp.zeros((plan.words,), jnp.int32))
     stall = jax.new_ref(jnp.zeros((STALL_INTEGERS,), jnp.int32))

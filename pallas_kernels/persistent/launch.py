@@ -33,7 +33,7 @@ class Launch:
     Attributes:
       plan: what is computed.
       words: float words, those of two layers and of the head.
-      stall: int32 [1], see `stalls`.
+      stall: int32 [4], see `stalls`.
       addresses: of all operands, layer by layer.
       numbers: int32 [layers, columns], what differs from layer to layer; see `number` and the plan's `Numbers.columns`.
       small: shared memory for reductions.

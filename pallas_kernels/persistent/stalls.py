@@ -35,7 +35,7 @@ def of_operand(number: int) -> int:
 
 def stall_reason(stall: Sequence[int]) -> str | None:
     """What a launch said, `Decoded.stall`, in words; None if it went on to its end."""
-    (found,) = stall
+    found = stall[0]
     if not found:
         return None
     if found & MISPLACED:

@@ -213,7 +213,7 @@ def decode_with(monkeypatch: pytest.MonkeyPatch, stall: Callable[[jax.Array], ja
 def test_no_step_is_taken_once_all_rows_have_ended(
     tiny: Any, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
-    steps = decode_with(monkeypatch, lambda at: jnp.zeros((1,), jnp.int32))
+    steps = decode_with(monkeypatch, lambda at: jnp.zeros((4,), jnp.int32))
     engine = tiny.new_engine(batch=2, decode_chunk=4)
     params = [SamplingParams(temperature=temperature, max_tokens=n, seed=0, ignore_eos=True) for n in (7, 3)]
     rows = rows_of(list(engine.generate([[1, 2, 3], [4] * 10], params)))
@@ -230,7 +230,7 @@ def test_no_step_is_taken_once_all_rows_have_ended(
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "drawn"])
 def test_the_first_stall_of_a_dispatch_is_told(tiny: Any, monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     """Every step from position 5 on gives up, in another place each."""
-    stall = lambda at: jnp.where(at < 5, 0, of_wait("down", 0, 0) + at)[:1]  # noqa: E731
+    stall = lambda at: jnp.where(at[0] < 5, 0, of_wait("down", 0, 0) + at[0]) * jnp.array([1, 0, 0, 0])  # noqa: E731
     steps = decode_with(monkeypatch, stall)
     engine = tiny.new_engine()
     with pytest.raises(KernelError, match="'down' in layer 0, block 5 "):

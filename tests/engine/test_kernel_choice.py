@@ -58,14 +58,14 @@ def test_interpreted_kernels_give_the_tokens_of_plain_xla() -> None:
 
 
 def test_a_kernel_that_gave_up_is_an_error_that_says_where() -> None:
-    check_stall(np.zeros(1, np.int32))
+    check_stall(np.zeros(4, np.int32))
     for integer, said in (
         (stalls.of_wait("o up", 5, 17), r"for the input of 'o up' in layer 5, block 17.*kernels='products'"),
         (stalls.of_wait("logits", 250, 131), "for the input of 'logits', block 131"),
         (stalls.of_operand(12), "where operand 12 is"),
     ):
         with pytest.raises(KernelError, match=said):
-            check_stall(np.array([integer], np.int32))
+            check_stall(np.array([integer, 0, 0, 0], np.int32))
 
 
 def test_the_earliest_stall_comes_before_others() -> None:

@@ -210,6 +210,7 @@ MODELS = {
     ),
     "some layers dense": Model((None, 72, 136), (200, None, (None, None, 64)), batch=2, biases="qkv", gate="gelu_tanh"),
     "first layer low rank": Model((72, None), (136, None), batch=1, heads=4, width=1024, biases="all", gate="gelu"),
+    "one layer": Model(((None, 72, 40, 136),), ((136, None, 64),), batch=2, biases="all"),
     "split latents": Model(DENSE[:2], (1000, 64), 904, kv_heads=1, width=1024, ff=1160, norms=True, shared=(0,)),
 }
 

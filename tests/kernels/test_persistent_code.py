@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from persistent_machine import ACTIVATIONS, Machine, in_random_order
 from persistent_models import EPS, MODELS, Item, arrays_of, items_of, plan_of
-from persistent_threads import Threads, running
+from persistent_threads import OPERANDS, Threads, running
 
 from pallas_kernels.persistent import code, inputs, items
 from pallas_kernels.persistent.columns import Columns, columns
@@ -54,7 +54,7 @@ def found_items(plan: Plan, number: int, layer: int, program: int) -> PhaseItems
 
 ALL_PRODUCTS = (
     "dense among low rank", "some layers dense", "first layer low rank", "split latents", "norms and biases of dense ones",
-    "one first factor for gate and up",
+    "one first factor for gate and up", "one layer",
 )  # fmt: skip
 
 
@@ -82,6 +82,24 @@ def test_items_and_inputs_are_those_of_the_protocol(name: str) -> None:
                 continue
             seen.add((team, split, bool(found.is_first)))
             check_input(machine, number, layer, program, found)
+
+
+def test_the_embedding_is_published_as_the_protocol_does() -> None:
+    machine = ended("one layer")
+    plan, stored = machine.plan, 0
+    machine.operands.append(machine.x)
+    for program in range(PROGRAMS):
+        threads = Threads(machine, program)
+
+        def emit(body: Any, refs: Any, threads: Threads = threads) -> None:
+            body(threads.emitter(0, -1, EPS), [], refs, None)
+
+        with running(threads), mock.patch.object(inputs, "Place", lambda *at: types.SimpleNamespace(emit=emit)):
+            shell: Any = types.SimpleNamespace(plan=plan)
+            inputs.embed(shell, OPERANDS + (len(machine.operands) - 1 << 32))
+        stored += len(threads.published)
+    (added,) = plan.steps[0].source.of
+    assert stored == plan.batch * plan.width * (1 + plan.steps[added.steps[0]].parts)
 
 
 @pytest.mark.parametrize("name", ["dense among low rank", "heads of 64", "norms and biases of dense ones"])
