@@ -24,9 +24,15 @@ def refuses(
         return f"{q.shape[1]} new tokens; it serves one"
     if not q.dtype == k.dtype == v.dtype == keys.dtype or q.dtype not in SUPPORTED_DTYPES:
         return f"q is {q.dtype} and the cache {keys.dtype}; it serves one of bfloat16, float16, float32"
-    head_dim = keys.shape[-1]
+    head_dim, rotated = keys.shape[-1], 2 * arrays[1].shape[-1]
     if head_dim % 2 or head_dim > 256:
         return f"head_dim {head_dim}; it serves even ones up to 256"
+    if rotated != head_dim:
+        return f"{rotated} of {head_dim} columns of a head rotated; it rotates all"
+    if options.get("scale") is not None or options.get("softcap") is not None:
+        return "scores scaled otherwise than by 1 / sqrt(head_dim), or bounded"
+    if any(norm is not None and norm.offset for norm in (options.get("q_norm"), options.get("k_norm"))):
+        return "a norm of queries or keys with an offset to its scale"
     return None
 
 
@@ -44,8 +50,9 @@ def attend_cached(
     window: int | None = None,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
+    **unserved: None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `pallas_kernels.attend_cached`, for one new token a sequence."""
+    """As `pallas_kernels.attend_cached`, for one new token a sequence; other options are none where it serves."""
     batch, kv_heads, _, head_dim = keys.shape
     plan = _plan(keys, q.shape[2] // head_dim, window, q_norm, k_norm)
     start = jnp.broadcast_to(start, (batch,))
