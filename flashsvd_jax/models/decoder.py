@@ -250,7 +250,8 @@ def _head(weights: DecoderWeights) -> PackedProjection:
 def _tables(config: ModelConfig, positions: jax.Array, lengths: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
     """Cosines and sines of each rotary embedding that occurs; of no columns where nothing is rotated."""
     if not config.ropes:
-        return [(jnp.zeros((*positions.shape, 0), jnp.float32),) * 2]
+        none = jnp.zeros((*positions.shape, 0), jnp.float32)
+        return [(none, none)]
     return [rotary_tables(rope, config.head_dim, positions, lengths) for rope in config.ropes]
 
 

@@ -51,6 +51,16 @@ def test_is_softmax_attention_over_visible_keys(arrays: tuple[np.ndarray, ...]) 
     np.testing.assert_allclose(got, exact(*arrays), rtol=0, atol=2e-6)
 
 
+def test_scores_may_be_scaled_otherwise_and_bounded(arrays: tuple[np.ndarray, ...]) -> None:
+    """In float64; head h reads the kv head of its group."""
+    q, k, v, mask = (a if a.dtype == bool else a.astype(np.float64) for a in arrays)
+    k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
+    scores = np.where(mask[:, None], 1.3 * np.tanh(0.7 * q @ k.swapaxes(2, 3) / 1.3), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(*q.shape[:1], q.shape[2], -1)
+    np.testing.assert_allclose(masked_attention(*arrays, 0.7, 1.3), want, rtol=0, atol=3e-6)
+
+
 def test_agrees_with_torch(arrays: tuple[np.ndarray, ...]) -> None:
     q, k, v, mask = map(torch.tensor, arrays)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None], enable_gqa=True)
