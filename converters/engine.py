@@ -20,9 +20,10 @@ from converters.detect import Detection, detect, refuse_files
 from converters.encoder_naming import naming_of
 from converters.families import family_named
 from converters.family import Family
+from converters.gpt2_blocks import open_checkpoint
 from converters.plan import Plan, make_plan
 from converters.report import ConversionReport
-from converters.sources import TensorSource, WrappedSource, folder_of, open_source
+from converters.sources import TensorSource, WrappedSource, folder_of
 from converters.sources.hashing import sha256_of
 from converters.verify import verify_folder
 from converters.verify_logits import LogitsFunction
@@ -95,7 +96,7 @@ def convert(
         weights, base = base_weights(folder, base), None
     refuse_files([file.name for file in weights.iterdir()] if weights.is_dir() else [weights.name], str(weights))
     with ExitStack() as files:
-        source, adapter = files.enter_context(_open(weights, for_adapter=folder is not None)), None
+        source, adapter = files.enter_context(_open(weights, base, for_adapter=folder is not None)), None
         if folder is not None:
             adapter = open_adapter(folder)
             files.enter_context(adapter.source)
@@ -124,9 +125,9 @@ def convert(
     )
 
 
-def _open(path: Path, for_adapter: bool) -> TensorSource:
+def _open(path: Path, base: Path | None, for_adapter: bool) -> TensorSource:
     if not (path / MANIFEST_FILE).is_file():
-        return open_source(path)
+        return open_checkpoint(path, base)
     if for_adapter:
         return ConvertedSource(path)
     raise ConversionError(f"{path} is a converted model already; load it, or export it to a form that others read")

@@ -7,6 +7,7 @@ share its tensor names. A new family is an entry here and a test.
 from converters.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from converters.eigen_attention import EigenAttention
 from converters.family import Family
+from converters.gpt2_blocks import Gpt2Blocks
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
 from converters.head_groups import CONFIG_KEY as HEAD_RANKS
 from converters.head_groups import HeadGroups
@@ -159,10 +160,10 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "flashsvd_gpt2",
-        "FlashSVD's GPT-2 blocks",
+        "FlashSVD's GPT-2 blocks, factors of single heads",
+        pairs=(PairRule(FIRST, SECOND),),
         key_pattern=r"(?:^|\.)(?:q_U|fc1_U)$",
-        files=("gpt2_block_0.pt",),
-        refusal="GPT-2 is not read",
+        view=Gpt2Blocks,
     ),
     Family(
         "mla",

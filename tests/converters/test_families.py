@@ -94,13 +94,10 @@ def test_merged_checkpoint_counts_as_dense_and_says_what_its_configuration_claim
 
 REFUSED_NAMES = {
     "quantized": f"{Q}.qweight",
-    "flashsvd_gpt2": "blocks.0.q_U",
     "mla": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "lora_whole": f"base_model.model.{Q}.lora_A.default.weight",
 }
-REFUSED_FILES = {
-    "flashsvd_gpt2": "gpt2_block_0.pt",
-}
+REFUSED_FILES: dict[str, str] = {}
 
 
 def test_every_refused_family_is_tested() -> None:
