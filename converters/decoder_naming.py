@@ -1,5 +1,9 @@
 """Names of those decoders' parameters in transformers that are called otherwise than Llama's."""
 
+import re
+
+from converters.naming import Naming
+
 # What names begin with, and canonical names without the last part, of a layer without its number, -> module paths behind that.
 OPT = (
     "model.decoder.",
@@ -35,3 +39,19 @@ GPT2 = (
         "lm_head": "lm_head",
     },
 )
+
+_TEXT_MODEL = re.compile(r"^(?:language_model\.(?=model\.|lm_head\.)|model\.language_model\.)")
+_OTHER_MODELS = re.compile(r"^(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
+
+
+class MultimodalNaming(Naming):
+    """As Llama's, of a text model that may come inside a model that also sees; that one's other parts are not needed."""
+
+    def bare(self, name: str) -> str:
+        found = _TEXT_MODEL.match(name)
+        if found is None:
+            return name
+        return name[found.end() :] if found[0] == "language_model." else f"model.{name[found.end() :]}"
+
+    def is_unused(self, name: str) -> bool:
+        return _OTHER_MODELS.match(name) is not None

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from converters.decoder_naming import GPT2, OPT
+from converters.decoder_naming import GPT2, OPT, MultimodalNaming
 from converters.naming import Naming
 from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.config import ModelConfig
@@ -161,7 +161,8 @@ def naming_of(config: AnyConfig) -> Naming:
 def _decoder_naming(config: ModelConfig) -> Naming:
     own = {"opt": OPT, "gpt2": GPT2}.get(config.model_type)
     if own is None:
-        return Naming(twins=(("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ())
+        kind = MultimodalNaming if config.model_type == "gemma3_text" else Naming
+        return kind(twins=(("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ())
     prefix, modules = own
     twins = (("lm_head.weight", f"{modules['embed_tokens']}.weight"),) if config.tie_embeddings else ()
     return TableNaming("lm_head", twins, config.model_type == "gpt2", prefix, modules)

@@ -124,13 +124,13 @@ class Gpt2Blocks(WrappedSource):
             of_heads = [np.einsum("thr,hro->tho", latent, self._float64(name)) for latent, name in pairs]
             return np.concatenate([outputs.reshape(len(x), -1) for outputs in of_heads], axis=1)
 
-        def bias() -> np.ndarray:
+        def joined_bias() -> np.ndarray:
             return np.concatenate([self._source.get(name).reshape(-1) for name in biases])
 
         module, (like, _, like_bias) = f"{block}.attn.c_attn", triples[0]
         self._make(FIRST.format(module=module), (3 * heads * rank, d), down, like, like.dtype)
         self._make(SECOND.format(module=module), (3 * heads, width, rank), up, like, like.dtype)
-        self._make(f"{module}.bias", (3 * heads * width,), bias, like_bias, like_bias.dtype)
+        self._make(f"{module}.bias", (3 * heads * width,), joined_bias, like_bias, like_bias.dtype)
         self._outputs[FIRST.format(module=module)] = output
 
     def _projection(self, block: str, stem: str, path: str, parts: dict[str, TensorInfo]) -> None:

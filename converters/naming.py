@@ -50,7 +50,8 @@ class Naming:
 
     def claimed(self, name: str) -> str:
         """A module's path as `module` gives it, from the name that a map of ranks has for it."""
-        return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
+        short = self.bare(name)
+        return short if short.startswith(("model.", "lm_head")) else f"model.{short}"
 
     def is_unused(self, name: str) -> bool:
         """Whether the model does not compute with a tensor."""

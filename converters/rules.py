@@ -15,7 +15,8 @@ _ENCODER_MODULE = (
 )
 
 _DECODER_MODULE = (
-    r"model\.layers\.\d+\.(?:self_attn\.(?:[qkvo]|qkv)_proj|mlp\.(?:gate|up|down|gate_up)_proj)|lm_head|"
+    r"(?:language_model\.)?model\.(?:language_model\.)?layers\.\d+\."
+    r"(?:self_attn\.(?:[qkvo]|qkv)_proj|mlp\.(?:gate|up|down|gate_up)_proj)|lm_head|"
     r"(?:(?:model\.)?decoder\.)?layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])|"
     r"(?:transformer\.)?h\.\d+\.(?:attn\.c_(?:attn|proj)|mlp\.c_(?:fc|proj))"
 )

@@ -13,6 +13,13 @@ from flashsvd_jax.rope_config import RopeConfig
 MAX_LAYERS = 1024
 Fields = dict[str, Any]
 
+# The text models inside Gemma 3's that see leave out what their class has anyhow.
+_GEMMA3_SIZES = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+}
 _LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
@@ -54,6 +61,7 @@ def _phi3(kind: str, hf: Mapping[str, Any]) -> Fields:
 def _gemma(kind: str, hf: Mapping[str, Any]) -> Fields:
     """Gemma 2, and the text model of Gemma 3, whose layers with a window have a rotation of their own."""
     _refuse(hf, "use_bidirectional_attention", False, "every token sees the ones before it alone")
+    hf = {**_GEMMA3_SIZES, **hf} if kind == "gemma3_text" else hf
     sizes = _sizes(hf, kv_heads=4, head_dim=256)
     layers, bias = sizes["num_layers"], flag(hf, "attention_bias", False)
     scalar = number(hf, "query_pre_attn_scalar", 256.0)

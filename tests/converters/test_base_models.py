@@ -24,6 +24,7 @@ from published_checkpoints import hf_config, save_pickle, save_safetensors, stat
 from torch import nn
 
 from converters import convert
+from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import ConversionError
 from flashsvd_jax.schema import sites
@@ -152,3 +153,28 @@ def test_a_mis_shaped_weight_of_gpt2_is_named_as_it_is_stored(tmp_path: Path) ->
     source = save_safetensors(tmp_path / "in", tensors, hf_config(model))
     with pytest.raises(ConversionError, match=r"h.1.mlp.c_fc.weight is \[56, 43\], the base model makes it \[56, 44\]"):
         convert(source, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_a_gemma3_that_sees(prefix: str, tmp_path: Path) -> None:
+    """Its configuration leaves out what it has in common with the class, and the vision tower is not needed."""
+    model = build_model("gemma3", num_attention_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-6)
+    compress(model, ranks := ranks_of(model), ABLinear)
+    text = hf_config(model)
+    left_out = ("num_attention_heads", "max_position_embeddings", "rms_norm_eps", "architectures")
+    config = {
+        "model_type": "gemma3",
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "eos_token_id": [1, 7],
+        "text_config": {key: value for key, value in text.items() if key not in (*left_out, "eos_token_id")},
+        "vision_config": {"hidden_size": 12},
+    }
+    tensors = {prefix + name.removeprefix("model."): tensor for name, tensor in state_dict(model).items()}
+    tensors |= {"vision_tower.vision_model.embeddings.position_embedding.weight": torch.zeros(3, 12)}
+    tensors |= {"multi_modal_projector.mm_soft_emb_norm.weight": torch.zeros(12)}
+    source = save_safetensors(tmp_path / "in", tensors, config)
+    report = check(source, model, tmp_path / "out", "bare_ab", ranks)
+    assert (report.config.model_type, report.config.eos_token_ids) == ("gemma3_text", (1, 7))
+    assert any("2 tensors were not needed" in note for note in report.notes)
+    with open_folder(tmp_path / "out") as folder:
+        assert folder.hf_config["architectures"] == ["Gemma3ForCausalLM"] and "text_config" not in folder.hf_config
