@@ -7,13 +7,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flashsvd_jax.base_models import BASE_MODELS, MAX_LAYERS
+from flashsvd_jax.base_models import BASE_MODELS
 from flashsvd_jax.config_fields import token_ids
 from flashsvd_jax.errors import ConfigError
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.rope_config import RopeConfig
 
-__all__ = ["MAX_LAYERS", "MODEL_TYPES", "MODEL_TYPE_ALIASES", "ModelConfig", "RopeConfig", "base_model_type"]
+__all__ = ["MODEL_TYPES", "MODEL_TYPE_ALIASES", "ModelConfig", "RopeConfig", "base_model_type"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,7 +85,9 @@ def _plan(keys: jax.Array, heads: int, window: int | None, q_norm: Norm | None, 
     wanted = 2 * target().cores // (batch * kv_heads)
     splits = power_of_two_within(max(1, min(wanted, reach // step, 64)))
     q_eps, k_eps = (None if norm is None else norm.eps for norm in (q_norm, k_norm))
-    offsets = [0.0 if norm is None else norm.offset for norm in (q_norm, k_norm)]
-    plan = AttentionPlan(heads, kv_heads, head_dim, splits, step, window, q_eps, k_eps, *offsets)
+    q_offset, k_offset = (0.0 if norm is None else norm.offset for norm in (q_norm, k_norm))
+    plan = AttentionPlan(
+        heads, kv_heads, head_dim, splits, step, window, q_eps, k_eps, q_offset=q_offset, k_offset=k_offset
+    )
     tiles = 4 * plan.columns * step * keys.dtype.itemsize  # keys and values, both halves
     return dataclasses.replace(plan, stages=max(1, min(plan.stages, target().shared_memory // (tiles + _SCORES))))
