@@ -133,7 +133,7 @@ def uniform_rank(site: Site, ratio: float) -> int:
 
 
 def kept_share(config: ModelConfig) -> float:
-    """Parameters of the layers' projections, shared ones counted once, as a share of the dense ones, to four digits."""
+    """Parameters of the layers' projections without biases, shared ones counted once, as a share of the dense ones, to four digits."""
     return round(_projection_params(config) / _projection_params(config.dense()), 4)
 
 
@@ -163,6 +163,7 @@ def _with_ranks(name: str, ranks: dict[str, int]) -> ModelConfig:
 
 
 def _projection_params(config: ModelConfig) -> int:
-    specs = schema(config)
-    names = (name for name in stored_names(config) if name.startswith("layers_") and "norm" not in name)
+    """Of weights and factors; biases are kept whatever the ranks."""
+    specs, parts = schema(config), (".weight", ".down", ".up")
+    names = (name for name in stored_names(config) if name.startswith("layers_") and name.endswith(parts))
     return sum(specs[name].size for name in names)
