@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pallas_kernels import Visible, attend
+from pallas_kernels import Visible, assume_target, attend, cudnn
 from pallas_kernels.attention import masked_attention
+from pallas_kernels.target import H200
 
 SIZES = {  # (batch, heads, kv_heads, queries, keys, head_dim)
     "one_query": (2, 6, 2, 1, 19, 10),
@@ -132,3 +133,14 @@ def test_the_op_is_attention_over_what_is_visible(arrays: tuple[np.ndarray, ...]
     visible = Visible(jnp.full(len(q), k.shape[2], jnp.int32), start=jnp.int32(start))
     mask = np.tril(np.ones((q.shape[2], k.shape[2]), bool), start)
     np.testing.assert_allclose(attend(q, k, v, visible), exact(q, k, v, np.stack([mask] * len(q))), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.3}, {"softcap": 50.0}])
+def test_kernels_of_prompts_refuse_scores_that_they_do_not_compute(options: dict[str, float]) -> None:
+    q = jnp.zeros((1, 2, 8, 64), jnp.bfloat16)
+    visible = Visible(jnp.full(1, 8, jnp.int32), padding="ignored")
+    with assume_target(H200):
+        assert attend.choose(q, q, q, visible)[0].name == "triton"
+        chosen, refusals = attend.choose(q, q, q, visible, **options)
+    assert chosen.name == "xla" and "scaled otherwise" in refusals["triton"]
+    assert ("softcap" in options) == (cudnn.refuses(q, q, q, visible, **options) == "bounded scores")
