@@ -133,7 +133,7 @@ def uniform_rank(site: Site, ratio: float) -> int:
 
 
 def kept_share(config: ModelConfig) -> float:
-    """Parameters of the layers' projections without biases, shared ones counted once, as a share of the dense ones, to four digits."""
+    """Parameters of the layers' projections, but biases, as a share of the dense ones, to four digits; shared ones count once."""
     return round(_projection_params(config) / _projection_params(config.dense()), 4)
 
 
