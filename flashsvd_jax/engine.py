@@ -25,7 +25,7 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, power_of_two, prefer, record, target, stall_reason
+from pallas_kernels import implementation_names, power_of_two, prefer, record, stall_reason, target
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
