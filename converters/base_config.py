@@ -21,6 +21,10 @@ _ADDED = {key for family in FAMILIES for key in (*family.config_keys, *family.ad
     "low_rank_format_version",
 }
 _ARCHITECTURES = tuple(prefix for family in FAMILIES for prefix in family.architectures)
+# Models that see and write -> type and class of the text model inside, which alone is read.
+_TEXT_MODELS = {"gemma3": ("gemma3_text", "Gemma3ForCausalLM")}
+# What a family adds to other models' configurations and a base model has by itself.
+_OWN_KEYS = {"opt": ("ffn_dim",)}
 _BASE_TYPES = {own: base for family in FAMILIES for own, base in family.model_types}
 
 
@@ -62,9 +66,13 @@ def base_config(own: FoundConfig | None, base: Path | None, where: str) -> Found
     hf = found.hf
     if isinstance(hf.get("base_config"), Mapping):  # LEMS keeps the base model's configuration whole
         hf = {"model_type": hf.get("base_model_type"), **hf["base_config"]}
-    clean = {key: value for key, value in hf.items() if key not in _ADDED}
-    kind = clean.get("model_type")
-    clean["model_type"] = _BASE_TYPES.get(str(kind), kind)
+    if str(hf.get("model_type")) in _TEXT_MODELS and isinstance(hf.get("text_config"), Mapping):
+        own_type, own_class = _TEXT_MODELS[str(hf["model_type"])]
+        tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id") if key in hf}
+        hf = {**tokens, **hf["text_config"], "model_type": own_type, "architectures": [own_class]}
+    kind = _BASE_TYPES.get(str(hf.get("model_type")), hf.get("model_type"))
+    own_keys = _OWN_KEYS.get(str(kind), ())
+    clean = {key: value for key, value in hf.items() if key not in _ADDED or key in own_keys} | {"model_type": kind}
     kept = [name for name in architectures(clean) if not name.startswith(_ARCHITECTURES)]
     clean.pop("architectures", None)
     return FoundConfig(clean | ({"architectures": kept} if kept else {}), found.origin)

@@ -3,8 +3,10 @@
 import re
 from dataclasses import dataclass, field
 
+from converters.decoder_naming import GPT2, OPT, MultimodalNaming
 from converters.naming import Naming
 from flashsvd_jax.any_config import AnyConfig
+from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.encoder_config import EncoderConfig
 
 # Canonical names without the last part, and of a layer without its number, -> module paths without the body's prefix.
@@ -85,11 +87,12 @@ _OF_PRETRAINING = re.compile(r"^(?:pooler|cls\.seq_relationship)\.")
 
 
 @dataclass(frozen=True)
-class EncoderNaming(Naming):
-    """How transformers names an encoder's parameters; their form here is that of the model without a head.
+class TableNaming(Naming):
+    """How transformers names the parameters of an encoder, or of a decoder that has names of its own; their form here is that of
+    the model without a head.
 
     Attributes:
-      prefix: stands before the names of the body where there is a head; checkpoints have it or not.
+      prefix: stands before the names of the body where there is a head; checkpoints have it, the end of it, or nothing.
       modules: module paths by canonical name.
       spare_bias: a second name of the output layer's bias. With tied embeddings both are one tensor; without, if both are
         stored, this one is not computed with.
@@ -121,7 +124,9 @@ class EncoderNaming(Naming):
         return (today, *old, *(twin for twin, kept in self.twins if kept == today))
 
     def bare(self, name: str) -> str:
-        return name.removeprefix(self.prefix)
+        _, _, end = self.prefix.partition(".")
+        short = name.removeprefix(self.prefix)
+        return short.removeprefix(end) if short == name else short
 
     def whole(self, name: str) -> str:
         return self.prefix + name if self.head and not _OF_HEADS.match(name) else name
@@ -138,10 +143,10 @@ class EncoderNaming(Naming):
 def naming_of(config: AnyConfig) -> Naming:
     """How transformers names the parameters of a model."""
     if not isinstance(config, EncoderConfig):
-        return Naming(twins=(("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ())
+        return _decoder_naming(config)
     prefix, body, heads = _FAMILIES[config.model_type]
     if config.head is None:
-        return EncoderNaming("", (), prefix, body)
+        return TableNaming("", (), False, prefix, body)
     head = heads[config.head.kind]
     out = head["head.out"]
     spare = f"{out.removesuffix('.decoder')}.bias" if out.endswith(".decoder") else ""
@@ -150,4 +155,14 @@ def naming_of(config: AnyConfig) -> Naming:
         twins.append((f"{out}.weight", f"{body['embed_tokens']}.weight"))
     if config.head.tied and spare:
         twins.append((spare, f"{out}.bias"))
-    return EncoderNaming(out, tuple(twins), prefix, body | head, spare)
+    return TableNaming(out, tuple(twins), False, prefix, body | head, spare)
+
+
+def _decoder_naming(config: ModelConfig) -> Naming:
+    own = {"opt": OPT, "gpt2": GPT2}.get(config.model_type)
+    if own is None:
+        kind = MultimodalNaming if config.model_type == "gemma3_text" else Naming
+        return kind(twins=(("lm_head.weight", "model.embed_tokens.weight"),) if config.tie_embeddings else ())
+    prefix, modules = own
+    twins = (("lm_head.weight", f"{modules['embed_tokens']}.weight"),) if config.tie_embeddings else ()
+    return TableNaming("lm_head", twins, config.model_type == "gpt2", prefix, modules)

@@ -13,14 +13,17 @@ import numpy as np
 from converters.adapted_source import AdaptedSource
 from converters.adapters import Adapter, adapter_folder, base_weights, open_adapter
 from converters.base_config import FoundConfig, base_config, base_name, model_config, own_config
+from converters.conv1d import TransposedWeights
 from converters.converted_source import ConvertedSource
 from converters.destination import check_space, refuse_existing
 from converters.detect import Detection, detect, refuse_files
+from converters.encoder_naming import naming_of
 from converters.families import family_named
 from converters.family import Family
+from converters.gpt2_blocks import open_checkpoint
 from converters.plan import Plan, make_plan
 from converters.report import ConversionReport
-from converters.sources import TensorSource, WrappedSource, folder_of, open_source
+from converters.sources import TensorSource, WrappedSource, folder_of
 from converters.sources.hashing import sha256_of
 from converters.verify import verify_folder
 from converters.verify_logits import LogitsFunction
@@ -93,7 +96,7 @@ def convert(
         weights, base = base_weights(folder, base), None
     refuse_files([file.name for file in weights.iterdir()] if weights.is_dir() else [weights.name], str(weights))
     with ExitStack() as files:
-        source, adapter = files.enter_context(_open(weights, for_adapter=folder is not None)), None
+        source, adapter = files.enter_context(_open(weights, base, for_adapter=folder is not None)), None
         if folder is not None:
             adapter = open_adapter(folder)
             files.enter_context(adapter.source)
@@ -122,9 +125,9 @@ def convert(
     )
 
 
-def _open(path: Path, for_adapter: bool) -> TensorSource:
+def _open(path: Path, base: Path | None, for_adapter: bool) -> TensorSource:
     if not (path / MANIFEST_FILE).is_file():
-        return open_source(path)
+        return open_checkpoint(path, base)
     if for_adapter:
         return ConvertedSource(path)
     raise ConversionError(f"{path} is a converted model already; load it, or export it to a form that others read")
@@ -136,6 +139,8 @@ def _prepare(source: TensorSource, base: Path | None, dtype: str | None, adapter
     converted = source.detection if isinstance(source, ConvertedSource) else None
     detection, default = converted or detect(claims, source.infos(), where), _default_dtype(source)
     found = base_config(own, base, where)
+    if naming_of(model_config(found)).transposed:
+        source = TransposedWeights(source, model_config(found))
     if detection.family.view is not None:
         source = view = detection.family.view(source, claims, model_config(found))
         found = FoundConfig({**found.hf, **view.hf}, found.origin)
@@ -205,7 +210,7 @@ def _companions(own: Path, base: Path | None) -> list[Path]:
 def _notes(source: TensorSource, family: Family, plan: Plan) -> tuple[str, ...]:
     notes = [*(source.notes if isinstance(source, WrappedSource) else ()), *plan.notes]
     rope = plan.config.rope if isinstance(plan.config, ModelConfig) else RopeConfig()
-    if family.fixed_rope and rope != RopeConfig():
+    if family.fixed_rope and rope is not None and rope != RopeConfig():
         notes.append(
             f"the family's own Llama class rotates positions with base 10000 and no scaling; the base configuration "
             f"counts: base {rope.theta:g}, scaling {rope.kind}"

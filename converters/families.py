@@ -7,6 +7,7 @@ share its tensor names. A new family is an entry here and a test.
 from converters.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from converters.eigen_attention import EigenAttention
 from converters.family import Family
+from converters.gpt2_blocks import Gpt2Blocks
 from converters.head_factors import FIRST, SECOND, HeadFactorSource
 from converters.head_groups import CONFIG_KEY as HEAD_RANKS
 from converters.head_groups import HeadGroups
@@ -17,6 +18,7 @@ from converters.residuals import BlockResiduals, DenseResiduals
 from converters.rules import PairRule
 from converters.shared_bases import CONFIG_KEYS, SharedBases
 from converters.shared_firsts import SharedFirsts
+from flashsvd_jax.config import MODEL_TYPES
 
 _A_AFTER_B = PairRule("{module}.BLinear.weight", "{module}.ALinear.weight")
 _B_AFTER_A = PairRule("{module}.ALinear.weight", "{module}.BLinear.weight")
@@ -35,7 +37,7 @@ FAMILIES: tuple[Family, ...] = (
         "LowRankArena's ABLinear export (SVD-LLM, AA-SVD, ZS-SVD, Swift-SVD, GFWSVD and others)",
         pairs=(_A_AFTER_B,),
         config_keys=("low_rank_modules", "low_rank_schema"),
-        model_types=tuple((f"lowrank_{base}", base) for base in ("llama", "mistral", "qwen2", "qwen3")),
+        model_types=tuple((f"lowrank_{base}", base) for base in MODEL_TYPES),
         architectures=("LowRank",),
         config_values=(("low_rank_schema", "ABLinear"), ("low_rank_format_version", 1)),
         rank_map="low_rank_modules",
@@ -58,7 +60,7 @@ FAMILIES: tuple[Family, ...] = (
         "ASVD, Hugging Face export",
         pairs=(_A_AFTER_B,),
         config_keys=("truncation_ranks",),
-        model_types=tuple((f"asvd_{base}", base) for base in ("llama", "mistral", "qwen2", "qwen3")),
+        model_types=tuple((f"asvd_{base}", base) for base in MODEL_TYPES),
         architectures=("ASVD",),
         rank_map="truncation_ranks",
     ),
@@ -158,10 +160,10 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "flashsvd_gpt2",
-        "FlashSVD's GPT-2 blocks",
+        "FlashSVD's GPT-2 blocks, factors of single heads",
+        pairs=(PairRule(FIRST, SECOND),),
         key_pattern=r"(?:^|\.)(?:q_U|fc1_U)$",
-        files=("gpt2_block_0.pt",),
-        refusal="GPT-2 is not read",
+        view=Gpt2Blocks,
     ),
     Family(
         "mla",

@@ -21,10 +21,12 @@ class Naming:
     Attributes:
       head: module path of the output layer; empty where there is none.
       twins: pairs of tensors that hold the same values where both are stored; the first of each is not needed.
+      transposed: transformers' class holds the weights of the layers as [d_in, d_out].
     """
 
     head: str = "lm_head"
     twins: tuple[tuple[str, str], ...] = ()
+    transposed: bool = False
 
     def module(self, site: str) -> str:
         """Module path of a projection: `layers_0.mlp.up_proj` -> `model.layers.0.mlp.up_proj`."""
@@ -48,7 +50,8 @@ class Naming:
 
     def claimed(self, name: str) -> str:
         """A module's path as `module` gives it, from the name that a map of ranks has for it."""
-        return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
+        short = self.bare(name)
+        return short if short.startswith(("model.", "lm_head")) else f"model.{short}"
 
     def is_unused(self, name: str) -> bool:
         """Whether the model does not compute with a tensor."""

@@ -14,11 +14,18 @@ _ENCODER_MODULE = (
     r"(?:attention\.(?:self\.(?:query|key|value)|output\.dense|[qkv]_lin|out_lin)|(?:intermediate|output)\.dense|ffn\.lin[12])"
 )
 
-# What a placeholder stands for, as a regular expression over the names of a Llama-shaped model, or of an encoder.
+_DECODER_MODULE = (
+    r"(?:language_model\.)?model\.(?:language_model\.)?layers\.\d+\."
+    r"(?:self_attn\.(?:[qkvo]|qkv)_proj|mlp\.(?:gate|up|down|gate_up)_proj)|lm_head|"
+    r"(?:(?:model\.)?decoder\.)?layers\.\d+\.(?:self_attn\.(?:[qkv]|out)_proj|fc[12])|"
+    r"(?:transformer\.)?h\.\d+\.(?:attn\.c_(?:attn|proj)|mlp\.c_(?:fc|proj))"
+)
+
+# What a placeholder stands for, as a regular expression over the names of decoders and encoders.
 _PLACEHOLDERS = {
-    "module": rf"(?:model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)|lm_head|{_ENCODER_MODULE})",
-    "parent": r"model\.layers\.\d+\.(?:self_attn|mlp)",
-    "stem": r"(?:[qkvo]|gate|up|down)",
+    "module": rf"(?:{_DECODER_MODULE}|{_ENCODER_MODULE})",
+    "parent": r"(?:model\.layers\.\d+\.(?:self_attn|mlp)|(?:(?:model\.)?decoder\.)?layers\.\d+(?:\.self_attn)?)",
+    "stem": r"(?:[qkvo]|gate|up|down|out|fc[12])",
     "layer": r"\d+",
 }
 

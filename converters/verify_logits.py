@@ -83,6 +83,8 @@ def _dense_weights(source: TensorSource, plan: Plan) -> dict[str, np.ndarray]:
             up, down = (get(f"{site.name}.{part}", np.float64) for part in ("up", "down"))
             product = up @ down.reshape(*up.shape[:-2], up.shape[-1], site.d_in)
             weights[f"{module}.weight"] = product.reshape(site.d_out, site.d_in).astype(np.float32)
+        if naming.transposed and module != naming.head:
+            weights[f"{module}.weight"] = weights[f"{module}.weight"].T
         if site.has_bias:
             weights[f"{module}.bias"] = get(f"{site.name}.bias")
     weights |= {twin: weights[kept] for twin, kept in naming.twins}

@@ -14,6 +14,6 @@ r       rank       inner width of a factorized weight
 v       vocab      tokens known
 l       labels     classes of a classification head
 -       groups     blocks of a block-diagonal second factor
--       positions, types   rows of an encoder's tables
+-       positions, types   rows of tables that are added to an embedding
 i, o    -          input and output axis of a projection in general
 """

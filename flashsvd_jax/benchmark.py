@@ -184,7 +184,7 @@ def _drawn_on_the_host(config: AnyConfig, dtype: str) -> Callable[[str], np.ndar
 
 def random_arrays(config: AnyConfig, dtype: str = "bfloat16") -> Callable[[str], jax.Array]:
     """Flat name -> array, drawn on the device as `random_weights` says."""
-    specs = schema(config)
+    specs, offset = schema(config), config.norm_offset if isinstance(config, ModelConfig) else 0.0
     key = jax.random.key(0)
 
     @jax.jit
@@ -195,7 +195,7 @@ def random_arrays(config: AnyConfig, dtype: str = "bfloat16") -> Callable[[str],
         nonlocal key
         key, draw = jax.random.split(key)
         empty = jnp.ones(specs[name].shape, dtype)
-        return empty if name.endswith(".scale") else scaled(draw, empty)
+        return empty - offset if name.endswith(".scale") else scaled(draw, empty)
 
     return get
 

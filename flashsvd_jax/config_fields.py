@@ -57,6 +57,26 @@ def token_ids(value: Any, name: str) -> tuple[int, ...]:
     return tuple(i for i in ids if i >= 0)  # -1 stands for "none" in some configurations
 
 
+# Names of activations in transformers -> those of `pallas_kernels`; its variants of gelu_tanh differ by rounding alone.
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
+    """The activation that a field names in transformers' words, by its name here; that of ``default`` where it is absent."""
+    given = fields.get(name, default)
+    if not isinstance(given, str) or given not in _ACTIVATIONS:
+        raise ConfigError(f"config.json: {name} {given!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[given]
+
+
 def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"config.json: {name} must be a positive number, not {value!r}")

@@ -7,11 +7,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flashsvd_jax.config import MAX_LAYERS, RopeConfig
-from flashsvd_jax.config_fields import flag, integer, number
-from flashsvd_jax.encoder_head_config import HeadConfig, activation
+from flashsvd_jax.base_models import MAX_LAYERS
+from flashsvd_jax.config_fields import activation, flag, integer, number
+from flashsvd_jax.encoder_head_config import HeadConfig
 from flashsvd_jax.errors import ConfigError
 from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.rope_config import RopeConfig
 
 ENCODER_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "modernbert")
 
@@ -126,7 +127,7 @@ def _bert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "first_position": first,
         "num_types": integer(hf, "type_vocab_size", 2),
         "norm_eps": number(hf, "layer_norm_eps", 1e-12),
-        "activation": activation(hf, "hidden_act"),
+        "activation": activation(hf, "hidden_act", "gelu"),
         "final_norm": flag(hf, "final_norm", False),
         "embedding_scale": number(hf, "embedding_scale", 1.0),
         "windows": (None,) * layers,
@@ -144,7 +145,7 @@ def _distilbert(hf: Mapping[str, Any]) -> dict[str, Any]:
         "num_heads": integer(hf, "n_heads"),
         "max_position": integer(hf, "max_position_embeddings"),
         "norm_eps": 1e-12,  # no field of its configuration
-        "activation": activation(hf, "activation"),
+        "activation": activation(hf, "activation", "gelu"),
         "windows": (None,) * layers,
         "ropes": (None,) * layers,
     }
@@ -170,7 +171,7 @@ def _modernbert(hf: Mapping[str, Any]) -> dict[str, Any]:
         **sizes,
         "max_position": integer(hf, "max_position_embeddings"),
         "norm_eps": number(hf, "norm_eps", 1e-5),
-        "activation": activation(hf, "hidden_activation"),
+        "activation": activation(hf, "hidden_activation", "gelu"),
         "windows": tuple(window if kind == "sliding_attention" else None for kind in types),
         "ropes": tuple(ropes[kind] for kind in types),
         "learned_positions": False,

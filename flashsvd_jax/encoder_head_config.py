@@ -1,22 +1,11 @@
-"""Configuration of what stands on an encoder, and of activations."""
+"""Configuration of what stands on an encoder."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from flashsvd_jax.config_fields import flag, integer
+from flashsvd_jax.config_fields import activation, flag, integer
 from flashsvd_jax.errors import ConfigError
-
-# Names of activations in transformers -> those of `pallas_kernels`; its variants of gelu_tanh differ by rounding alone.
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +52,14 @@ class HeadConfig:
         )
 
 
-def activation(hf: Mapping[str, Any], name: str) -> str:
-    """The activation that a field names, by its name here; gelu where it is absent."""
-    given = hf.get(name, "gelu")
-    if not isinstance(given, str) or given not in _ACTIVATIONS:
-        raise ConfigError(f"config.json: {name} {given!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[given]
-
-
 def _masked_lm(hf: Mapping[str, Any]) -> HeadConfig:
     kind, outputs, tied = hf["model_type"], integer(hf, "vocab_size"), flag(hf, "tie_word_embeddings", True)
     if kind == "modernbert":
         return _modernbert("masked_lm", outputs, hf, out_bias=flag(hf, "decoder_bias", True), tied=tied)
     field = {"bert": "hidden_act", "distilbert": "activation"}.get(kind)  # RoBERTa's is gelu whatever its layers have
-    return HeadConfig("masked_lm", outputs, activation(hf, field) if field else "gelu", has_norm=True, tied=tied)
+    return HeadConfig(
+        "masked_lm", outputs, activation(hf, field, "gelu") if field else "gelu", has_norm=True, tied=tied
+    )
 
 
 def _classification(hf: Mapping[str, Any]) -> HeadConfig:
@@ -94,7 +77,7 @@ def _modernbert(
 ) -> HeadConfig:
     dense_bias = flag(hf, "classifier_bias", False)
     return HeadConfig(
-        kind, outputs, activation(hf, "classifier_activation"), has_norm=True, dense_bias=dense_bias, **fields
+        kind, outputs, activation(hf, "classifier_activation", "gelu"), has_norm=True, dense_bias=dense_bias, **fields
     )
 
 

@@ -25,7 +25,7 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, power_of_two, prefer, record, target, stall_reason
+from pallas_kernels import implementation_names, power_of_two, prefer, record, stall_reason, target
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
@@ -92,6 +92,10 @@ class Engine:
             prefill_chunk = GPU_PREFILL_CHUNK if target().platform == "cuda" else PREFILL_CHUNK
         if batch < 1 or max_length < 2 or decode_chunk < 1 or prefill_chunk < 1:
             raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
+        if config.learned_positions and max_length > config.max_position:
+            raise RequestError(
+                f"{max_length} tokens are more than the {config.max_position} positions that the model's table holds"
+            )
         self.config, self.weights, self.batch, self.max_length = config, weights, batch, max_length
         self.decode_chunk, self.prefill_chunk = decode_chunk, power_of_two(prefill_chunk)
         # A whole number of chunks, so that a padded chunk never runs past the last slot. Both are powers of two.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashsvd_jax.config import RopeConfig
+from flashsvd_jax.rope_config import RopeConfig
 
 
 def rotary_tables(
@@ -21,22 +21,22 @@ def rotary_tables(
 
     Args:
       rope: the scaling.
-      head_dim: size of a head; half as many frequencies.
+      head_dim: size of a head; half as many frequencies, or fewer where it is rotated in part.
       positions: int32 [batch, tokens].
       lengths: int32 [batch], length that each sequence has reached; only `dynamic` and `longrope` depend on it.
 
     Returns:
-      (cos, sin), each float32 [batch, tokens, head_dim // 2], scaled by the kind's attention factor.
+      (cos, sin), each float32 [batch, tokens, rotated columns // 2], scaled by the kind's attention factor.
     """
-    inverse = _inverse_frequencies(rope, head_dim, lengths)
+    inverse = _inverse_frequencies(rope, rope.columns(head_dim), lengths)
     angles = positions[..., None].astype(jnp.float32) * inverse[:, None]
     factor = _attention_factor(rope)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def _inverse_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array) -> jax.Array:
-    """float32 [batch, head_dim // 2] (or [1, head_dim // 2] where the length does not matter)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / head_dim
+def _inverse_frequencies(rope: RopeConfig, columns: int, lengths: jax.Array) -> jax.Array:
+    """float32 [batch, columns // 2] (or [1, columns // 2] where the length does not matter)."""
+    exponents = np.arange(0, columns, 2, dtype=np.float32) / columns
     plain = (1.0 / rope.theta**exponents).astype(np.float32)
     match rope.kind:
         case "default":
@@ -46,11 +46,11 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int, lengths: jax.Array) ->
         case "llama3":
             return jnp.asarray(_llama3(rope, plain))[None]
         case "yarn":
-            return jnp.asarray(_yarn(rope, head_dim, plain))[None]
+            return jnp.asarray(_yarn(rope, columns, plain))[None]
         case "dynamic":
             length = jnp.maximum(lengths, rope.original_max_position).astype(jnp.float32)
             stretch = rope.factor * length / rope.original_max_position - (rope.factor - 1)
-            theta = rope.theta * stretch ** (head_dim / (head_dim - 2))
+            theta = rope.theta * stretch ** (columns / (columns - 2))
             return 1.0 / theta[:, None] ** jnp.asarray(exponents)[None]
         case "longrope":
             long = lengths[:, None] > rope.original_max_position
@@ -66,18 +66,18 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
     return ((1 - blend) * plain / rope.factor + blend * plain).astype(np.float32)
 
 
-def _yarn(rope: RopeConfig, head_dim: int, plain: np.ndarray) -> np.ndarray:
+def _yarn(rope: RopeConfig, columns: int, plain: np.ndarray) -> np.ndarray:
     """Blends interpolated and plain frequencies over the range of dimensions between beta_fast and beta_slow rotations."""
 
     def dimension(rotations: float) -> float:
-        return head_dim * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return columns * math.log(rope.original_max_position / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, columns - 1)
     span = (high - low) or 0.001
-    interpolated = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / span, 0.0, 1.0)
+    interpolated = np.clip((np.arange(columns // 2, dtype=np.float32) - low) / span, 0.0, 1.0)
     return (plain / rope.factor * interpolated + plain * (1 - interpolated)).astype(np.float32)
 
 

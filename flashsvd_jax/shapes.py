@@ -30,6 +30,29 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_LLAMA, "model_type": "qwen3", "num_hidden_layers": 36, "num_key_value_heads": 8, "head_dim": 128,
         "intermediate_size": 12288, "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6,
     },
+    "phi-4": {
+        "model_type": "phi3", "hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 10,
+        "intermediate_size": 17920, "vocab_size": 100352, "max_position_embeddings": 16384, "rms_norm_eps": 1e-5,
+        "rope_theta": 250000.0,
+    },
+    "gemma-2-9b": {
+        "model_type": "gemma2", "hidden_size": 3584, "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8,
+        "head_dim": 256, "intermediate_size": 14336, "vocab_size": 256000, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+        "sliding_window": 4096, "query_pre_attn_scalar": 256,
+    },
+    "gemma-3-12b": {
+        "model_type": "gemma3_text", "hidden_size": 3840, "num_hidden_layers": 48, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 256, "intermediate_size": 15360, "vocab_size": 262208,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "sliding_window": 1024, "query_pre_attn_scalar": 256,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "opt-6.7b": {
+        "model_type": "opt", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "ffn_dim": 16384,
+        "vocab_size": 50272, "max_position_embeddings": 2048,
+    },
+    "gpt2-xl": {
+        "model_type": "gpt2", "n_embd": 1600, "n_layer": 48, "n_head": 25, "vocab_size": 50257, "n_positions": 1024,
+    },
     "tiny": {
         "model_type": "llama", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
         "num_key_value_heads": 4, "intermediate_size": 704, "vocab_size": 4096, "max_position_embeddings": 4096,
@@ -110,7 +133,7 @@ def uniform_rank(site: Site, ratio: float) -> int:
 
 
 def kept_share(config: ModelConfig) -> float:
-    """Parameters of the layers' projections, shared ones counted once, as a share of the dense ones, to four digits."""
+    """Parameters of the layers' projections, but biases, as a share of the dense ones, to four digits; shared ones count once."""
     return round(_projection_params(config) / _projection_params(config.dense()), 4)
 
 
@@ -140,6 +163,7 @@ def _with_ranks(name: str, ranks: dict[str, int]) -> ModelConfig:
 
 
 def _projection_params(config: ModelConfig) -> int:
-    specs = schema(config)
-    names = (name for name in stored_names(config) if name.startswith("layers_") and "norm" not in name)
+    """Of weights and factors; biases are kept whatever the ranks."""
+    specs, parts = schema(config), (".weight", ".down", ".up")
+    names = (name for name in stored_names(config) if name.startswith("layers_") and name.endswith(parts))
     return sum(specs[name].size for name in names)

@@ -10,12 +10,13 @@ from pallas_kernels.attention import (
     attend_cached,
     rotate,
     rotated_heads,
+    soft_cap,
     split_heads,
     write_slots,
 )
 from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode_layers
 from pallas_kernels.feed_forward import feed_forward
-from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, rms_norm
+from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, normed, rms_norm
 from pallas_kernels.padded_attention import attend_padded
 from pallas_kernels.persistent.stalls import stall_reason
 from pallas_kernels.products import project
@@ -51,6 +52,7 @@ __all__ = [
     "hardware_rank",
     "implementation_names",
     "layer_norm",
+    "normed",
     "ops",
     "pack",
     "power_of_two",
@@ -60,6 +62,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotated_heads",
+    "soft_cap",
     "split_heads",
     "stall_reason",
     "target",

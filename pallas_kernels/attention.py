@@ -63,26 +63,39 @@ class Visible:
         )
 
 
-def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
+def attend_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Visible,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
     """Softmax attention with grouped heads, scores and softmax in float32.
 
     Args:
       q: [batch, heads, queries, head_dim].
       k, v: [batch, kv_heads, keys, head_dim]; head h reads kv head ``h // (heads // kv_heads)``.
       visible: what each query sees; one that sees nothing gives zeros.
+      scale: what scores are multiplied with; 1 / sqrt(head_dim) if not given.
+      softcap: a bound that scores approach then, by a hyperbolic tangent.
 
     Returns:
       [batch, queries, heads * head_dim] in q's dtype.
     """
-    return masked_attention(q, k, v, visible.mask(q.shape[2], k.shape[2]))
+    return masked_attention(q, k, v, visible.mask(q.shape[2], k.shape[2]), scale, softcap)
 
 
-def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def masked_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, scale: float | None = None, softcap: float | None = None
+) -> jax.Array:
     """`attend_reference` with any mask, bool [batch, queries, keys]."""
     batch, heads, queries, head_dim = q.shape
     kv_heads = k.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
-    scores = jnp.einsum("bkgth,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32) / math.sqrt(head_dim)
+    scores = jnp.einsum("bkgth,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores / math.sqrt(head_dim) if scale is None else scores * scale, softcap)
     visible = mask[:, None, None]
     # A finite floor: a row that sees nothing then has no inf - inf, and its weights are zeroed by the second `where`.
     scores = jnp.where(visible, scores, jnp.finfo(jnp.float32).min)
@@ -95,6 +108,11 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads * head_dim).astype(q.dtype)
 
 
+def soft_cap(x: jax.Array, bound: float | None) -> jax.Array:
+    """x, or what approaches a bound on either side where there is one."""
+    return x if bound is None else jnp.tanh(x / bound) * bound
+
+
 def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]."""
     return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
@@ -103,11 +121,17 @@ def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates heads x [batch, heads, tokens, head_dim] by tables [batch, tokens, head_dim // 2], in float32.
 
-    Element i of a head is paired with element i + head_dim // 2 (the Llama convention of RoPE, Su et al. 2021).
+    Element i of a head is paired with element i + head_dim // 2 (the Llama convention of RoPE, Su et al. 2021). Tables of fewer
+    columns rotate the first columns of a head alone, twice as many, and tables of none leave all as it is.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    half = cos.shape[-1]
+    if not half:
+        return x
+    rotated, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, None], sin[:, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], axis=-1)
 
 
 def rotated_heads(
@@ -140,17 +164,20 @@ def attend_cached_reference(
     window: int | None = None,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """New tokens of sequences in a cache: norm and rotation of their queries and keys, the cache's update, attention over it.
 
     Args:
       q: [batch, tokens, heads * head_dim], as projected; k, v: [batch, tokens, kv_heads * head_dim].
       keys, values: the cache, [batch, kv_heads, slots, head_dim]; slot i holds position i.
-      cos, sin: float32 [batch, tokens, head_dim // 2], of the new tokens' positions.
+      cos, sin: float32 [batch, tokens, head_dim // 2], of the new tokens' positions; of fewer columns as for `rotate`.
       start: int32 [] or [batch], position of the first new token; with the tokens after it, within the cache.
       lengths: int32 [batch]; slots from there on are seen by nobody.
       window: a query sees this many positions, itself included; all before it if None.
       q_norm, k_norm: over head_dim, before rotation.
+      scale, softcap: as for `attend`.
 
     Returns:
       Attention [batch, tokens, heads * head_dim], and the cache with the new tokens in it.
@@ -161,7 +188,8 @@ def attend_cached_reference(
     values = write_slots(values, split_heads(v, head_dim), start)
     # Without the barrier XLA's CPU backend fuses the update into the product that reads it too, and copies the cache for that.
     keys, values = lax.optimization_barrier((keys, values))
-    return attend(q, keys, values, Visible(lengths, start=start, window=window, padding="sighted")), keys, values
+    visible = Visible(lengths, start=start, window=window, padding="sighted")
+    return attend(q, keys, values, visible, scale=scale, softcap=softcap), keys, values
 
 
 def write_slots(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:

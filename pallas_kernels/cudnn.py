@@ -19,8 +19,18 @@ def unavailable(device: Target) -> str | None:
     return None
 
 
-def refuses(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> str | None:
+def refuses(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Visible,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> str | None:
     """Why it cannot serve a call."""
+    if softcap is not None:
+        return "bounded scores"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of bfloat16, float16"
     if q.shape[3] % 8 or q.shape[3] > 256:
@@ -36,14 +46,16 @@ def refuses(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> str |
     return None
 
 
-def cudnn_attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
+def cudnn_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, *, scale: float | None = None, softcap: None = None
+) -> jax.Array:
     """As `pallas_kernels.attend`."""
     batch, _, queries, _ = q.shape
     # Causal queries see no padding, as it is on the right.
     lengths = None if visible.causal else visible.ends
     window = None if visible.window is None else (visible.window - 1, 0)
     out = jax.nn.dot_product_attention(
-        *(a.swapaxes(1, 2) for a in (q, k, v)), is_causal=visible.causal, local_window_size=window,
+        *(a.swapaxes(1, 2) for a in (q, k, v)), scale=scale, is_causal=visible.causal, local_window_size=window,
         key_value_seq_lengths=lengths, implementation="cudnn",
     ).reshape(batch, queries, -1)  # fmt: skip
     if visible.padding == "ignored" and visible.causal:

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import attend_cached, attend_cached_reference
-from pallas_kernels.norm import Norm
-from pallas_kernels.products import project, project_reference
+from pallas_kernels.norm import LayerNorm, Norm, norm_reference
+from pallas_kernels.products import ACTIVATIONS, project, project_reference
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
 
@@ -19,41 +19,63 @@ STALL_INTEGERS = 4  # of which the first says where a kernel gave up; one alone 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderLayer:
-    """One transformer block of the Llama form.
+    """One transformer block, with its norms before attention and before the MLP.
 
     Attributes:
       input_norm, qkv: before attention; three members.
       q_norm, k_norm: over head_dim, before rotation; None if the model has none.
       o: output projection.
-      mlp_norm, gate_up, down: the gated MLP; gate and up are two members.
-      gate: name of the activation, as for `project`.
+      mlp_norm, gate_up, down: the MLP; gate and up are two members, or up alone is one.
+      gate: name of the activation, of the gate or of up alone; as for `project`.
       window: a query sees this many positions, itself included; all before it if None.
+      attention_out_norm, mlp_out_norm: over what attention and MLP add to the residual stream; None if the model has none.
+      scale, softcap: of attention scores, as for `attend`.
+      rotation: which of the tables of cosines and sines, where there are several.
     """
 
-    input_norm: Norm
+    input_norm: Norm | LayerNorm
     qkv: PackedProjection
     q_norm: Norm | None
     k_norm: Norm | None
     o: PackedProjection
-    mlp_norm: Norm
+    mlp_norm: Norm | LayerNorm
     gate_up: PackedProjection
     down: PackedProjection
     gate: str = dataclasses.field(metadata={"static": True})
     window: int | None = dataclasses.field(metadata={"static": True})
+    attention_out_norm: Norm | LayerNorm | None = None
+    mlp_out_norm: Norm | LayerNorm | None = None
+    scale: float | None = dataclasses.field(default=None, metadata={"static": True})
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    rotation: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 def after_attention(
     product: Callable[..., tuple[jax.Array, ...]], x: jax.Array, attended: jax.Array, layer: DecoderLayer
 ) -> jax.Array:
-    """The residual stream x [..., width] after a layer's output projection of ``attended`` and its gated MLP.
+    """The residual stream x [..., width] after a layer's output projection of ``attended`` and its MLP.
 
     ``product`` is `project`, or its reference.
     """
     with jax.named_scope("attention_out"):
-        (x,) = product(attended, layer.o, residual=x)
+        x = _added(product, x, attended, layer.o, layer.attention_out_norm)
     with jax.named_scope("mlp"):
-        (gated,) = product(x, layer.gate_up, norm=layer.mlp_norm, gate=layer.gate)
-        return product(gated, layer.down, residual=x)[0]
+        if len(layer.gate_up.widths) == 2:
+            (inner,) = product(x, layer.gate_up, norm=layer.mlp_norm, gate=layer.gate)
+        else:
+            (inner,) = product(x, layer.gate_up, norm=layer.mlp_norm)
+            inner = ACTIVATIONS[layer.gate](inner)
+        return _added(product, x, inner, layer.down, layer.mlp_out_norm)
+
+
+def _added(
+    product: Callable[..., tuple[jax.Array, ...]], x: jax.Array, inner: jax.Array, packed: PackedProjection,
+    norm: Norm | LayerNorm | None,
+) -> jax.Array:  # fmt: skip
+    """The residual stream x with a projection of ``inner`` added to it, normed before where there is a norm."""
+    if norm is None:
+        return product(inner, packed, residual=x)[0]
+    return x + norm_reference(product(inner, packed)[0], norm)
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +99,7 @@ class Decoded:
 def decode_layers_reference(
     x: jax.Array,
     layers: Sequence[DecoderLayer],
-    norm: Norm,
+    norm: Norm | LayerNorm,
     head: PackedProjection,
     keys: tuple[jax.Array, ...],
     values: tuple[jax.Array, ...],
@@ -92,24 +114,28 @@ def decode_layers_reference(
       layers: the decoder.
       norm, head: final norm and output head, one member.
       keys, values: the cache of each layer, [batch, kv_heads, slots, head_dim].
-      cos, sin: float32 [batch, 1, head_dim // 2], of the new tokens' positions.
+      cos, sin: float32 [batch, 1, head_dim // 2], of the new tokens' positions, as for `attend_cached`; several tables side by
+        side where layers name them.
       start: int32 [batch], those positions.
     """
     return _decode(project_reference, attend_cached_reference, x, layers, norm, head, keys, values, cos, sin, start)
 
 
 def _decode(
-    product: Any, attention: Any, x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection,
-    keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, start: jax.Array,
+    product: Any, attention: Any, x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm | LayerNorm,
+    head: PackedProjection, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...],
+    cos: jax.Array, sin: jax.Array, start: jax.Array,
 ) -> Decoded:  # fmt: skip
     new_keys, new_values = list(keys), list(values)
+    count = 1 + max(layer.rotation for layer in layers)
+    tables = list(zip(*(jnp.split(table, count, axis=-1) for table in (cos, sin)), strict=True))
     for index, layer in enumerate(layers):
         with jax.named_scope("qkv"):
             projected = product(x, layer.qkv, norm=layer.input_norm)
         with jax.named_scope("attention"):
             attended, new_keys[index], new_values[index] = attention(
-                *projected, keys[index], values[index], cos, sin, start, start + 1,
-                window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm,
+                *projected, keys[index], values[index], *tables[layer.rotation], start, start + 1,
+                window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, scale=layer.scale, softcap=layer.softcap,
             )  # fmt: skip
         x = after_attention(product, x, attended, layer)
     with jax.named_scope("head"):

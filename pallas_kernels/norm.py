@@ -11,16 +11,22 @@ from pallas_kernels.registry import Op
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """A root-mean-square norm: ``scale`` [d] and the ``eps`` added to the mean square."""
+    """A root-mean-square norm: ``scale`` [d], the ``eps`` added to the mean square, and an ``offset`` added to the scale.
+
+    With an offset, as Gemma's norms have, scaling is in float32 too: 1 + a small weight does not fit into 16 bits.
+    """
 
     scale: jax.Array
     eps: float = dataclasses.field(metadata={"static": True})
+    offset: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
 def rms_norm_reference(x: jax.Array, norm: Norm) -> jax.Array:
     """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), statistics in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + norm.eps)
+    if norm.offset:
+        return (wide * (norm.scale.astype(jnp.float32) + norm.offset)).astype(x.dtype)
     return wide.astype(x.dtype) * norm.scale
 
 
@@ -69,3 +75,8 @@ def norm_reference(x: jax.Array, norm: Norm | LayerNorm) -> jax.Array:
 rms_norm = Op("rms_norm", rms_norm_reference)
 layer_norm = Op("layer_norm", layer_norm_reference)
 add_norm = Op("add_norm", add_norm_reference)
+
+
+def normed(x: jax.Array, norm: Norm | LayerNorm) -> jax.Array:
+    """x after a norm of either kind, by its op."""
+    return layer_norm(x, norm) if isinstance(norm, LayerNorm) else rms_norm(x, norm)

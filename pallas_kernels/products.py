@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.activations import ACTIVATIONS, activation_for
-from pallas_kernels.norm import Norm, rms_norm, rms_norm_reference
+from pallas_kernels.norm import LayerNorm, Norm, norm_reference, normed
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation, Op
 from pallas_kernels.target import not_nvidia
@@ -27,7 +27,7 @@ def project_reference(
     packed: PackedProjection,
     *,
     dtype: jnp.dtype | None = None,
-    norm: Norm | None = None,
+    norm: Norm | LayerNorm | None = None,
     gate: str | None = None,
     residual: jax.Array | None = None,
     product: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
@@ -48,7 +48,7 @@ def project_reference(
     """
     product = product or _matrix_product
     if norm is not None:
-        x = rms_norm_reference(x, norm)
+        x = norm_reference(x, norm)
     latent = product(x, packed.first)
     outputs = []
     for up, bias, start, width in zip(packed.ups, packed.biases, packed.starts, packed.widths, strict=True):
@@ -91,7 +91,7 @@ def _rounded(
     packed: PackedProjection,
     *,
     dtype: jnp.dtype | None = None,
-    norm: Norm | None = None,
+    norm: Norm | LayerNorm | None = None,
     gate: str | None = None,
     residual: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
@@ -100,7 +100,7 @@ def _rounded(
     A product in float32 would be written to memory as such, twice the bytes; to a rounded one XLA adds biases and residuals before
     it is written.
     """
-    x = x if norm is None else rms_norm(x, norm)
+    x = x if norm is None else normed(x, norm)
     separate = rows(x) >= SEPARATE_ROWS and any(up is not None for up in packed.ups)
     outputs = []
     latent = None if separate else _rounded_product(x, packed.first)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.errors import RequestError
 
 Get = Callable[[str], Tensor]
@@ -64,7 +64,7 @@ class Layer(nn.Module):
         name, ranks = f"layers_{index}", config.factorization.rank_by_site
         linear = lambda site: Linear(get, f"{name}.{site}", f"{name}.{site}" in ranks)  # noqa: E731
         group = Packed if is_packed else Separate
-        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.head_dim, self.eps = config.head_dim, config.norm_eps
         self.has_groups = config.num_heads != config.num_kv_heads
         self.qkv = group([linear(f"self_attn.{which}_proj") for which in "qkv"])
         self.o, self.down = linear("self_attn.o_proj"), linear("mlp.down_proj")
@@ -108,10 +108,16 @@ class PeerModel(nn.Module):
 
     def __init__(self, config: ModelConfig, get: Get, batch: int, slots: int, is_packed: bool = False):
         super().__init__()
-        is_plain = config.rope.kind == "default" and not any(config.windows) and not config.tie_embeddings
-        if not is_plain or config.qk_norm or config.qkv_bias or config.o_bias or config.mlp_bias:
+        rope = config.rope or RopeConfig()
+        plain = ModelConfig(
+            config.model_type, config.vocab_size, config.hidden_size, config.intermediate_size, config.num_layers,
+            config.num_heads, config.num_kv_heads, config.head_dim, config.max_position, config.norm_eps,
+            RopeConfig(theta=rope.theta), (None,) * config.num_layers, bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids, factorization=config.factorization,
+        )  # fmt: skip
+        if config != plain:
             raise RequestError(f"the PyTorch decoder has no {config.model_type} with these options; plain Llama only")
-        self.batch, self.slots, self.eps = batch, slots, config.rms_norm_eps
+        self.batch, self.slots, self.eps = batch, slots, config.norm_eps
         self.embedding, self.norm = _frozen(get("embed_tokens.weight")), _frozen(get("norm.scale"))
         self.head = Linear(get, "lm_head", "lm_head" in config.factorization.rank_by_site)
         self.layers = nn.ModuleList(
@@ -119,7 +125,7 @@ class PeerModel(nn.Module):
         )
         device = self.embedding.device
         exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-        angles = torch.outer(torch.arange(slots, device=device).float(), config.rope.theta**-exponents)
+        angles = torch.outer(torch.arange(slots, device=device).float(), rope.theta**-exponents)
         self.cos: Tensor = nn.Buffer(angles.cos().to(self.embedding.dtype))
         self.sin: Tensor = nn.Buffer(angles.sin().to(self.embedding.dtype))
 

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("model", nargs="?", help="a converted model; or give --shape")
     parser.add_argument(
-        "--shape", help="a published shape with random weights: llama-2-7b, llama-3.1-8b, qwen3-8b, tiny"
+        "--shape",
+        help="a published shape with random weights: llama-2-7b, llama-3.1-8b, qwen3-8b, phi-4, gemma-2-9b, gemma-3-12b,"
+        " opt-6.7b, gpt2-xl, tiny",
     )
     parser.add_argument("--ratio", default="0.5", metavar="R,..", help="with --shape: kept parameters; 1 is dense")
     parser.add_argument(

@@ -110,8 +110,10 @@ def budget_of(target: Target, config: ModelConfig, itemsize: int, multiple: int 
     rest = count_params(config) - weights
     if target.unit == "params":
         return _checked(Budget(target.amount - rest, _params, multiple), target, sites)
-    if not config.tie_embeddings:
-        rest -= schema(config)["embed_tokens.weight"].size  # a step reads a row of it
+    tables = ["embed_positions.weight"] * config.learned_positions + ["embed_tokens.weight"] * (
+        not config.tie_embeddings
+    )
+    rest -= sum(schema(config)[name].size for name in tables)  # a step reads a row of each
     if target.unit == "bytes":
         budget = Budget(target.amount - rest * itemsize, lambda s, r: itemsize * _padded_params(s, r), multiple, True)
         return _checked(budget, target, sites)

@@ -13,9 +13,10 @@ from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.length_batches import batch_within_workspace
 from flashsvd_jax.models.decoder import through_layer
+from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.packing import Packer, packed_sites
 from flashsvd_jax.models.weights import LayerWeights, layer_weights
-from pallas_kernels import Norm, PackedProjection, project, rms_norm
+from pallas_kernels import LayerNorm, Norm, PackedProjection, normed, project
 
 
 class LayerPass:
@@ -26,13 +27,15 @@ class LayerPass:
     Args:
       config: the dense model.
       tokens: int32 [windows, length].
-      embedding: [vocab, embed].
+      get: flat name -> array, of the embedding and of the table of positions.
       kind: of the statistics to take: "moment" or "magnitude".
     """
 
-    def __init__(self, config: ModelConfig, tokens: np.ndarray, embedding: np.ndarray, kind: Statistic):
+    def __init__(self, config: ModelConfig, tokens: np.ndarray, get: Callable[[str], np.ndarray], kind: Statistic):
         self._config, self._kind = config, kind
-        self._stream = embedding[tokens].astype(np.float32)
+        table = get("embed_positions.weight") if config.learned_positions else None
+        positions = np.arange(tokens.shape[1])
+        self._stream = embed(config, get("embed_tokens.weight"), table, tokens, positions).astype(np.float32)
         scores = 4 * tokens.shape[1] * max(config.num_heads * tokens.shape[1], config.intermediate_size)
         self._batch = batch_within_workspace(scores, len(tokens))
 
@@ -88,9 +91,9 @@ def _measured_layer(
     found = []
 
     def product(
-        x: jax.Array, packed: PackedProjection, norm: Norm | None = None, **options: Any
+        x: jax.Array, packed: PackedProjection, norm: Norm | LayerNorm | None = None, **options: Any
     ) -> tuple[jax.Array, ...]:
-        x = x if norm is None else rms_norm(x, norm)
+        x = x if norm is None else normed(x, norm)
         if kind is not None:
             rows = x.reshape(-1, x.shape[-1])
             found.append(rows.T @ rows if kind == "moment" else jnp.abs(rows).sum(0))

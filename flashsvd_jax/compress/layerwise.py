@@ -189,7 +189,7 @@ class LayerwiseCompression:
         """The start of a pass over the layers that measures their inputs, where that is what is asked for."""
         if kind not in ("moment", "magnitude"):
             return None
-        return LayerPass(self._config, self._tokens, self._folder.get("embed_tokens.weight"), kind)
+        return LayerPass(self._config, self._tokens, self._folder.get, kind)
 
     def _losses(self, index: int, stream: LayerPass | None, advance: bool) -> dict[str, Loss]:
         """The loss of each site of a layer; sites that read the same inputs have the same one.

@@ -10,6 +10,7 @@ import numpy as np
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.length_batches import batch_within_workspace
 from flashsvd_jax.models.decoder import head_logits, through_layer
+from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.packing import Packer
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights, build_weights, layer_weights
 
@@ -34,7 +35,10 @@ class Sensitivity:
         largest = max(config.vocab_size, config.num_heads * tokens.shape[1], config.intermediate_size)
         batch = batch_within_workspace(4 * tokens.shape[1] * largest, len(tokens))
         self._batches = [tokens[start : start + batch] for start in range(0, len(tokens), batch)]
-        self._streams = [self._weights.embedding[batch] for batch in self._batches]
+        weights, positions = self._weights, np.arange(tokens.shape[1])
+        self._streams = [
+            embed(config, weights.embedding, weights.positions, batch, positions) for batch in self._batches
+        ]
 
     def loss(self, index: int, changed: Mapping[str, np.ndarray]) -> float:
         """The loss with some of layer ``index``'s arrays changed, given by their flat names."""

@@ -1,4 +1,4 @@
-"""The decoder of Llama 1-3, Mistral, Qwen2/2.5 and Qwen3, dense or factorized, as pure functions.
+"""The decoder of every base model in `flashsvd_jax.base_models`, dense or factorized, as pure functions.
 
 A step writes the new keys and values into the cache and attends over it; prompt processing from an empty cache attends over the
 prompt alone; without a cache the same layers give the logits of whole sequences.
@@ -13,10 +13,12 @@ import jax.numpy as jnp
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, empty_cache, write
+from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from flashsvd_jax.rope import rotary_tables
 from pallas_kernels import (
     DecoderLayer,
+    LayerNorm,
     Norm,
     PackedProjection,
     Projection,
@@ -27,10 +29,11 @@ from pallas_kernels import (
     attend_cached,
     decode_layers,
     feed_forward,
+    normed,
     pack,
     project,
-    rms_norm,
     rotated_heads,
+    soft_cap,
     split_heads,
 )
 
@@ -48,16 +51,22 @@ def full_logits(
 
     Returns:
       float32 [batch, tokens, vocab]; rows of padding tokens mean nothing.
+
+    Raises:
+      ValueError: the model has a table of positions, and the sequences are longer than it.
     """
+    if config.learned_positions and tokens.shape[1] > config.max_position:
+        raise ValueError(f"sequences of {tokens.shape[1]} tokens; the model knows {config.max_position} positions")
     real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     lengths = real.sum(axis=1, dtype=jnp.int32)
     seen = {w: Visible(jnp.full_like(lengths, tokens.shape[1]), real, window=w) for w in set(config.windows)}
-    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
-    x = weights.embedding[tokens]
+    tables = _tables(config, positions, lengths)
+    x = embed(config, weights.embedding, weights.positions, tokens, positions)
 
     def attention(index: int, *projected: jax.Array) -> jax.Array:
-        return attend(*_heads(config, weights.layers[index], tables, *projected), seen[config.windows[index]])
+        window = config.windows[index]
+        return _attend(config, *_heads(config, weights.layers[index], window, tables, *projected), seen[window])
 
     return head_logits(config, weights, _through_layers(config, weights, x, attention))
 
@@ -82,10 +91,10 @@ def through_layer(
     batch, tokens, _ = x.shape
     positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
     lengths = jnp.full(batch, tokens, jnp.int32)
-    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
+    tables = _tables(config, positions, lengths)
     layer = _layer(config, weights, window)
-    heads = _heads(config, weights, tables, *product(x, layer.qkv, norm=layer.input_norm))
-    return after_attention(product, x, attend(*heads, Visible(lengths, window=window)), layer)
+    heads = _heads(config, weights, window, tables, *product(x, layer.qkv, norm=layer.input_norm))
+    return after_attention(product, x, _attend(config, *heads, Visible(lengths, window=window)), layer)
 
 
 def prefill(
@@ -104,15 +113,16 @@ def prefill(
       The cache and the hidden states [batch, tokens, embed] before the final norm.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
-    x, start = weights.embedding[tokens], jnp.zeros((), jnp.int32)
+    tables, start = _tables(config, positions, lengths), jnp.zeros((), jnp.int32)
+    x = embed(config, weights.embedding, weights.positions, tokens, positions)
 
     def attention(index: int, *projected: jax.Array) -> jax.Array:
         nonlocal cache
-        q, k, v = _heads(config, weights.layers[index], tables, *projected)
+        window = config.windows[index]
+        q, k, v = _heads(config, weights.layers[index], window, tables, *projected)
         cache = write(cache, index, k, v, start)
         ends = jnp.minimum(lengths, tokens.shape[1])
-        return attend(q, k, v, Visible(ends, window=config.windows[index], padding="ignored"))
+        return _attend(config, q, k, v, Visible(ends, window=window, padding="ignored"))
 
     x = _through_layers(config, weights, x, attention)
     return cache, x
@@ -141,8 +151,8 @@ def extend(
     """
     first = jnp.broadcast_to(start, tokens.shape[:1])
     positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    tables = rotary_tables(config.rope, config.head_dim, positions, lengths)
-    x = weights.embedding[tokens]
+    tables = _tables(config, positions, lengths)
+    x = embed(config, weights.embedding, weights.positions, tokens, positions)
 
     layers = _layers(config, weights)
 
@@ -151,8 +161,8 @@ def extend(
         layer = layers[index]
         with jax.named_scope("attention"):
             attended, keys, values = attend_cached(
-                *projected, cache.keys[index], cache.values[index], *tables, start, lengths, window=layer.window,
-                q_norm=layer.q_norm, k_norm=layer.k_norm,
+                *projected, cache.keys[index], cache.values[index], *tables[layer.rotation], start, lengths,
+                window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, scale=layer.scale, softcap=layer.softcap,
             )  # fmt: skip
         cache = cache.replace(index, keys, values)
         return attended
@@ -162,9 +172,13 @@ def extend(
 
 
 def rotations_ahead(config: ModelConfig, positions: jax.Array, steps: int) -> jax.Array:
-    """What `decode` takes as ``rotations`` at ``steps`` positions one after the other, the first int32 [batch]: [steps, ...]."""
+    """What `decode` takes as ``rotations`` at ``steps`` positions one after the other, the first int32 [batch]: [steps, ...].
+
+    Of several rotary embeddings the columns stand side by side; without any there are none.
+    """
     ahead = (positions + jnp.arange(steps, dtype=jnp.int32)[:, None]).reshape(-1)
-    cos, sin = rotary_tables(config.rope, config.head_dim, ahead[:, None], ahead + 1)
+    tables = _tables(config, ahead[:, None], ahead + 1)
+    cos, sin = (jnp.concatenate(columns, axis=-1) for columns in zip(*tables, strict=True))
     return jax.lax.complex(cos, sin).reshape(steps, positions.shape[0], 1, -1)
 
 
@@ -180,13 +194,13 @@ def decode(
       cache: holds the positions before.
       tokens: int32 [batch].
       positions: int32 [batch], of these tokens.
-      rotations: of `rotations_ahead`, complex64 [batch, 1, head_dim // 2]; computed if not given.
+      rotations: of `rotations_ahead`, complex64 [batch, 1, columns]; computed if not given.
 
     Returns:
       The cache, float32 logits [batch, vocab], and what `pallas_kernels.Decoded` calls the stall.
     """
     done = decode_layers(*_decode_arguments(config, weights, cache, tokens, positions, rotations))
-    return KVCache(done.keys, done.values), done.logits, done.stall
+    return KVCache(done.keys, done.values), soft_cap(done.logits, config.logit_softcap), done.stall
 
 
 def decode_kernel(
@@ -218,23 +232,27 @@ def _decode_arguments(
     """Of the op `decode_layers`; see `decode`."""
     if rotations is None:
         rotations = rotations_ahead(config, positions, 1)[0]
-    x, norm = weights.embedding[tokens[:, None]], Norm(weights.norm, config.rms_norm_eps)
+    x = embed(config, weights.embedding, weights.positions, tokens[:, None], positions[:, None])
     layers, head = _layers(config, weights), _head(weights)
-    return x, layers, norm, head, cache.keys, cache.values, rotations.real, rotations.imag, positions
+    return x, layers, weights.norm, head, cache.keys, cache.values, rotations.real, rotations.imag, positions
 
 
 def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> jax.Array:
     """Final norm and output head: x [..., embed] -> float32 [..., vocab]."""
     with jax.named_scope("head"):
-        return project(x, _head(weights), dtype=jnp.float32, norm=Norm(weights.norm, config.rms_norm_eps))[0]
+        return soft_cap(project(x, _head(weights), dtype=jnp.float32, norm=weights.norm)[0], config.logit_softcap)
 
 
 def _head(weights: DecoderWeights) -> PackedProjection:
     return pack([Projection(weight=weights.embedding)]) if weights.head is None else weights.head
 
 
-def _norm(config: ModelConfig, scale: jax.Array | None) -> Norm | None:
-    return None if scale is None else Norm(scale, config.rms_norm_eps)
+def _tables(config: ModelConfig, positions: jax.Array, lengths: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+    """Cosines and sines of each rotary embedding that occurs; of no columns where nothing is rotated."""
+    if not config.ropes:
+        none = jnp.zeros((*positions.shape, 0), jnp.float32)
+        return [(none, none)]
+    return [rotary_tables(rope, config.head_dim, positions, lengths) for rope in config.ropes]
 
 
 def _through_layers(
@@ -247,15 +265,21 @@ def _through_layers(
     added = jnp.zeros((), x.dtype)
     for index, layer in enumerate(_layers(config, weights)):
         with jax.named_scope("qkv"):
-            x, normed = (x, rms_norm(x, layer.input_norm)) if index == 0 else add_norm(x, added, layer.input_norm)
-            projected = project(normed, layer.qkv)
+            x, inner = (x, normed(x, layer.input_norm)) if index == 0 else add_norm(x, added, layer.input_norm)
+            projected = project(inner, layer.qkv)
         attended = attention(index, *projected)
         with jax.named_scope("attention_out"):
-            (added,) = project(attended, layer.o)
+            added = _out_norm(project(attended, layer.o)[0], layer.attention_out_norm)
         with jax.named_scope("mlp"):
-            x, normed = add_norm(x, added, layer.mlp_norm)
-            added = feed_forward(normed, layer.gate_up, layer.down, activation=layer.gate)
+            x, inner = add_norm(x, added, layer.mlp_norm)
+            added = feed_forward(inner, layer.gate_up, layer.down, activation=layer.gate)
+            added = _out_norm(added, layer.mlp_out_norm)
     return x + added
+
+
+def _out_norm(added: jax.Array, norm: Norm | LayerNorm | None) -> jax.Array:
+    """What a layer adds to the residual stream, normed where the model does that."""
+    return added if norm is None else normed(added, norm)
 
 
 def _layers(config: ModelConfig, weights: DecoderWeights) -> list[DecoderLayer]:
@@ -265,27 +289,32 @@ def _layers(config: ModelConfig, weights: DecoderWeights) -> list[DecoderLayer]:
 
 def _layer(config: ModelConfig, weights: LayerWeights, window: int | None) -> DecoderLayer:
     return DecoderLayer(
-        input_norm=Norm(weights.input_norm, config.rms_norm_eps),
+        input_norm=weights.input_norm,
         qkv=weights.qkv,
-        q_norm=_norm(config, weights.q_norm),
-        k_norm=_norm(config, weights.k_norm),
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
         o=weights.o,
-        mlp_norm=Norm(weights.post_attention_norm, config.rms_norm_eps),
+        mlp_norm=weights.mlp_norm,
         gate_up=weights.gate_up,
         down=weights.down,
-        gate="silu",
+        gate=config.activation,
         window=window,
+        attention_out_norm=weights.attention_out_norm,
+        mlp_out_norm=weights.mlp_out_norm,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        rotation=config.rotation(window),
     )
 
 
 def _heads(
-    config: ModelConfig,
-    layer: LayerWeights,
-    tables: tuple[jax.Array, jax.Array],
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    config: ModelConfig, layer: LayerWeights, window: int | None, tables: list[tuple[jax.Array, jax.Array]],
+    q: jax.Array, k: jax.Array, v: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """What is projected as heads [batch, heads, tokens, head_dim], q and k normed if the model does that, and rotated."""
-    norms = _norm(config, layer.q_norm), _norm(config, layer.k_norm)
-    return *rotated_heads(q, k, *tables, config.head_dim, *norms), split_heads(v, config.head_dim)
+    table = tables[config.rotation(window)]
+    return *rotated_heads(q, k, *table, config.head_dim, layer.q_norm, layer.k_norm), split_heads(v, config.head_dim)
+
+
+def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
+    return attend(q, k, v, visible, scale=config.attention_scale, softcap=config.attention_softcap)

@@ -7,10 +7,10 @@ padding hold means nothing, but is finite.
 import jax
 import jax.numpy as jnp
 
-from flashsvd_jax.config import RopeConfig
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.models.encoder_weights import EncoderLayerWeights, EncoderWeights
 from flashsvd_jax.rope import rotary_tables
+from flashsvd_jax.rope_config import RopeConfig
 from pallas_kernels import (
     ACTIVATIONS,
     PackedProjection,

@@ -62,7 +62,7 @@ def build_encoder_weights(
 ) -> EncoderWeights:
     """Packs an encoder's arrays for the forward pass; arguments as for `flashsvd_jax.models.weights.build_weights`."""
     packer = Packer(config, get, pad_rank, place, expand, dtype)
-    norm = _Norms(config, packer)
+    norm, d = _Norms(config, packer), config.hidden_size
 
     def layer(index: int) -> EncoderLayerWeights:
         block, attention, mlp = (f"layers_{index}{part}" for part in ("", ".self_attn", ".mlp"))
@@ -70,10 +70,12 @@ def build_encoder_weights(
         inner = f"{mlp}.gate_up_proj" if config.gated else f"{mlp}.up_proj"
         return EncoderLayerWeights(
             attention_norm=norm(f"{block}.self_attn_norm") if has_attention_norm(config, index) else None,
-            qkv=packer.group(config.attention_bias, tuple(f"{attention}.{n}_proj" for n in qkv), 3 // len(qkv)),
+            qkv=packer.group(
+                config.attention_bias, tuple(f"{attention}.{n}_proj" for n in qkv), (d,) * 3 if config.fused else ()
+            ),
             o=packer.group(config.attention_bias, (f"{attention}.o_proj",)),
             mlp_norm=norm(f"{block}.mlp_norm"),
-            up=packer.group(config.mlp_bias, (inner,), 1 + config.gated),
+            up=packer.group(config.mlp_bias, (inner,), (config.intermediate_size,) * 2 if config.gated else ()),
             down=packer.group(config.mlp_bias, (f"{mlp}.down_proj",)),
         )
 

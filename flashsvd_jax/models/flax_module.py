@@ -57,11 +57,12 @@ def _params(module: nn.Module, config: AnyConfig, dtype: Any) -> dict[str, Any]:
 
 
 def initial_params(config: AnyConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """A random parameter tree: norms at one, biases at zero, everything else normal with deviation 0.02."""
+    """A random parameter tree: norms that multiply with one, biases at zero, everything else normal with deviation 0.02."""
+    offset = config.norm_offset if isinstance(config, ModelConfig) else 0.0
 
     def draw(name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
         if name.endswith(".scale"):
-            return jnp.ones(shape, dtype)
+            return jnp.full(shape, 1 - offset, dtype)
         if name.endswith(".bias"):
             return jnp.zeros(shape, dtype)
         return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)

@@ -61,11 +61,11 @@ class Packer:
         """An array of no projection."""
         return self._place(self._cast(self._get(name)))
 
-    def group(self, has_bias: bool, sites: tuple[str, ...], parts: int = 1) -> PackedProjection:
-        """The packed projections of one input; each site gives as many members as ``parts``, of equal numbers of rows."""
+    def group(self, has_bias: bool, sites: tuple[str, ...], widths: tuple[int, ...] = ()) -> PackedProjection:
+        """The packed projections of one input: a member for each site, or of a lone site one for each number of rows."""
         downs: dict[str, Any] = {}
         projections = [self._projection(site, has_bias, downs) for site in sites]
-        packed = pack([part for projection in projections for part in _split(projection, parts)], self._pad_rank)
+        packed = pack([part for projection in projections for part in _split(projection, widths)], self._pad_rank)
         place = self._place
         return dataclasses.replace(
             packed,
@@ -103,31 +103,38 @@ class Packer:
         return self._shared_firsts[parts]
 
 
-def _split(projection: Projection, parts: int) -> list[Projection]:
-    """A projection as several with an equal share of its outputs each; factors have their first one in common, or also share
-    that out where the second is block-diagonal.
+def _split(projection: Projection, widths: tuple[int, ...]) -> list[Projection]:
+    """A projection as several with so many of its outputs each; factors have their first one in common, or also share that out
+    where the second is block-diagonal.
 
     Raises:
       CheckpointError: the parts would cut a group of outputs in two.
     """
+    if not widths:
+        return [projection]
+    total, up = sum(widths), projection.up
+    groups = 1 if up is None else groups_of(up)
+    if groups > 1 and any(width * groups % total for width in widths):
+        raise CheckpointError(
+            f"a projection that stands for {len(widths)} has {groups} groups, which cross their borders"
+        )
 
-    def share(array: Any, part: int) -> Any:
+    def share(array: Any, first: int, width: int) -> Any:
+        """Of an array whose leading axis is that of all outputs, or of anything that is shared out like them."""
         if array is None:
             return None
-        rows = array.shape[0] // parts
-        return array[part * rows : (part + 1) * rows]
+        start, stop = (place * array.shape[0] // total for place in (first, first + width))
+        return array[start:stop]
 
-    if parts == 1:
-        return [projection]
-    down, up = projection.down, projection.up
-    groups = 1 if up is None else groups_of(up)
-    if groups > 1 and groups % parts:
-        raise CheckpointError(f"a projection that stands for {parts} has {groups} groups, no multiple of that")
+    starts = itertools.accumulate(widths, initial=0)
     return [
         Projection(
-            share(projection.weight, n), share(down, n) if groups > 1 else down, share(up, n), share(projection.bias, n)
+            share(projection.weight, first, width),
+            share(projection.down, first, width) if groups > 1 else projection.down,
+            share(up, first, width),
+            share(projection.bias, first, width),
         )
-        for n in range(parts)
+        for first, width in zip(starts, widths, strict=False)
     ]
 
 

@@ -8,30 +8,27 @@ import jax
 from jax.typing import DTypeLike
 
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.decoder_schema import block_norms, first_projections, qkv_widths
 from flashsvd_jax.models.packing import Packer
 from flashsvd_jax.schema import flatten
-from pallas_kernels import PackedProjection
-
-# Projections of one input, which are packed together.
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_O = ("self_attn.o_proj",)
-_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-_DOWN = ("mlp.down_proj",)
+from pallas_kernels import LayerNorm, Norm, PackedProjection
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """One transformer block."""
+    """One transformer block. ``gate_up`` holds the gate where there is one."""
 
-    input_norm: jax.Array  # [embed]
+    input_norm: Norm | LayerNorm
     qkv: PackedProjection
-    q_norm: jax.Array | None  # [head_dim]
-    k_norm: jax.Array | None  # [head_dim]
+    q_norm: Norm | None
+    k_norm: Norm | None
     o: PackedProjection
-    post_attention_norm: jax.Array  # [embed]
+    attention_out_norm: Norm | LayerNorm | None
+    mlp_norm: Norm | LayerNorm
     gate_up: PackedProjection
     down: PackedProjection
+    mlp_out_norm: Norm | LayerNorm | None
 
 
 @jax.tree_util.register_dataclass
@@ -40,14 +37,16 @@ class DecoderWeights:
     """A whole decoder. ``head`` is None where the embedding serves as the output head too."""
 
     embedding: jax.Array  # [vocab, embed]
+    positions: jax.Array | None  # [positions, embed]
     layers: tuple[LayerWeights, ...]
-    norm: jax.Array  # [embed]
+    norm: Norm | LayerNorm
     head: PackedProjection | None
 
     def read_by_a_step(self) -> list[jax.Array]:
-        """The arrays that decoding a token reads: all, but of an embedding that is not the head too only single rows."""
-        rest = self if self.head is None else dataclasses.replace(self, embedding=None)
-        return jax.tree.leaves(rest)
+        """The arrays that decoding a token reads: all but tables of which single rows are read, such as an embedding that is
+        not the head too."""
+        rest = dataclasses.replace(self, positions=None)
+        return jax.tree.leaves(rest if self.head is None else dataclasses.replace(rest, embedding=None))
 
 
 def build_weights(
@@ -72,25 +71,35 @@ def build_weights(
     packer = Packer(config, get, pad_rank, place, expand, dtype)
     return DecoderWeights(
         embedding=packer.array("embed_tokens.weight"),
+        positions=packer.array("embed_positions.weight") if config.learned_positions else None,
         layers=tuple(layer_weights(config, packer, index) for index in range(config.num_layers)),
-        norm=packer.array("norm.scale"),
+        norm=_norm(config, packer, "norm"),
         head=None if config.tie_embeddings else packer.group(False, ("lm_head",)),
     )
 
 
 def layer_weights(config: ModelConfig, packer: Packer, index: int) -> LayerWeights:
     """One layer, as ``packer`` gives its arrays."""
-    prefix = f"layers_{index}"
-    attn = f"{prefix}.self_attn"
+    block, attn, mlp = (f"layers_{index}{part}" for part in ("", ".self_attn", ".mlp"))
+    input_norm, *others = (_norm(config, packer, f"{block}.{name}") for name in block_norms(config))
+    attention_out, mlp_norm, mlp_out = others if config.output_norms else (None, *others, None)
+    qkv, inner = first_projections(config)
+    halves = (config.intermediate_size,) * (2 if config.gated else 1)
     return LayerWeights(
-        input_norm=packer.array(f"{prefix}.input_layernorm.scale"),
-        qkv=packer.group(config.qkv_bias, _in_layer(index, _QKV)),
-        q_norm=packer.array(f"{attn}.q_norm.scale") if config.qk_norm else None,
-        k_norm=packer.array(f"{attn}.k_norm.scale") if config.qk_norm else None,
-        o=packer.group(config.o_bias, _in_layer(index, _O)),
-        post_attention_norm=packer.array(f"{prefix}.post_attention_layernorm.scale"),
-        gate_up=packer.group(config.mlp_bias, _in_layer(index, _GATE_UP)),
-        down=packer.group(config.mlp_bias, _in_layer(index, _DOWN)),
+        input_norm=input_norm,
+        qkv=packer.group(
+            config.qkv_bias, tuple(f"{attn}.{name}" for name in qkv), qkv_widths(config) if len(qkv) == 1 else ()
+        ),
+        q_norm=_rms_norm(config, packer, f"{attn}.q_norm") if config.qk_norm else None,
+        k_norm=_rms_norm(config, packer, f"{attn}.k_norm") if config.qk_norm else None,
+        o=packer.group(config.o_bias, (f"{attn}.o_proj",)),
+        attention_out_norm=attention_out,
+        mlp_norm=mlp_norm,
+        gate_up=packer.group(
+            config.mlp_bias, tuple(f"{mlp}.{name}" for name in inner), halves if len(inner) == 1 else ()
+        ),
+        down=packer.group(config.mlp_bias, (f"{mlp}.down_proj",)),
+        mlp_out_norm=mlp_out,
     )
 
 
@@ -100,5 +109,11 @@ def weights_from_params(config: ModelConfig, params: Mapping[str, Any]) -> Decod
     return build_weights(config, flatten(params).__getitem__)
 
 
-def _in_layer(index: int, paths: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"layers_{index}.{path}" for path in paths)
+def _norm(config: ModelConfig, packer: Packer, name: str) -> Norm | LayerNorm:
+    if not config.layer_norm:
+        return _rms_norm(config, packer, name)
+    return LayerNorm(packer.array(f"{name}.scale"), packer.array(f"{name}.bias"), config.norm_eps)
+
+
+def _rms_norm(config: ModelConfig, packer: Packer, name: str) -> Norm:
+    return Norm(packer.array(f"{name}.scale"), config.norm_eps, config.norm_offset)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.decode import Decoded, DecoderLayer
-from pallas_kernels.norm import Norm
+from pallas_kernels.norm import LayerNorm, Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
 from pallas_kernels.persistent.code import ACTIVATIONS
 from pallas_kernels.persistent.plan import Plan
@@ -52,7 +52,9 @@ def refuses(
         return f"a cache of {keys[0].shape[2]} slots, no multiple of {TILE_ROWS}"
     if heads_of(layers[0], keys)[0] > _MOST_QUERIES * keys[0].shape[1]:
         return f"more than {_MOST_QUERIES} queries a kv head"
-    return _refused_structure(layers, norm, head) or plan_here(x, layers, norm, head, keys, values)[0].problems()
+    other = _other_form(layers, norm, 2 * cos.shape[-1], keys[0].shape[-1])
+    reason = other or _refused_structure(layers, norm, head)
+    return reason or plan_here(x, layers, norm, head, keys, values)[0].problems()
 
 
 def _refused_structure(layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection) -> str | None:
@@ -79,6 +81,25 @@ def _refused_structure(layers: Sequence[DecoderLayer], norm: Norm, head: PackedP
     weights = [weight for part in packed for weight in (part.first, *part.ups) if weight is not None]
     if any(weight.shape[1] % 8 for weight in weights):
         return "a contraction axis that is no multiple of 8"
+    return None
+
+
+def _other_form(layers: Sequence[DecoderLayer], norm: Norm, rotated: int, head_dim: int) -> str | None:
+    """What a decoder has that one of Llama's form does not, or None."""
+    given = [norm, *(n for layer in layers for n in (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm))]
+    norms = [n for n in given if n is not None]
+    if any(isinstance(n, LayerNorm) for n in norms):
+        return "LayerNorms"
+    if any(n.offset for n in norms):
+        return "norms with an offset to their scale"
+    if any(layer.attention_out_norm is not None or layer.mlp_out_norm is not None for layer in layers):
+        return "norms over what is added to the residual stream"
+    if any(len(layer.gate_up.widths) != 2 for layer in layers):
+        return "an MLP without a gate"
+    if any(layer.scale is not None or layer.softcap is not None for layer in layers):
+        return "scores scaled otherwise than by 1 / sqrt(head_dim), or bounded"
+    if rotated != head_dim or any(layer.rotation for layer in layers):
+        return "rotations that differ between layers, or of other than all columns of a head"
     return None
 
 

@@ -24,9 +24,11 @@ def refuses(
         return f"{q.shape[1]} new tokens; it serves one"
     if not q.dtype == k.dtype == v.dtype == keys.dtype or q.dtype not in SUPPORTED_DTYPES:
         return f"q is {q.dtype} and the cache {keys.dtype}; it serves one of bfloat16, float16, float32"
-    head_dim = keys.shape[-1]
+    head_dim, rotated = keys.shape[-1], 2 * arrays[1].shape[-1]
     if head_dim % 2 or head_dim > 256:
         return f"head_dim {head_dim}; it serves even ones up to 256"
+    if rotated not in (0, head_dim):
+        return f"{rotated} of {head_dim} columns of a head rotated; it rotates all or none"
     return None
 
 
@@ -44,10 +46,15 @@ def attend_cached(
     window: int | None = None,
     q_norm: Norm | None = None,
     k_norm: Norm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `pallas_kernels.attend_cached`, for one new token a sequence."""
     batch, kv_heads, _, head_dim = keys.shape
     plan = _plan(keys, q.shape[2] // head_dim, window, q_norm, k_norm)
+    plan = dataclasses.replace(plan, scale=scale, softcap=softcap)
+    if not cos.shape[-1]:  # nothing is rotated, which is a rotation by nothing
+        cos, sin = (jnp.full((batch, 1, head_dim // 2), value, jnp.float32) for value in (1, 0))
     start = jnp.broadcast_to(start, (batch,))
     operands = [keys, values, q[:, 0], k[:, 0], v[:, 0], cos[:, 0], sin[:, 0], start, lengths]
     operands += [norm.scale for norm in (q_norm, k_norm) if norm is not None]
@@ -78,6 +85,9 @@ def _plan(keys: jax.Array, heads: int, window: int | None, q_norm: Norm | None, 
     wanted = 2 * target().cores // (batch * kv_heads)
     splits = power_of_two_within(max(1, min(wanted, reach // step, 64)))
     q_eps, k_eps = (None if norm is None else norm.eps for norm in (q_norm, k_norm))
-    plan = AttentionPlan(heads, kv_heads, head_dim, splits, step, window, q_eps, k_eps)
+    q_offset, k_offset = (0.0 if norm is None else norm.offset for norm in (q_norm, k_norm))
+    plan = AttentionPlan(
+        heads, kv_heads, head_dim, splits, step, window, q_eps, k_eps, q_offset=q_offset, k_offset=k_offset
+    )
     tiles = 4 * plan.columns * step * keys.dtype.itemsize  # keys and values, both halves
     return dataclasses.replace(plan, stages=max(1, min(plan.stages, target().shared_memory // (tiles + _SCORES))))

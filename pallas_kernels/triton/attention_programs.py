@@ -28,7 +28,10 @@ _LOG2_E = math.log2(math.e)
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """Sizes of an attention kernel; ``slots`` are cache positions read in one step of its loop."""
+    """Sizes of an attention kernel; ``slots`` are cache positions read in one step of its loop.
+
+    ``q_eps`` and ``k_eps`` are of the norms of queries and keys, None without; an offset is added to their scales in float32.
+    """
 
     heads: int
     kv_heads: int
@@ -38,6 +41,10 @@ class AttentionPlan:
     window: int | None
     q_eps: float | None
     k_eps: float | None
+    q_offset: float = 0.0
+    k_offset: float = 0.0
+    scale: float | None = None
+    softcap: float | None = None
     warps: int = 4
     stages: int = 2
 
@@ -75,10 +82,10 @@ def attend_program(*refs: Any, plan: AttentionPlan) -> None:
     cos, sin = load(cos_ref, b, columns, mask=inside), load(sin_ref, b, columns, mask=inside)
     k = _halves(k_ref, b, head * plan.head_dim + columns, inside, half)
     v = _halves(v_ref, b, head * plan.head_dim + columns, inside, half)
-    q = _rotate(_norm(q, q_scale, plan.q_eps, plan, inside), cos[None], sin[None], keys.dtype)
+    q = _rotate(_norm(q, q_scale, plan.q_eps, plan.q_offset, plan, inside), cos[None], sin[None], keys.dtype)
     state = _over_cache(plan, keys, values, q, b, head, split, position, jnp.minimum(position, length))
     # The new token comes last: the cache's loads need not wait for its key.
-    k = _rotate(_norm(k, k_scale, plan.k_eps, plan, inside), cos, sin, keys.dtype)
+    k = _rotate(_norm(k, k_scale, plan.k_eps, plan.k_offset, plan, inside), cos, sin, keys.dtype)
     last = split == plan.splits - 1
 
     @pl.when(last)
@@ -103,16 +110,19 @@ def _with_new_token(
     highest, total, *sums = state
     wide = lambda pair: tuple(t.astype(jnp.float32) for t in pair)  # noqa: E731
     products = [jnp.sum(x * y[None], axis=1) for x, y in zip(wide(q), wide(k), strict=True)]
-    score = jnp.where(seen, (products[0] + products[1]) * _scale(plan), _NOTHING)
+    score = jnp.where(seen, _score(plan, products[0] + products[1]), _NOTHING)
     new = jnp.maximum(highest, score)
     weight, shrink = jnp.where(seen, jnp.exp2(score - new), 0.0), jnp.exp2(highest - new)
     sums = [s * shrink[:, None] + weight[:, None] * t[None] for s, t in zip(sums, wide(v), strict=True)]
     return new, total * shrink + weight, *sums
 
 
-def _scale(plan: AttentionPlan) -> float:
-    """Of scores, which are taken to the power of two and not of e."""
-    return _LOG2_E / math.sqrt(plan.head_dim)
+def _score(plan: AttentionPlan, product: jax.Array) -> jax.Array:
+    """From a product of query and key: scaled, bounded if that is wanted, and for the power of two in place of that of e."""
+    scale = 1 / math.sqrt(plan.head_dim) if plan.scale is None else plan.scale
+    if plan.softcap is None:
+        return product * (_LOG2_E * scale)
+    return jnp.tanh(product * (scale / plan.softcap)) * (_LOG2_E * plan.softcap)
 
 
 def _halves(
@@ -124,7 +134,12 @@ def _halves(
 
 
 def _norm(
-    pair: tuple[jax.Array, jax.Array], scale: Any, eps: float | None, plan: AttentionPlan, inside: jax.Array
+    pair: tuple[jax.Array, jax.Array],
+    scale: Any,
+    eps: float | None,
+    offset: float,
+    plan: AttentionPlan,
+    inside: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The norm over a head, rounded where `rms_norm` rounds."""
     if eps is None:
@@ -135,6 +150,9 @@ def _norm(
     divisor = lax.rsqrt(mean + eps)
     scales = _halves(scale, None, jnp.arange(plan.columns), inside, half)
     grown = divisor[:, None] if wide[0].ndim == 2 else divisor
+    if offset:
+        first, second = (t * grown * (s.astype(jnp.float32) + offset) for t, s in zip(wide, scales, strict=True))
+        return first.astype(pair[0].dtype), second.astype(pair[1].dtype)
     first, second = ((t * grown).astype(s.dtype) * s for t, s in zip(wide, scales, strict=True))
     return first, second
 
@@ -166,7 +184,7 @@ def _over_cache(
         tile = lambda cache, offset: load(  # noqa: E731
             cache, b, head, slots[:, None], columns[None] + offset, mask=real[:, None] & (columns < half)[None]
         )
-        scores = (dot(q[0], tile(keys, 0).T) + dot(q[1], tile(keys, half).T)) * _scale(plan)
+        scores = _score(plan, dot(q[0], tile(keys, 0).T) + dot(q[1], tile(keys, half).T))
         scores = jnp.where(real[None], scores, _NOTHING)
         new = jnp.maximum(highest, jnp.max(scores, axis=1))
         weights = jnp.where(real[None], jnp.exp2(scores - new[:, None]), 0.0)

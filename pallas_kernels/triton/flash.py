@@ -10,8 +10,18 @@ from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.flash_programs import FlashPlan, flash_program, pieces
 
 
-def refuses(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> str | None:
+def refuses(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Visible,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> str | None:
     """Why this kernel cannot serve a call."""
+    if scale is not None or softcap is not None:
+        return "scores scaled otherwise than by 1 / sqrt(head_dim), or bounded"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in SUPPORTED_DTYPES:
         return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of bfloat16, float16, float32"
     if q.shape[3] > 256:
@@ -19,7 +29,9 @@ def refuses(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> str |
     return None
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, *, scale: None = None, softcap: None = None
+) -> jax.Array:
     """As `pallas_kernels.attend`."""
     batch, heads, queries, head_dim = q.shape
     query_tile, key_tile, warps, stages = _sizes(head_dim, queries, q.dtype.itemsize)

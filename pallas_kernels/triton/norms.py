@@ -30,7 +30,7 @@ class NormPlan:
     Attributes:
       rows, width: in all.
       tile: rows of a program.
-      eps, centred, has_bias: of the norm.
+      eps, centred, has_bias, offset: of the norm.
       is_sum: a second operand is added to the rows first.
       keeps_sum: that sum is an output too, the first.
     """
@@ -43,6 +43,7 @@ class NormPlan:
     has_bias: bool
     is_sum: bool = False
     keeps_sum: bool = False
+    offset: float = 0.0
 
 
 def norm_program(*refs: Any, plan: NormPlan) -> None:
@@ -85,9 +86,9 @@ def norm_program(*refs: Any, plan: NormPlan) -> None:
     divisor = lax.rsqrt(mean([w * w for w in wide]) + plan.eps)
     for w, p, mask in zip(wide, of, masks, strict=True):
         y = w * divisor
-        if not plan.centred:
+        if not plan.centred and not plan.offset:
             y = y.astype(out.dtype).astype(jnp.float32)  # rounded where the reference rounds
-        y = y * read(scale_ref, p)
+        y = y * (read(scale_ref, p) + plan.offset)
         store(out, y if bias_ref is None else y + read(bias_ref, p), at[:, None], p.columns[None], mask=mask)
 
 
@@ -123,8 +124,9 @@ def _launch(x: jax.Array, norm: Norm | LayerNorm, added: jax.Array | None, keeps
     bias = norm.bias if isinstance(norm, LayerNorm) else None
     tile = power_of_two_within(max(1, _ELEMENTS // sum(p.tile for p in pieces(width))))
     plan = NormPlan(
-        rows(x), width, tile, norm.eps, isinstance(norm, LayerNorm), bias is not None, added is not None, keeps_sum
-    )
+        rows(x), width, tile, norm.eps, isinstance(norm, LayerNorm), bias is not None, added is not None, keeps_sum,
+        0.0 if isinstance(norm, LayerNorm) else norm.offset,
+    )  # fmt: skip
     shape = jax.ShapeDtypeStruct((plan.rows, width), x.dtype)
     name = "layer_norm" if plan.centred else "rms_norm"
     results = Launch(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm import Norm, rms_norm_reference
+from pallas_kernels.norm import LayerNorm, Norm, norm_reference, rms_norm_reference
 from pallas_kernels.products import rows as rows_of
 from pallas_kernels.products import unsuited
 from pallas_kernels.projection import PackedProjection
@@ -33,13 +33,15 @@ def project(
     packed: PackedProjection,
     *,
     dtype: jnp.dtype | None = None,
-    norm: Norm | None = None,
+    norm: Norm | LayerNorm | None = None,
     gate: str | None = None,
     residual: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """As `pallas_kernels.project`; sums stay in float32 up to the output, and latents are rounded to x's dtype."""
     leading = x.shape[:-1]
     x = x.reshape(-1, x.shape[-1])
+    if isinstance(norm, LayerNorm) or (norm is not None and norm.offset):
+        x, norm = norm_reference(x, norm), None  # by XLA: the programs fold in plain root-mean-square norms alone
     biases = tuple(b for b in packed.biases if b is not None)
     flat_residual = None if residual is None else residual.reshape(x.shape[0], -1)
     finish = Epilogue(dtype or x.dtype, gate, flat_residual)

@@ -16,24 +16,27 @@ from flashsvd_jax.schema import flatten, sites
 TOKENS = np.random.default_rng(0).integers(1, 50, (6, 20)).astype(np.int32)
 
 
-def torch_inputs(model: nn.Module) -> dict[str, np.ndarray]:
-    """The inputs [tokens, d_in] of each linear layer, as float64."""
+def torch_inputs(reference: hf_models.Reference) -> dict[str, np.ndarray]:
+    """The inputs [tokens, d_in] of each projection of the layers, as float64."""
     found: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> Any:
         return lambda _module, inputs: found.__setitem__(name, inputs[0].flatten(0, -2).double().numpy())
 
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name]
-    hooks = [m.register_forward_pre_hook(keep(_canonical(name))) for name, m in linears]
+    modules = projections(reference)
+    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
     with torch.no_grad():
-        model(torch.tensor(TOKENS).long())
+        reference.model(torch.tensor(TOKENS).long())
     for hook in hooks:
         hook.remove()
     return found
 
 
-def _canonical(name: str) -> str:
-    return name.removeprefix("model.").replace("layers.", "layers_", 1)
+def projections(reference: hf_models.Reference) -> dict[str, nn.Module]:
+    """The layers' modules by site."""
+    kind, config = reference.config.model_type, reference.config
+    names = [name for index in range(config.num_layers) for name in layer_names(config, index)]
+    return {name: reference.model.get_submodule(hf_models.hf_path(kind, name)) for name in names}
 
 
 def layer_names(config: Any, index: int) -> list[str]:
@@ -49,10 +52,8 @@ def batch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 @pytest.mark.parametrize("architecture", hf_models.ARCHITECTURES)
 def test_inputs_are_those_of_pytorch(architecture: str) -> None:
     reference = hf_models.reference(architecture)
-    config, flat, expected = reference.config, flatten(reference.params), torch_inputs(reference.model)
-    by_moment, by_magnitude = (
-        LayerPass(config, TOKENS, flat["embed_tokens.weight"], kind) for kind in ("moment", "magnitude")
-    )
+    config, flat, expected = reference.config, flatten(reference.params), torch_inputs(reference)
+    by_moment, by_magnitude = (LayerPass(config, TOKENS, flat.__getitem__, kind) for kind in ("moment", "magnitude"))
     for index in range(config.num_layers):
         moments = by_moment.statistics(index, flat.__getitem__)
         magnitudes = by_magnitude.statistics(index, flat.__getitem__)
@@ -68,8 +69,8 @@ def test_inputs_are_those_of_pytorch(architecture: str) -> None:
 def test_batches_do_not_matter(batch: int) -> None:
     reference = hf_models.reference("llama")
     flat = flatten(reference.params)
-    x = torch_inputs(reference.model)["layers_1.mlp.down_proj"]
-    passed = LayerPass(reference.config, TOKENS, flat["embed_tokens.weight"], "moment")
+    x = torch_inputs(reference)["layers_1.mlp.down_proj"]
+    passed = LayerPass(reference.config, TOKENS, flat.__getitem__, "moment")
     passed.advance(0, flat.__getitem__)
     found = passed.statistics(1, flat.__getitem__)["layers_1.mlp.down_proj"].moment
     assert found is not None and found.dtype == np.float64
@@ -79,9 +80,9 @@ def test_batches_do_not_matter(batch: int) -> None:
 @pytest.mark.parametrize("architecture", ["llama_tied", "qwen2"])
 def test_fisher_information_is_that_of_pytorch(architecture: str) -> None:
     reference = hf_models.reference(architecture)
-    names = [name for i in range(reference.config.num_layers) for name in layer_names(reference.config, i)]
+    linears = projections(reference)
+    names = list(linears)
     found = fisher_statistics(reference.config, flatten(reference.params).__getitem__, names, TOKENS, False)
-    linears = {_canonical(name): m for name, m in reference.model.named_modules() if isinstance(m, nn.Linear)}
     expected = dict.fromkeys(names, 0.0)
     for window in torch.tensor(TOKENS).long():
         logits = reference.model(window[None, :-1]).logits[0]

@@ -94,13 +94,10 @@ def test_merged_checkpoint_counts_as_dense_and_says_what_its_configuration_claim
 
 REFUSED_NAMES = {
     "quantized": f"{Q}.qweight",
-    "flashsvd_gpt2": "blocks.0.q_U",
     "mla": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "lora_whole": f"base_model.model.{Q}.lora_A.default.weight",
 }
-REFUSED_FILES = {
-    "flashsvd_gpt2": "gpt2_block_0.pt",
-}
+REFUSED_FILES: dict[str, str] = {}
 
 
 def test_every_refused_family_is_tested() -> None:
@@ -109,8 +106,8 @@ def test_every_refused_family_is_tested() -> None:
 
 
 def test_every_family_that_is_read_has_a_checkpoint_of_its_own_modules(published) -> None:
-    of_encoders = {"flashsvd_encoder"}  # test_head_factors.py
-    assert {published(case).family for case in CASES} | of_encoders == {f.name for f in FAMILIES if not f.refusal}
+    others = {"flashsvd_encoder", "flashsvd_gpt2"}  # test_head_factors.py, test_gpt2_blocks.py
+    assert {published(case).family for case in CASES} | others == {f.name for f in FAMILIES if not f.refusal}
 
 
 def test_methods_without_a_form_name_families_that_are_read() -> None:

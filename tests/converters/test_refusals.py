@@ -127,7 +127,7 @@ def test_base_that_is_no_configuration(published, tmp_path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     refuse(source, "must hold a JSON object", tmp_path, base=tmp_path)
     for config, words in (
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"model_type": "bloom"}, "model_type 'bloom' is not supported"),
         ({}, "model_type is missing"),
         (hf_config(published("sequential").model, num_attention_heads="many"), "num_attention_heads"),
     ):

@@ -367,7 +367,7 @@ def test_a_decode_step_needs_little_memory_beside_the_cache(batch: int) -> None:
     layers, slots = 2, 2**14 // batch
     config = ModelConfig(
         model_type="llama", vocab_size=32, hidden_size=32, intermediate_size=32, num_layers=layers, num_heads=2, num_kv_heads=2,
-        head_dim=64, max_position=slots, rms_norm_eps=1e-6, rope=RopeConfig(), windows=(None,) * layers,
+        head_dim=64, max_position=slots, norm_eps=1e-6, rope=RopeConfig(), windows=(None,) * layers,
     )  # fmt: skip
     params = nest({name: np.zeros(spec.shape, np.float32) for name, spec in schema(config).items()})
     weights = weights_from_params(config, params)

@@ -9,7 +9,7 @@ from hf_models import Reference
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, empty_cache
-from flashsvd_jax.models.decoder import extend, full_logits, head_logits, prefill
+from flashsvd_jax.models.decoder import decode, extend, full_logits, head_logits, prefill
 from flashsvd_jax.models.weights import DecoderWeights, weights_from_params
 
 Array = jax.Array | np.ndarray | np.integer
@@ -31,6 +31,14 @@ def extend_logits(
 ) -> tuple[KVCache, jax.Array]:
     cache, x = extend(config, weights, cache, tokens, start, lengths)
     return cache, head_logits(config, weights, x)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode_logits(
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: Array, positions: Array
+) -> tuple[KVCache, jax.Array]:
+    cache, logits, _ = decode(config, weights, cache, tokens, positions)
+    return cache, logits
 
 
 def device_weights(reference: Reference) -> DecoderWeights:

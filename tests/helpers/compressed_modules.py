@@ -11,8 +11,10 @@ import transformers
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
+from transformers.models.opt.modeling_opt import OPTAttention, OPTDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
+from transformers.pytorch_utils import Conv1D
 
 
 class Pair(nn.Module):
@@ -86,8 +88,9 @@ def compress(model: nn.Module, ranks: Mapping[str, int], layer: type[nn.Module],
     torch.manual_seed(seed)
     for path, rank in ranks.items():
         linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        pair = layer(linear.in_features, rank, linear.out_features, linear.bias is not None)
+        assert isinstance(linear, nn.Linear | Conv1D)
+        d_out, d_in = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.shape[::-1]
+        pair = layer(d_in, rank, d_out, linear.bias is not None)
         with torch.no_grad():
             for parameter in pair.parameters():
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
@@ -97,7 +100,7 @@ def compress(model: nn.Module, ranks: Mapping[str, int], layer: type[nn.Module],
 
 
 def _project(block: nn.Module, stem: str, x: torch.Tensor) -> torch.Tensor:
-    dense = block._modules.get(f"{stem}_proj")
+    dense = block._modules.get(f"{stem}_proj", block._modules.get(stem))
     if dense is not None:
         return dense(x)
     first, second = "uv" if block.__dict__.get("u_first") else "vu"
@@ -157,7 +160,22 @@ class SVD_Qwen3Attention(_SVDAttention, Qwen3Attention): ...
 class SVD_Qwen3MLP(_SVDMLP, Qwen3MLP): ...
 
 
+class SVDOPTAttention(_SVDAttention, OPTAttention):
+    def out_proj(self, x):
+        return _project(self, "out", x)
+
+
+class SVDOPTDecoderLayer(OPTDecoderLayer):
+    def fc1(self, x):
+        return _project(self, "fc1", x)
+
+    def fc2(self, x):
+        return _project(self, "fc2", x)
+
+
 _BLOCKS = {
+    OPTAttention: SVDOPTAttention,
+    OPTDecoderLayer: SVDOPTDecoderLayer,
     LlamaAttention: SVD_LlamaAttention,
     LlamaMLP: SVD_LlamaMLP,
     MistralAttention: SVD_MistralAttention,
@@ -174,6 +192,8 @@ SVDLLM_MODULES = {
     SVD_MistralMLP: "component.svd_mistral",
     SVD_QwenAttention: "component.svd_qwen",
     SVD_QwenMLP: "component.svd_qwen",
+    SVDOPTAttention: "component.svd_opt",
+    SVDOPTDecoderLayer: "component.svd_opt",
 }
 
 

@@ -4,8 +4,10 @@ Every array axis of a model has a length of its own, so that a swapped axis is a
 biases are drawn too: at ones and zeros they could be left out without a test noticing.
 """
 
+import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.factorization import Factorization
@@ -58,6 +61,49 @@ _ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         {"hidden_size": 34, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 18, "intermediate_size": 54,
          "vocab_size": 63, "num_hidden_layers": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
+    "phi3": (
+        "Phi3",
+        {"hidden_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 52, "vocab_size": 73,
+         "num_hidden_layers": 2, "sliding_window": 7, "partial_rotary_factor": 0.6},
+    ),
+    # Bounds near the size of what they bound, and a scale that is not that of the heads, so that each of them shows.
+    "gemma2": (
+        "Gemma2",
+        {"hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "intermediate_size": 54,
+         "vocab_size": 61, "num_hidden_layers": 2, "sliding_window": 5, "query_pre_attn_scalar": 14,
+         "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 12, "intermediate_size": 50,
+         "vocab_size": 65, "num_hidden_layers": 3, "sliding_window": 6, "query_pre_attn_scalar": 9,
+         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+         "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 700.0},
+                             "sliding_attention": {"rope_type": "default", "rope_theta": 30.0}}},
+    ),
+    "opt": (
+        "OPT",
+        {"hidden_size": 42, "num_attention_heads": 3, "ffn_dim": 58, "vocab_size": 67, "num_hidden_layers": 2},
+    ),
+    "gpt2": (
+        "GPT2",
+        {"n_embd": 44, "n_head": 4, "n_inner": 56, "vocab_size": 59, "n_layer": 2, "layer_norm_epsilon": 1e-2},
+    ),
+}  # fmt: skip
+
+# Models with names of their own: what all begin with, and canonical names -> theirs, in a layer without its number.
+_OWN_NAMES: dict[str, tuple[str, dict[str, str]]] = {
+    "opt": (
+        "model.decoder.",
+        {"norm": "final_layer_norm", "self_attn.o_proj": "self_attn.out_proj", "mlp.up_proj": "fc1", "mlp.down_proj": "fc2",
+         "input_layernorm": "self_attn_layer_norm", "post_attention_layernorm": "final_layer_norm"},
+    ),
+    "gpt2": (
+        "transformer.",
+        {"norm": "ln_f", "embed_tokens": "wte", "embed_positions": "wpe", "self_attn.qkv_proj": "attn.c_attn",
+         "self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj", "input_layernorm": "ln_1",
+         "post_attention_layernorm": "ln_2"},
+    ),
 }  # fmt: skip
 
 ARCHITECTURES = tuple(_ARCHITECTURES)
@@ -83,8 +129,9 @@ class Reference:
 def build_model(architecture: str, seed: int = 0, **overrides: Any) -> transformers.PreTrainedModel:
     """A float32 model in evaluation mode whose every parameter is random; overrides are fields of its config."""
     family, fields = _ARCHITECTURES[architecture]
-    config = getattr(transformers, f"{family}Config")(**{**_COMMON, **fields, **overrides})
-    model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
+    text, head = "Text" if family == "Gemma3" else "", "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    config = getattr(transformers, f"{family}{text}Config")(**copy.deepcopy({**_COMMON, **fields, **overrides}))
+    model = getattr(transformers, f"{family}{head}")(config).float().eval()
     randomize(model, seed)
     return model
 
@@ -92,13 +139,14 @@ def build_model(architecture: str, seed: int = 0, **overrides: Any) -> transform
 def randomize(model: nn.Module, seed: int) -> None:
     """Draws every parameter: matrices that keep the size of activations, scales about one, biases about zero."""
     generator = torch.Generator().manual_seed(seed)
+    about = 0.0 if model.config.model_type.startswith("gemma") else 1.0  # Gemma's norms scale with 1 + weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 2:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
             else:
-                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else about))
 
 
 def mixed_ranks(config: ModelConfig) -> dict[str, int]:
@@ -116,13 +164,11 @@ def factorize(model: nn.Module, ranks: Mapping[str, int], seed: int = 1) -> None
     """Replaces each named site's linear layer, in place, by two thin ones of random values; its bias stays."""
     generator = torch.Generator().manual_seed(seed)
     for site, rank in ranks.items():
-        path = _hf_path(site)
+        path = hf_path(model.config.model_type, site)
         linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        pair = nn.Sequential(
-            nn.Linear(linear.in_features, rank, bias=False),
-            nn.Linear(rank, linear.out_features, bias=linear.bias is not None),
-        )
+        assert isinstance(linear, nn.Linear | Conv1D)
+        d_out, d_in = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.shape[::-1]
+        pair = nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=linear.bias is not None))
         with torch.no_grad():
             for part in pair:
                 part.weight.copy_(torch.randn(part.weight.shape, generator=generator) * part.in_features**-0.5)
@@ -137,7 +183,9 @@ def canonical_tensors(model: transformers.PreTrainedModel) -> dict[str, np.ndarr
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        tensors[_canonical_name(name)] = tensor.detach().numpy().copy()
+        array = tensor.detach().numpy()
+        is_conv = name.endswith(".weight") and isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        tensors[_canonical_name(model.config.model_type, name)] = (array.T if is_conv else array).copy()
     return tensors
 
 
@@ -158,17 +206,26 @@ def reference(architecture: str, factorized: bool = False) -> Reference:
     return reference_of(model, ranks)
 
 
-def _hf_path(site: str) -> str:
-    return site if site == "lm_head" else "model." + site.replace("layers_", "layers.", 1)
+def hf_path(model_type: str, site: str) -> str:
+    """A site's module in the model: ``layers_0.self_attn.o_proj`` -> ``transformer.h.0.attn.c_proj`` in GPT-2."""
+    prefix, own = _OWN_NAMES.get(model_type, ("model.", {}))
+    if site == "lm_head":
+        return site
+    layer, _, path = site.partition(".")
+    blocks = "h" if model_type == "gpt2" else "layers"
+    return f"{prefix}{blocks}.{layer.removeprefix('layers_')}.{own.get(path, path)}"
 
 
-def _canonical_name(name: str) -> str:
-    name = name.removeprefix("model.").replace("layers.", "layers_", 1)
-    parent, _, leaf = name.rpartition(".")
-    if parent.endswith("norm"):
-        return f"{parent}.scale"
-    module, _, index = parent.rpartition(".")
-    if index in ("0", "1"):
-        part = {"0": "down", "1": "up"}[index] if leaf == "weight" else leaf
-        return f"{module}.{part}"
-    return name
+def _canonical_name(model_type: str, name: str) -> str:
+    prefix, own = _OWN_NAMES.get(model_type, ("model.", {}))
+    found = re.fullmatch(r"(?:(?:layers|h)\.(\d+)\.)?(.*?)(?:\.([01]))?\.(\w+)", name.removeprefix(prefix))
+    assert found is not None
+    layer, path, index, leaf = found.groups()
+    # A name in both places, such as OPT's final_layer_norm, is another one in a layer than behind them all.
+    other = "norm" if layer else "post_attention_layernorm"
+    path = {theirs: ours for ours, theirs in own.items() if ours != other}.get(path, path)
+    if path.endswith("norm") and leaf == "weight":
+        leaf = "scale"
+    elif index is not None and leaf == "weight":
+        leaf = {"0": "down", "1": "up"}[index]
+    return f"{f'layers_{layer}.' if layer else ''}{path}.{leaf}"

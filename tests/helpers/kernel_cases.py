@@ -72,7 +72,7 @@ def product_exact(x: jax.Array, packed: PackedProjection, **options: Any) -> lis
     wide, first = _wide(x), _wide(packed.first)
     if options["norm"] is not None:
         norm = options["norm"]
-        wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + norm.eps) * _wide(norm.scale)
+        wide = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + norm.eps) * (_wide(norm.scale) + norm.offset)
     outputs = []
     for up, bias, start, width in zip(packed.ups, packed.biases, packed.starts, packed.widths, strict=True):
         y = wide @ first[start : start + width].T
@@ -96,6 +96,10 @@ class AttentionCase:
     starts: tuple[int, ...]
     window: int | None = None
     norms: bool = False
+    offset: float = 0.0
+    scale: float | None = None
+    softcap: float | None = None
+    rotated: bool = True
 
 
 ATTENTIONS = {
@@ -106,6 +110,10 @@ ATTENTIONS = {
     "window and norms": AttentionCase(8, 8, 80, 500, (0, 130, 499), window=130, norms=True),
     "grouped": AttentionCase(10, 2, 64, 200, (3, 199), norms=True),
     "large head": AttentionCase(2, 1, 256, 100, (99, 31)),
+    "bounded, offsets to norms": AttentionCase(
+        4, 2, 64, 300, (255, 7), 40, norms=True, offset=1.0, scale=0.2, softcap=3.0
+    ),
+    "not rotated": AttentionCase(4, 4, 16, 40, (0, 39), scale=1.0, rotated=False),
 }
 
 
@@ -120,11 +128,17 @@ def attention_call(case: AttentionCase, dtype: str) -> tuple[tuple[jax.Array, ..
     q = draw(batch, 1, case.heads * case.head_dim)
     k, v = (draw(batch, 1, case.kv_heads * case.head_dim) for _ in "kv")
     keys, values = (draw(batch, case.kv_heads, case.slots, case.head_dim) for _ in "kv")
-    angles = rng.uniform(0, 6, (batch, 1, case.head_dim // 2))
+    angles = rng.uniform(0, 6, (batch, 1, case.head_dim // 2 if case.rotated else 0))
     start = jnp.asarray(case.starts, jnp.int32)
-    norms = [Norm(draw(case.head_dim), 1e-5) if case.norms else None for _ in "qk"]
+    norms = [Norm(draw(case.head_dim), 1e-5, case.offset) if case.norms else None for _ in "qk"]
     tables = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-    options = {"window": case.window, "q_norm": norms[0], "k_norm": norms[1]}
+    options = {
+        "window": case.window,
+        "q_norm": norms[0],
+        "k_norm": norms[1],
+        "scale": case.scale,
+        "softcap": case.softcap,
+    }
     return (q, k, v, keys, values, *tables, start, start + 1), options
 
 
@@ -144,7 +158,9 @@ def attention_exact(*args: jax.Array, **options: Any) -> tuple[np.ndarray, np.nd
         low = 0 if options["window"] is None else max(0, position - options["window"] + 1)
         for h in range(q.shape[1]):
             g = h // (q.shape[1] // kv_heads)
-            scores = keys[b, g, low : int(lengths[b])] @ q[b, h] / np.sqrt(head_dim)
+            scores = keys[b, g, low : int(lengths[b])] @ q[b, h] * (options["scale"] or 1 / np.sqrt(head_dim))
+            if options["softcap"] is not None:
+                scores = options["softcap"] * np.tanh(scores / options["softcap"])
             weights = np.exp(scores - scores.max())
             out[b, h] = weights @ values[b, g, low : int(lengths[b])] / weights.sum()
     return out.reshape(batch, 1, -1), keys, values
@@ -153,10 +169,12 @@ def attention_exact(*args: jax.Array, **options: Any) -> tuple[np.ndarray, np.nd
 def _normed(x: np.ndarray, norm: Norm | None) -> np.ndarray:
     if norm is None:
         return x
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * _wide(norm.scale)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * (_wide(norm.scale) + norm.offset)
 
 
 def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    if not cos.size:
+        return x
     first, second = np.split(x, 2, axis=-1)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pallas_kernels import Visible, attend
+from pallas_kernels import Visible, assume_target, attend, cudnn
 from pallas_kernels.attention import masked_attention
+from pallas_kernels.target import H200
 
 SIZES = {  # (batch, heads, kv_heads, queries, keys, head_dim)
     "one_query": (2, 6, 2, 1, 19, 10),
@@ -49,6 +50,16 @@ def test_is_softmax_attention_over_visible_keys(arrays: tuple[np.ndarray, ...]) 
     got = jax.jit(masked_attention)(*arrays)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, exact(*arrays), rtol=0, atol=2e-6)
+
+
+def test_scores_may_be_scaled_otherwise_and_bounded(arrays: tuple[np.ndarray, ...]) -> None:
+    """In float64; head h reads the kv head of its group."""
+    q, k, v, mask = (a if a.dtype == bool else a.astype(np.float64) for a in arrays)
+    k, v = (np.repeat(a, q.shape[1] // a.shape[1], axis=1) for a in (k, v))
+    scores = np.where(mask[:, None], 1.3 * np.tanh(0.7 * q @ k.swapaxes(2, 3) / 1.3), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    want = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(*q.shape[:1], q.shape[2], -1)
+    np.testing.assert_allclose(masked_attention(*arrays, 0.7, 1.3), want, rtol=0, atol=3e-6)
 
 
 def test_agrees_with_torch(arrays: tuple[np.ndarray, ...]) -> None:
@@ -122,3 +133,14 @@ def test_the_op_is_attention_over_what_is_visible(arrays: tuple[np.ndarray, ...]
     visible = Visible(jnp.full(len(q), k.shape[2], jnp.int32), start=jnp.int32(start))
     mask = np.tril(np.ones((q.shape[2], k.shape[2]), bool), start)
     np.testing.assert_allclose(attend(q, k, v, visible), exact(q, k, v, np.stack([mask] * len(q))), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{"scale": 0.3}, {"softcap": 50.0}])
+def test_kernels_of_prompts_refuse_scores_that_they_do_not_compute(options: dict[str, float]) -> None:
+    q = jnp.zeros((1, 2, 8, 64), jnp.bfloat16)
+    visible = Visible(jnp.full(1, 8, jnp.int32), padding="ignored")
+    with assume_target(H200):
+        assert attend.choose(q, q, q, visible)[0].name == "triton"
+        chosen, refusals = attend.choose(q, q, q, visible, **options)
+    assert chosen.name == "xla" and "scaled otherwise" in refusals["triton"]
+    assert ("softcap" in options) == (cudnn.refuses(q, q, q, visible, **options) == "bounded scores")

@@ -9,6 +9,7 @@ import pytest
 from persistent_models import DENSE, LOW_RANK, Model, shapes_of
 
 from pallas_kernels import (
+    LayerNorm,
     Norm,
     PackedProjection,
     assume_target,
@@ -89,6 +90,16 @@ def test_it_refuses_weights_with_reasons() -> None:
         (changed(k_norm=None), "of queries or of keys alone"),
         (changed(q_norm=None, k_norm=None), "layers that differ"),
         ((x, (layer, last), norm, head, (keys[0], shape(*shorter)), *others), "different shapes"),
+        (changed(input_norm=LayerNorm(shape(256), shape(256), 1e-5)), "LayerNorms"),
+        ((x, (layer, last), Norm(norm.scale, 1e-5, 1.0), head, *rest), "an offset to their scale"),
+        (changed(k_norm=Norm(layer.k_norm.scale, 1e-5, 1.0)), "an offset to their scale"),
+        (changed(mlp_out_norm=norm), "norms over what is added"),
+        (changed(attention_out_norm=norm), "norms over what is added"),
+        (changed(gate_up=dataclasses.replace(layer.gate_up, widths=layer.gate_up.widths[:1])), "without a gate"),
+        (changed(scale=0.2), "scores scaled otherwise"),
+        (changed(softcap=50.0), "or bounded"),
+        (changed(rotation=1), "differ between layers"),
+        ((x, (layer, last), norm, head, keys, others[0], *(shape(2, 1, 32),) * 2, others[-1]), "all columns of a head"),
     ):
         assert reason in str(refusal(arguments))
 

@@ -17,7 +17,7 @@ from kernel_cases import (
     relative_error,
 )
 
-from pallas_kernels import Op, Target, assume_target, attend_cached, project
+from pallas_kernels import LayerNorm, Norm, Op, Target, assume_target, attend_cached, project
 from pallas_kernels.target import H200
 
 INTERPRETED = dataclasses.replace(H200, interpret=True)
@@ -47,6 +47,17 @@ def test_outputs_in_another_dtype_are_not_rounded_on_the_way() -> None:
     (want,) = product_exact(x, packed, norm=None, gate=None, residual=None)
     assert got.dtype == jnp.float32
     assert relative_error(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("batch", [1, 17])
+@pytest.mark.parametrize("kind", ["offset", "layer"])
+def test_norms_that_programs_do_not_fold_in_come_before_them(kind: str, batch: int) -> None:
+    (x, packed), options = product_call(PRODUCTS["gated"], batch, "float32")
+    scale = options["norm"].scale
+    norm = Norm(scale, 1e-5, 1.0) if kind == "offset" else LayerNorm(scale, 0.3 * scale, 1e-5)
+    options = {**options, "norm": norm}
+    (got,), (want,) = run(project, (x, packed), options), project.reference(x, packed, **options)
+    assert relative_error(got, np.asarray(want, np.float64)) <= TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -87,7 +98,11 @@ def test_refusals_say_why() -> None:
     ]
     args, _ = attention_call(ATTENTIONS["grouped"], "float32")
     two = [jnp.concatenate([a, a], axis=1) for a in args[:3]]
-    cases.append((attend_cached, (*two, *args[3:]), {}, "2 new tokens"))
+    tables = [table[..., :3] for table in args[5:7]]
+    cases += [
+        (attend_cached, (*two, *args[3:]), {}, "2 new tokens"),
+        (attend_cached, (*args[:5], *tables, *args[7:]), {}, "6 of 64 columns of a head rotated"),
+    ]
     with assume_target(H200):
         for op, arguments, keywords, reason in cases:
             chosen, refusals = op.choose(*arguments, **keywords)

@@ -1,17 +1,20 @@
 """The rows of `flashsvd bench`: what they count, and that the three forms of output say the same."""
 
+import copy
 import csv
 import io
 import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 from flashsvd_jax.benchmark import measure, measure_end_to_end, random_weights
 from flashsvd_jax.cli import main
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.kv_cache import cache_bytes
-from flashsvd_jax.schema import schema
+from flashsvd_jax.schema import count_params, schema
 from flashsvd_jax.shapes import (
     SHAPES,
     kept_share,
@@ -57,6 +60,14 @@ def test_published_shapes_have_the_published_ranks(name: str) -> None:
     if name == "llama-2-7b":
         assert ranks["layers_31.self_attn.q_proj"] == 1024 and ranks["layers_0.mlp.down_proj"] == 1492
     assert "lm_head" not in ranks
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_have_the_parameters_that_transformers_counts(name: str) -> None:
+    hf = transformers.AutoConfig.for_model(**copy.deepcopy(SHAPES[name]))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(hf)
+    assert count_params(shape_config(name)) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -15,16 +15,20 @@ from flashsvd_jax.errors import CheckpointError, ConfigError
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.schema import check_shapes, mismatches, schema
 
+LLAMA_LIKE = tuple(name for name in ARCHITECTURES if name.startswith(("llama", "mistral", "qwen")))
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in ARCHITECTURES),
+    *((name, {}) for name in LLAMA_LIKE),
     ("llama", {"attention_bias": True}),
     ("llama", {"mlp_bias": True}),
+    ("llama", {"hidden_act": "gelu"}),
     ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     ("qwen2", {"use_sliding_window": False, "layer_types": None}),
     ("qwen2", {"layer_types": None, "max_window_layers": 1}),
     ("qwen3", {"attention_bias": True, "use_sliding_window": False, "eos_token_id": [3, 4], "bos_token_id": 5}),
 ]
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+LONGROPE = {"original_max_position_embeddings": 32, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+OTHERS = {"Phi3": "phi3", "Gemma2": "gemma2", "Gemma3Text": "gemma3_text", "OPT": "opt", "GPT2": "gpt2"}
 
 
 def minimal(**fields: Any) -> dict[str, Any]:
@@ -45,7 +49,8 @@ def test_describes_the_model_that_transformers_builds(architecture: str, overrid
     attention = [layer.self_attn for layer in model.model.layers]
     windows = [getattr(a, "sliding_window", getattr(hf, "sliding_window", None)) for a in attention]
     eos = hf.eos_token_id if isinstance(hf.eos_token_id, list) else [hf.eos_token_id]
-    assert dataclasses.asdict(config) | {"rope": None} == {
+    others = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    assert dataclasses.asdict(config) | {"rope": None} == others | {
         "model_type": hf.model_type,
         "vocab_size": hf.vocab_size,
         "hidden_size": hf.hidden_size,
@@ -55,7 +60,8 @@ def test_describes_the_model_that_transformers_builds(architecture: str, overrid
         "num_kv_heads": hf.num_key_value_heads,
         "head_dim": attention[0].head_dim,
         "max_position": hf.max_position_embeddings,
-        "rms_norm_eps": hf.rms_norm_eps,
+        "norm_eps": hf.rms_norm_eps,
+        "activation": hf.hidden_act,
         "rope": None,
         "windows": tuple(windows),
         "qkv_bias": attention[0].q_proj.bias is not None,
@@ -77,6 +83,82 @@ def test_defaults_of_each_family_are_read_alike_from_a_whole_and_from_a_saved_co
     whole = ModelConfig.from_hf(hf.to_dict())
     assert whole == ModelConfig.from_hf(json.loads(hf.to_json_string(use_diff=True)))
     assert (whole.head_dim, whole.windows[-1]) == (128, hf.sliding_window if family == "Mistral" else None)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_defaults_of_other_models_are_those_of_their_classes(family: str) -> None:
+    hf = getattr(transformers, f"{family}Config")()
+    whole = ModelConfig.from_hf(hf.to_dict())
+    assert whole == ModelConfig.from_hf(json.loads(hf.to_json_string(use_diff=True)))
+    kept = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "rms_norm_eps", "ffn_dim", "n_embd", "n_head", "n_layer", "n_positions"}  # fmt: skip
+    least = ModelConfig.from_hf({name: value for name, value in hf.to_dict().items() if name in kept})
+    tokens = {"bos_token_id": None, "eos_token_ids": ()}  # no token ends a text unless the config names it
+    assert least == dataclasses.replace(whole, **tokens)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in LLAMA_LIKE])
+def test_shapes_of_other_models_are_those_that_transformers_builds(architecture: str) -> None:
+    model = build_model(architecture)
+    config = ModelConfig.from_hf(model.config.to_dict())
+    check_shapes(config, {name: tensor.shape for name, tensor in canonical_tensors(model).items()}, architecture)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rope"),
+    [
+        ({"rope_scaling": {"type": "su", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}}, {"kind": "longrope"}),
+        ({"rope_scaling": {"type": "yarn", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}}, {"kind": "longrope"}),
+        ({"partial_rotary_factor": 0.5, "num_attention_heads": 2}, {"partial": 0.5}),
+    ],
+)
+def test_rotations_of_phi_have_other_names_and_may_be_partial(fields: dict[str, Any], rope: dict[str, Any]) -> None:
+    config = ModelConfig.from_hf(minimal(model_type="phi3", **fields))
+    assert {name: getattr(config.rope, name) for name in rope} == rope
+
+
+def test_gemma3_before_transformers_5_names_two_bases() -> None:
+    old = {"model_type": "gemma3_text", "rope_theta": 5e5, "rope_local_base_freq": 2e4, "sliding_window_pattern": 3,
+           "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window": 7, "head_dim": 8}  # fmt: skip
+    config = ModelConfig.from_hf(minimal(**old))
+    assert config.windows == (7, 7, None)
+    assert [(rope.theta, rope.kind, rope.factor) for rope in config.ropes] == [
+        (5e5, "linear", 8.0),
+        (2e4, "default", 1.0),
+    ]
+    assert [config.rotation(window) for window in config.windows] == [1, 1, 0]
+
+
+OPT = {"model_type": "opt", "ffn_dim": 20}
+GPT2 = {"model_type": "gpt2", "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 64}
+GEMMA3 = {"model_type": "gemma3_text", "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({**OPT, "do_layer_norm_before": False}, "do_layer_norm_before False is not supported: norms stand before"),
+        ({**OPT, "word_embed_proj_dim": 12}, "word_embed_proj_dim 12 is not supported: the embedding is as wide as the layers, 24"),
+        ({**OPT, "_remove_final_layer_norm": True}, "_remove_final_layer_norm True is not supported"),
+        ({**OPT, "activation_function": "tanh"}, "activation_function 'tanh' is not supported"),
+        ({**OPT, "num_attention_heads": 5}, "hidden_size 24 is not a multiple of num_attention_heads 5"),
+        ({**GPT2, "add_cross_attention": True}, "add_cross_attention True is not supported"),
+        ({**GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True is not supported"),
+        ({**GPT2, "n_layer": 10**9}, "num_hidden_layers 1000000000 is beyond"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention True is not supported"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -1.0}, "attn_logit_softcapping must be a positive number"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be a positive number"),
+        ({**GEMMA3, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0 is not supported: Gemma 3 bounds no scores"),
+        ({**GEMMA3, "rope_parameters": {"rope_type": "default"}}, "rope_parameters must hold a set of values for each of"),
+        ({**GEMMA3, "rope_parameters": {"full_attention": 3}}, "rope_parameters must hold a set of values for each of"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.5}, "head_dim 6, of which 3 columns are rotated, is odd or too small"),
+        ({"model_type": "phi3", **scaled("longrope", **LONGROPE), "partial_rotary_factor": 0.7},
+         "short_factor has 3 entries, head_dim needs 2"),
+    ],
+)  # fmt: skip
+def test_what_other_models_do_not_compute_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"config.json:( rope)? {message}"):
+        ModelConfig.from_hf(minimal(**fields))
 
 
 @pytest.mark.parametrize(
@@ -124,18 +206,17 @@ def test_a_missing_field_is_named(field: str) -> None:
 
 
 WINDOWED = {"model_type": "qwen3", "head_dim": 6, "use_sliding_window": True, "sliding_window": 4}
-LONGROPE = {"original_max_position_embeddings": 32, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "bloom"}, "model_type 'bloom' is not supported; supported: llama, mistral, qwen2, qwen3, phi3"),
         ({"head_dim": 5}, "head_dim 5 is odd"),
         ({"head_dim": 2, **scaled("dynamic", factor=2.0)}, "head_dim 2 is odd or too small"),
         ({"hidden_size": 25}, "hidden_size 25 is not a multiple of num_attention_heads 4; give head_dim"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; supported: gelu, gelu_new"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor 0.25 is not supported"),
         ({"rope_scaling": {"partial_rotary_factor": 0.75}}, "partial_rotary_factor 0.75 is not supported"),

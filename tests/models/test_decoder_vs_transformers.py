@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from compiled_decoder import device_weights, extend_logits, full, prefill_logits, used_cache
+from compiled_decoder import decode_logits, device_weights, extend_logits, full, prefill_logits, used_cache
 from hf_models import ARCHITECTURES, Reference, reference
 
 TOLERANCE = 1e-4
@@ -37,7 +37,10 @@ def test_full_logits_of_unpadded_left_padded_and_right_padded_sequences(pair: Re
     np.testing.assert_allclose(got[mask == 1], want[mask == 1], rtol=0, atol=TOLERANCE)
 
 
-def test_prompts_of_different_lengths_decode_greedily_as_transformers_generates(pair: Reference) -> None:
+def test_prompts_of_different_lengths_decode_greedily_as_transformers_generates(
+    pair: Reference, factorized: bool
+) -> None:
+    """Dense models by the step that generation takes, factorized ones by appending one token."""
     tokens = draw_tokens(pair, int(PROMPTS.max()))
     generated = _generate(pair, [row[:prompt] for row, prompt in zip(tokens, PROMPTS, strict=True)])
     whole = np.zeros((BATCH, PROMPTS.max() + NEW_TOKENS), np.int32)
@@ -53,9 +56,13 @@ def test_prompts_of_different_lengths_decode_greedily_as_transformers_generates(
     for step in range(NEW_TOKENS - 1):
         assert np.array_equal(token, generated[:, step]), step
         start = PROMPTS + np.int32(step)
-        cache, logits = extend_logits(pair.config, weights, cache, token[:, None], start, start + 1)
-        np.testing.assert_allclose(np.asarray(logits)[:, 0], want[rows, start], rtol=0, atol=TOLERANCE)
-        token = np.asarray(logits)[:, 0].argmax(-1).astype(np.int32)
+        if factorized:
+            cache, logits = extend_logits(pair.config, weights, cache, token[:, None], start, start + 1)
+            logits = logits[:, 0]
+        else:
+            cache, logits = decode_logits(pair.config, weights, cache, token, start)
+        np.testing.assert_allclose(np.asarray(logits), want[rows, start], rtol=0, atol=TOLERANCE)
+        token = np.asarray(logits).argmax(-1).astype(np.int32)
     assert np.array_equal(token, generated[:, -1])
 
 
@@ -67,6 +74,8 @@ def test_prompts_of_different_lengths_decode_greedily_as_transformers_generates(
         ("mistral", True, (3, 3, 3, 3), False),
         ("mistral", True, (3, 3, 3, 3), True),
         ("qwen2", True, (1, 1, 7, 3), True),
+        ("gemma3", True, (5, 5), True),
+        ("opt", True, (4, 4), True),
     ],
 )
 def test_long_prompt_in_chunks(

@@ -180,6 +180,17 @@ def test_a_prompt_in_chunks_is_scaled_for_its_whole_length(kind: str) -> None:
     np.testing.assert_allclose(np.concatenate(got, axis=1), pair.logits(tokens), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("length", [20, 40])  # the original length lies between
+def test_heads_rotated_in_part_are_scaled_too(length: int) -> None:
+    scaling = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 2.0, 3.0], "rope_theta": 1000.0,
+               "partial_rotary_factor": 0.6, "original_max_position_embeddings": 24}  # fmt: skip
+    fields = {"num_hidden_layers": 1, "original_max_position_embeddings": 24, "rope_parameters": scaling}
+    pair, tokens = reference_of(build_model("phi3", **fields)), draw_tokens(2, length)
+    assert pair.config.rope is not None and pair.config.rope.columns(pair.config.head_dim) == 6
+    got = full(pair.config, device_weights(pair), tokens)
+    np.testing.assert_allclose(got, pair.logits(tokens), rtol=0, atol=1e-4)
+
+
 def test_both_spellings_read_the_same(scaling: dict[str, Any]) -> None:
     new, old = (raw_config(**spell(scaling, name)) for name in ("rope_parameters", "rope_scaling"))
     assert ModelConfig.from_hf(new).rope == ModelConfig.from_hf(old).rope

@@ -76,13 +76,15 @@ def _project(label: str, rows: int, d_in: int, *members: Member, **options: Any)
     return call if rows <= MATVEC_BATCH else dataclasses.replace(call, max_registers=192)  # sums of tensor cores
 
 
-def _attend(label: str, rows: int, heads: int, kv_heads: int, head_dim: int = 128, slots: int = 8192) -> KernelCall:
+def _attend(
+    label: str, rows: int, heads: int, kv_heads: int, head_dim: int = 128, slots: int = 8192, **options: Any
+) -> KernelCall:
     new = [array(rows, 1, count * head_dim) for count in (heads, kv_heads, kv_heads)]
     cache = [array(rows, kv_heads, slots, head_dim)] * 2
     tables = [array(rows, 1, head_dim // 2, dtype=jnp.float32)] * 2
     positions = [array(rows, dtype=jnp.int32)] * 2
     args = (*new, *cache, *tables, *positions)
-    return KernelCall(f"attend-{label}-{rows}", "attend_cached", "triton", args, max_registers=192)
+    return KernelCall(f"attend-{label}-{rows}", "attend_cached", "triton", args, options=options, max_registers=192)
 
 
 def _decode(label: str, case: DecoderCase, implementation: str = "persistent") -> KernelCall:
@@ -179,7 +181,7 @@ KERNEL_CALLS: list[KernelCall] = [
     ),
     _project("head", 8, 4096, (128256, None), dtype=jnp.float32),
     _attend("gqa", 8, 32, 8),
-    _attend("head-256", 1, 16, 8, head_dim=256),
+    _attend("head-256-bounded", 1, 16, 8, head_dim=256, softcap=50.0),
     _attend("head-64", 1, 14, 2, head_dim=64),
     _decode("7b", replace(LLAMA_7B, starts=(0,))),
     _decode("7b", replace(LLAMA_7B, starts=(0,) * 4)),
