@@ -80,6 +80,15 @@ def test_a_target_in_milliseconds_is_met(alloc: str, alike: bool) -> None:
     assert len(ranks) == len(layer_sites(DENSE)) or not (alike or alloc == "uniform")
 
 
+def test_ranks_cost_what_they_are_padded_to_and_no_more_than_the_weight() -> None:
+    budget, site = budget_of(Target("bytes", 0.7 * read(DENSE)), DENSE, 2), layer_sites(DENSE)[0]
+    assert (site.d_out, site.d_in) == (256, 256)
+    assert budget.cost(site, 33) == budget.cost(site, 48) == 2 * 48 * 512
+    assert budget.cost(site, 250) == budget.cost(site, None) == 2 * 256 * 256
+    assert budget.ranks(site) == [16, 32, 48, 64, 80, 96, 112, 128]
+    assert [budget.rounded(rank) for rank in (127, 60, 9)] == [112, 48, 9]
+
+
 def test_products_that_cost_time_leave_sites_dense_for_which_bytes_would_not() -> None:
     many = dataclasses.replace(COSTS, us_a_product=60.0)
     by_bytes = chosen(Target("ms", 0.8 * milliseconds(DENSE, COSTS), COSTS))
