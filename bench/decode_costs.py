@@ -34,7 +34,7 @@ def fit(device: Path) -> dict[str, dict[str, Any]]:
             if (row := rows.row(setting, impl)) is not None and "error" not in row
         ]
         if len(measured) >= FEWEST_ROWS and len({setting.ranks for setting, _ in measured}) > 1:
-            found[f"{device.name}/{kind}"] = _costs(measured) | {"layers_alike": kind == "persistent"}
+            found[f"{device.name}/{kind}"] = _costs(measured)
     return found
 
 

@@ -79,8 +79,6 @@ def sensitivity_ranks(sites: Sequence[Site], budget: Budget, losses: Mapping[str
         for site in sites:
             below = (r for r, loss in zip(SENSITIVITY_RATIOS, losses[site.name], strict=True) if loss <= threshold)
             ratio = next(below, None)
-            if ratio is None and not budget.dense:
-                ratio = SENSITIVITY_RATIOS[-1]
             if ratio is not None:
                 found[site.name] = budget.rounded(uniform_rank(site, ratio))
         return found

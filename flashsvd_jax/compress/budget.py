@@ -63,14 +63,12 @@ class Budget:
       cost: what a site costs at a rank, or dense for None.
       multiple: of which ranks are, where a site is not too small for it.
       padded: whether ranks that kernels would pad are passed over, too.
-      dense: whether single sites may stay dense.
     """
 
     amount: float
     cost: Callable[[Site, int | None], float]
     multiple: int = 1
     padded: bool = False
-    dense: bool = True
 
     def ranks(self, site: Site) -> list[int]:
         """The ranks that a site may have, up to break-even; one at least, if it has any."""
@@ -127,7 +125,7 @@ def budget_of(target: Target, config: ModelConfig, itemsize: int, multiple: int 
 
     cache = cache_bytes(config, 1, CONTEXT, itemsize)
     fixed = costs.milliseconds(rest * itemsize + cache, products=1, layers=config.num_layers)
-    budget = Budget(target.amount - fixed, milliseconds, multiple, True, dense=not costs.layers_alike)
+    budget = Budget(target.amount - fixed, milliseconds, multiple, True)
     return _checked(budget, target, sites)
 
 

@@ -24,14 +24,12 @@ class DecodeCosts:
       name: of both.
       read_tb_s: bandwidth of reads, in 10^12 bytes a second.
       us_a_layer, us_a_product: microseconds beyond that.
-      layers_alike: whether these kernels want the same sites dense in every layer, so that single ones cannot stay so.
     """
 
     name: str
     read_tb_s: float
     us_a_layer: float
     us_a_product: float
-    layers_alike: bool
 
     def milliseconds(self, read: float, *, products: float = 0.0, layers: int = 0) -> float:
         """Time for so many bytes, products and layers."""
@@ -55,4 +53,4 @@ def load_costs(name: str = DEFAULT_COSTS, file: Path = COSTS_FILE) -> DecodeCost
     numbers = [fields.get(field) for field in ("read_tb_s", "us_a_layer", "us_a_product")]
     if not all(isinstance(n, int | float) and 0 <= n < float("inf") for n in numbers) or not numbers[0]:
         raise RequestError(f"{file}: {name} needs read_tb_s above 0, us_a_layer and us_a_product of 0 or more")
-    return DecodeCosts(name, *numbers, layers_alike=bool(fields.get("layers_alike", False)))
+    return DecodeCosts(name, *numbers)

@@ -61,7 +61,7 @@ def _ladder(site: Site, gains: np.ndarray, budget: Budget) -> list[_Point]:
     totals = np.concatenate([[0.0], np.cumsum(gains)])
     points = [_Point(rank, budget.cost(site, rank), float(totals[rank])) for rank in budget.ranks(site)]
     dense = _Point(None, budget.cost(site, None), float(totals[-1]))
-    return [*points, dense] if budget.dense or not points else points
+    return [*points, dense]
 
 
 def _worth(ladder: Sequence[_Point], start: int, step: int) -> float:

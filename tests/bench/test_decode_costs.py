@@ -36,7 +36,6 @@ def test_costs_that_rows_were_made_from_are_found(tmp_path: Path) -> None:
         assert costs["us_a_layer"] == pytest.approx(us_a_layer, abs=1e-3)
         assert costs["us_a_product"] == pytest.approx(us_a_product, abs=1e-3)
         assert costs["read_tb_s"] == 4.2 and costs["rows"] == 5 and costs["largest_error_ms"] == 0
-        assert costs["layers_alike"] == (name == "persistent")
 
 
 def test_no_cost_is_below_zero(tmp_path: Path) -> None:

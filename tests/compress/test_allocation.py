@@ -105,6 +105,13 @@ def test_a_site_that_is_worth_it_stays_dense() -> None:
     assert greedy_ranks(sites, share(sites, 0.6), gains) == {"steep": 2}
 
 
+def test_what_pays_only_in_the_end_is_seen_from_the_start() -> None:
+    """Each rank of "even" is worth less than one of "other", but dense, for the price of rank 12, it gains twice as much."""
+    sites = [site("even", 24, 24), site("other", 24, 24)]
+    gains = {"even": np.full(24, 1.0), "other": np.array([1.1] * 12 + [0.0] * 12)}
+    assert greedy_ranks(sites, share(sites, 624 / 1152), gains) == {"other": 1}
+
+
 def test_a_budget_too_low_for_the_lowest_rank_is_an_error() -> None:
     with pytest.raises(RequestError, match=r"lowest ranks everywhere: they cost 1600, and 230.4 is left"):
         greedy_ranks(SITES, share(SITES, 0.1, 8), GAINS)

@@ -24,7 +24,7 @@ from flashsvd_jax.schema import count_params
 from flashsvd_jax.shapes import layer_sites, shape_config
 from pallas_kernels import hardware_rank
 
-COSTS = DecodeCosts("some/kernels", 1e-3, 3.0, 0.5, layers_alike=False)
+COSTS = DecodeCosts("some/kernels", 1e-3, 3.0, 0.5)
 DENSE = shape_config("tiny")
 GROUPS = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
@@ -69,15 +69,22 @@ def test_a_target_in_bytes_is_met_with_ranks_that_kernels_do_not_pad(alloc: str)
 
 
 @pytest.mark.parametrize("alloc", ["uniform", "greedy", "v2"])
-@pytest.mark.parametrize("alike", [False, True])
-def test_a_target_in_milliseconds_is_met(alloc: str, alike: bool) -> None:
-    costs = dataclasses.replace(COSTS, layers_alike=alike)
-    most = 0.8 * milliseconds(DENSE, costs)
-    found = chosen(Target("ms", most, costs), alloc)
+def test_a_target_in_milliseconds_is_met(alloc: str) -> None:
+    most = 0.8 * milliseconds(DENSE, COSTS)
+    found = chosen(Target("ms", most, COSTS), alloc)
     ranks = found.factorization.rank_by_site
-    assert 0.88 * most < milliseconds(found, costs) <= most * (1 + 1e-9)
+    assert 0.88 * most < milliseconds(found, COSTS) <= most * (1 + 1e-9)
     assert all(hardware_rank(rank) == rank for rank in ranks.values())
-    assert len(ranks) == len(layer_sites(DENSE)) or not (alike or alloc == "uniform")
+    assert len(ranks) == len(layer_sites(DENSE)) or alloc == "greedy"
+
+
+def test_ranks_cost_what_they_are_padded_to_and_no_more_than_the_weight() -> None:
+    budget, site = budget_of(Target("bytes", 0.7 * read(DENSE)), DENSE, 2), layer_sites(DENSE)[0]
+    assert (site.d_out, site.d_in) == (256, 256)
+    assert budget.cost(site, 33) == budget.cost(site, 48) == 2 * 48 * 512
+    assert budget.cost(site, 250) == budget.cost(site, None) == 2 * 256 * 256
+    assert budget.ranks(site) == [16, 32, 48, 64, 80, 96, 112, 128]
+    assert [budget.rounded(rank) for rank in (127, 60, 9)] == [112, 48, 9]
 
 
 def test_products_that_cost_time_leave_sites_dense_for_which_bytes_would_not() -> None:
@@ -118,11 +125,11 @@ def test_amounts_and_costs_are_checked(unit: Any) -> None:
 
 
 def test_tables_of_costs_are_read_and_checked(tmp_path: Path) -> None:
-    assert load_costs().layers_alike and not load_costs("nvidia_h200/products").layers_alike
+    assert load_costs() != load_costs("nvidia_h200/products")
     file = tmp_path / "costs.json"
     fields = {"read_tb_s": 1.5, "us_a_layer": 2, "us_a_product": 0}
     file.write_text(json.dumps({"mine": fields}))
-    assert load_costs("mine", file) == DecodeCosts("mine", 1.5, 2, 0, False)
+    assert load_costs("mine", file) == DecodeCosts("mine", 1.5, 2, 0)
     with pytest.raises(RequestError, match="has no costs of 'other'; it has mine"):
         load_costs("other", file)
     for wrong in ({"read_tb_s": 0}, {"us_a_layer": -1}, {"us_a_product": "1"}):
