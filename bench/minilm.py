@@ -97,7 +97,7 @@ def vectors(folder: Path, held_out: list[str]) -> np.ndarray:
 def measure(work: Path, ratios: tuple[float, ...] = RATIOS, count: int = TEXTS) -> list[dict[str, object]]:
     """Rows: cosines of the factorized model's vectors with the dense one's."""
     folder, held_out = model_folder(), texts(HELDOUT, count)
-    convert(folder, work / "dense", progress=False)
+    convert(folder, work / "dense", dtype="float32", progress=False)
     dense = vectors(work / "dense", held_out)
     moments, rows = second_moments(folder, texts(CALIBRATION, count)), []
     for ratio in ratios:
@@ -106,7 +106,7 @@ def measure(work: Path, ratios: tuple[float, ...] = RATIOS, count: int = TEXTS) 
         (source / "config.json").write_bytes((folder / "config.json").read_bytes())
         (source / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
         save_file(factorized(folder, moments, ratio), source / "model.safetensors")
-        convert(source, work / f"low-rank-{ratio}", progress=False)
+        convert(source, work / f"low-rank-{ratio}", dtype="float32", progress=False)
         cosines = (dense * vectors(work / f"low-rank-{ratio}", held_out)).sum(1)
         rows.append(
             {

@@ -78,6 +78,11 @@ def encoder_table() -> str:
     return prompts.encoder(RESULTS / "nvidia_h200" / "encoder.jsonl")
 
 
+def minilm_table() -> str:
+    """A real encoder's vectors at several ratios."""
+    return prompts.minilm(RESULTS / "cpu" / "minilm.jsonl")
+
+
 def prefill_table() -> str:
     """Prompts of decoders."""
     return prompts.prefill(RESULTS / "nvidia_h200" / "prefill.jsonl")
@@ -126,6 +131,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "encoder": encoder_table,
     "end_to_end": end_to_end_table,
     "families": families,
+    "minilm": minilm_table,
     "perplexity": bundled_table,
     "plots": plot_links,
     "prefill": prefill_table,

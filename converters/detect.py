@@ -42,15 +42,6 @@ def detect(config: Mapping[str, Any], names: Iterable[str], where: str) -> Detec
     raise AssertionError("the last family of the table fits everything")
 
 
-def refuse_files(files: Iterable[str], where: str) -> None:
-    """Raises ConversionError where a file's name alone tells a family that is not read."""
-    found = set(files)
-    for family in (family for family in FAMILIES if family.refusal):
-        beside = [f"file {name}" for name in family.files if name in found]
-        if beside:
-            raise _refused(family, beside, where)
-
-
 def _refused(family: Family, evidence: Iterable[str], where: str) -> ConversionError:
     because = ", ".join(evidence)
     return ConversionError(f"{where} is {family.description} ({because}), which is not read yet: {family.refusal}")

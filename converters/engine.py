@@ -16,7 +16,7 @@ from converters.base_config import FoundConfig, base_config, base_name, model_co
 from converters.conv1d import TransposedWeights
 from converters.converted_source import ConvertedSource
 from converters.destination import check_space, refuse_existing
-from converters.detect import Detection, detect, refuse_files
+from converters.detect import Detection, detect
 from converters.encoder_naming import naming_of
 from converters.families import family_named
 from converters.family import Family
@@ -94,7 +94,6 @@ def convert(
     folder, weights = adapter_folder(src), src
     if folder is not None:
         weights, base = base_weights(folder, base), None
-    refuse_files([file.name for file in weights.iterdir()] if weights.is_dir() else [weights.name], str(weights))
     with ExitStack() as files:
         source, adapter = files.enter_context(_open(weights, base, for_adapter=folder is not None)), None
         if folder is not None:

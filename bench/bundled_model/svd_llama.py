@@ -56,16 +56,21 @@ class SVD_LlamaAttention(nn.Module):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        """Attends as transformers' eager Llama attention does; `attention_mask` is the additive causal mask."""
+        """Attends as transformers' eager Llama attention does; `attention_mask` is the additive causal mask.
+
+        The keys and values so far are `cache` since transformers 5.24, `past_key_values` before.
+        """
         batch, tokens, _hidden = hidden_states.shape
         pairs = ((self.q_u_proj, self.q_v_proj), (self.k_u_proj, self.k_v_proj), (self.v_u_proj, self.v_v_proj))
         q, k, v = (up(down(hidden_states)).view(batch, tokens, -1, self.head_dim).transpose(1, 2) for up, down in pairs)
         cos, sin = self.rotary_emb(position_ids)
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        cache = past_key_values if cache is None else cache
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         group = self.num_heads // self.num_key_value_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         scores = q @ k.transpose(2, 3) * self.head_dim**-0.5

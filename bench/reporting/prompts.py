@@ -45,6 +45,17 @@ def prefill(file: Path) -> str:
     return _table(file, _time_and_rate, _matrix_rate)
 
 
+def minilm(file: Path) -> str:
+    """Cosines of a factorized encoder's vectors with the dense one's, the newest row of each ratio."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = {row["ratio"]: row for row in map(json.loads, lines)}
+    cells = [
+        ["full rank" if ratio == 1 else f"{ratio:.2f}", f"{rows[ratio]['cosine']:.4f}", f"{rows[ratio]['smallest_cosine']:.4f}"]
+        for ratio in sorted(rows, reverse=True)
+    ]
+    return markdown(["kept", "mean cosine", "smallest"], cells)
+
+
 def _table(
     file: Path, cell: Callable[[Row], str], more: Callable[[dict[str, Row]], tuple[str, str]] | None = None
 ) -> str:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.finetune.trained import Arrays, merged
 from flashsvd_jax.models.decoder import head_logits, through_layer
+from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.packing import Packer
 from flashsvd_jax.models.weights import build_weights, layer_weights
 from pallas_kernels import prefer
@@ -30,7 +31,9 @@ def mean_loss(config: ModelConfig, trained: Arrays, frozen: Arrays, tokens: jax.
     with prefer("xla"):
         get = _get(config, trained, frozen)
         outer = build_weights(dataclasses.replace(config, num_layers=0), get, dtype=dtype)
-        x = outer.embedding[tokens[:, :-1]]
+        given = tokens[:, :-1]
+        positions = jnp.broadcast_to(jnp.arange(given.shape[1], dtype=jnp.int32), given.shape)
+        x = embed(config, outer.embedding, outer.positions, given, positions)
         for index in range(config.num_layers):
             x = jax.checkpoint(partial(_layer, config, index, dtype))(trained, frozen, x)
         logits = head_logits(config, outer, x)

@@ -60,7 +60,8 @@ def full_logits(
     real = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
     lengths = real.sum(axis=1, dtype=jnp.int32)
-    seen = {w: Visible(jnp.full_like(lengths, tokens.shape[1]), real, window=w) for w in set(config.windows)}
+    padded = None if attention_mask is None else real
+    seen = {w: Visible(jnp.full_like(lengths, tokens.shape[1]), padded, window=w) for w in set(config.windows)}
     tables = _tables(config, positions, lengths)
     x = embed(config, weights.embedding, weights.positions, tokens, positions)
 

@@ -7,7 +7,7 @@ import pytest
 from published_checkpoints import CASES, MODULES
 
 from converters import FAMILIES, adapter_folder
-from converters.detect import detect, refuse_files
+from converters.detect import detect
 from converters.families import WITHOUT_FORM
 from converters.naming import is_buffer, torch_name
 from converters.rules import PairRule, bias_names, read_shapes
@@ -97,12 +97,11 @@ REFUSED_NAMES = {
     "mla": "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
     "lora_whole": f"base_model.model.{Q}.lora_A.default.weight",
 }
-REFUSED_FILES: dict[str, str] = {}
 
 
 def test_every_refused_family_is_tested() -> None:
     refused = {family.name for family in FAMILIES if family.refusal}
-    assert refused == REFUSED_NAMES.keys() | REFUSED_FILES.keys()
+    assert refused == REFUSED_NAMES.keys()
 
 
 def test_every_family_that_is_read_has_a_checkpoint_of_its_own_modules(published) -> None:
@@ -124,9 +123,6 @@ def test_families_that_are_not_read_are_named(family) -> None:
     if family.name in REFUSED_NAMES:
         with pytest.raises(ConversionError, match=words):
             found([*dense, REFUSED_NAMES[family.name]])
-    if family.name in REFUSED_FILES:
-        with pytest.raises(ConversionError, match=words):
-            refuse_files(["config.json", REFUSED_FILES[family.name]], "model")
 
 
 @pytest.mark.parametrize(("key", "value"), [("low_rank_schema", "UV"), ("low_rank_format_version", 2)])

@@ -1,7 +1,6 @@
 """Checkpoints that must not be converted: one clear error, and nothing left behind."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,13 +107,6 @@ def test_family_that_is_not_read(published, tmp_path) -> None:
         tensors[f"{Q}.qweight"] = torch.ones(3, 40)
 
     refuse(changed(published("dense-mistral"), tmp_path / "in", split_a_factor), "GPTQ.*not read yet", tmp_path)
-
-
-def test_files_of_a_family_that_is_not_read(published, tmp_path) -> None:
-    path = shutil.copytree(published("dense-mistral").path, tmp_path / "in")
-    (path / "gpt2_block_0.pt").touch()
-    refuse(path, "GPT-2 blocks .file gpt2_block_0.pt., which is not read yet", tmp_path)
-    refuse(path / "gpt2_block_0.pt", "GPT-2 blocks", tmp_path)
 
 
 def test_no_configuration(published, tmp_path) -> None:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from hf_models import reference
 from torch import nn
 
 from flashsvd_jax import bundled
@@ -65,6 +66,19 @@ def test_loss_and_gradients_are_those_of_pytorch(compressed: Any) -> None:
         site, number, _ = name.removeprefix("model.").replace("layers.", "layers_", 1).rsplit(".", 2)
         ours = gradients[f"{site}.{'down' if number == '0' else 'up'}"]
         np.testing.assert_allclose(ours, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "opt", "gpt2"])
+def test_the_loss_of_models_whose_embedding_is_more_than_a_row(architecture: str) -> None:
+    ref = reference(architecture, factorized=True)
+    model, config = ref.model, ref.config
+    tokens = torch.tensor(TOKENS % config.vocab_size).long()
+    with torch.no_grad():
+        logits = model(tokens[:, :-1]).logits.flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+    frozen = {name: jnp.asarray(array) for name, array in flatten(ref.params).items()}
+    value = mean_loss(config, {}, frozen, jnp.asarray(tokens.numpy(), jnp.int32), jnp.float32)
+    assert float(value) == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_the_loss_is_float32_where_weights_are_not(compressed: Any) -> None:

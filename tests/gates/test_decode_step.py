@@ -5,6 +5,7 @@ from cuda_compile import Compiled, compile_lowered_by
 from decode_steps import lower_decode, two_layers
 
 from flashsvd_jax.kv_cache import cache_bytes
+from pallas_kernels.triton.blocks import MATVEC_BATCH
 
 SLOTS = 8192
 # Sampling holds five rows of float32 logits a sequence at once. Of the weights only the smallest factors and none of the cache's
@@ -15,6 +16,8 @@ WORDS = 300_000
 # Of a greedy step, beside the decoder's own kernels: embedding, rotation, best token, state and output; then what those kernels
 # are given, which is the length with the new token or, for the persistent one, its cleared words, stall and tensor maps.
 XLA_LAUNCHES = {"products": 6, "persistent": 8}
+# Of a layer where products are on tensor cores: two norms before them, and the partial sums of those that are split.
+BESIDE_TENSOR_CORES = 6
 
 KINDS = ("dense", "low-rank", "mixed")
 NAMES = ("llama-2-7b", "llama-3.1-8b")
@@ -39,7 +42,8 @@ def test_a_greedy_dispatch_is_one_command_buffer_with_few_launches(
     body = [inner for thunk in compiled_step(name, kind, batch, kernels, True).loop_body() for inner in thunk.walk()]
     assert {thunk.kind for thunk in body} <= {"kCustomKernel", "kCustomCall"}  # no condition, no copy
     launches = [thunk.kernel.name for thunk in body if thunk.kernel and "fusion" in thunk.kernel.name]
-    assert 5 <= len(launches) <= XLA_LAUNCHES[kernels], launches
+    beside = 2 * BESIDE_TENSOR_CORES if kernels == "products" and batch > MATVEC_BATCH else 0
+    assert 5 <= len(launches) <= XLA_LAUNCHES[kernels] + beside, launches
 
 
 @pytest.mark.parametrize(("name", "kind", "batch", "kernels"), [*CASES[:1], *CASES[-2:]])
