@@ -5,7 +5,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import Visible, attend
 from pallas_kernels.registry import Implementation
-from pallas_kernels.target import Target, is_assumed, not_nvidia
+from pallas_kernels.target import Target, is_assumed, not_nvidia, target
+
+FEWEST = 128
+"""Queries, a tile of it. With fewer it has no advantage, and has been tried less."""
 
 
 def unavailable(device: Target) -> str | None:
@@ -33,8 +36,11 @@ def refuses(
         return "bounded scores"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of bfloat16, float16"
-    if q.shape[3] % 8 or q.shape[3] > 256:
-        return f"head_dim {q.shape[3]}; it serves multiples of 8 up to 256"
+    widest = 256 if target().capability >= (9, 0) else 128
+    if q.shape[3] % 8 or q.shape[3] > widest:
+        return f"head_dim {q.shape[3]}; it serves multiples of 8 up to {widest}"
+    if q.shape[2] < FEWEST:
+        return f"{q.shape[2]} queries; it is for {FEWEST} and more"
     if visible.real is not None:
         return "padding elsewhere than on the right"
     if (visible.causal or visible.padding == "blind") and (visible.start is not None or q.shape[2] != k.shape[2]):

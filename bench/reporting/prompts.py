@@ -50,7 +50,11 @@ def minilm(file: Path) -> str:
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = {row["ratio"]: row for row in map(json.loads, lines)}
     cells = [
-        ["full rank" if ratio == 1 else f"{ratio:.2f}", f"{rows[ratio]['cosine']:.4f}", f"{rows[ratio]['smallest_cosine']:.4f}"]
+        [
+            "full rank" if ratio == 1 else f"{ratio:.2f}",
+            f"{rows[ratio]['cosine']:.4f}",
+            f"{rows[ratio]['smallest_cosine']:.4f}",
+        ]
         for ratio in sorted(rows, reverse=True)
     ]
     return markdown(["kept", "mean cosine", "smallest"], cells)

@@ -1,5 +1,8 @@
 """The op `attend` in Pallas-Triton: attention of many queries that holds no scores."""
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -20,8 +23,6 @@ def refuses(
     softcap: float | None = None,
 ) -> str | None:
     """Why this kernel cannot serve a call."""
-    if scale is not None or softcap is not None:
-        return "scores scaled otherwise than by 1 / sqrt(head_dim), or bounded"
     if not q.dtype == k.dtype == v.dtype or q.dtype not in SUPPORTED_DTYPES:
         return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of bfloat16, float16, float32"
     if q.shape[3] > 256:
@@ -30,12 +31,19 @@ def refuses(
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, *, scale: None = None, softcap: None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible: Visible,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> jax.Array:
     """As `pallas_kernels.attend`."""
     batch, heads, queries, head_dim = q.shape
     query_tile, key_tile, warps, stages = _sizes(head_dim, queries, q.dtype.itemsize)
     plan = flash_plan(visible, heads, k.shape[1], head_dim, queries, k.shape[2], query_tile, key_tile)
+    plan = dataclasses.replace(plan, scale=plan.scale if scale is None else scale, softcap=softcap)
     (out,) = Launch(
         flash_program,
         (("plan", plan),),
@@ -54,7 +62,7 @@ def flash_plan(
     """The plan of a kernel with these sizes."""
     return FlashPlan(
         heads, kv_heads, head_dim, queries, keys, query_tile, key_tile, visible.causal, visible.window,
-        visible.padding, visible.real is not None,
+        visible.padding, visible.real is not None, 1 / math.sqrt(head_dim),
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class FlashPlan:
       queries, keys: of a sequence.
       query_tile, key_tile: how many of them a program holds at once.
       causal, window, padding, has_real: see `pallas_kernels.Visible`.
+      scale, softcap: see `pallas_kernels.attend`.
     """
 
     heads: int
@@ -53,6 +54,8 @@ class FlashPlan:
     window: int | None
     padding: str
     has_real: bool
+    scale: float
+    softcap: float | None = None
 
     @property
     def query_tiles(self) -> int:
@@ -149,7 +152,8 @@ def attention(
       value_pieces: those.
       dtype: that weights are rounded to.
     """
-    scale = _LOG2_E / math.sqrt(plan.head_dim)
+    # Scores are taken to the power of two and not of e; bounded ones are scaled before the tangent, and by the bound after.
+    scale = _LOG2_E * (plan.scale if plan.softcap is None else plan.softcap)
     exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = partial(jnp.dot, preferred_element_type=jnp.float32, precision=exact)
 
@@ -158,6 +162,8 @@ def attention(
         places = tile * plan.key_tile + jnp.arange(plan.key_tile)
         existing = places < plan.keys if border and plan.keys % plan.key_tile else None
         products = scores(places, existing)
+        if plan.softcap is not None:
+            products = jnp.tanh(products * (plan.scale / plan.softcap))
         if border:
             products = jnp.where(_seen(plan, at, real, places), products, NOTHING)
         new = jnp.maximum(highest, jnp.max(products, axis=1) * scale)

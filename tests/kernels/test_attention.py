@@ -136,11 +136,17 @@ def test_the_op_is_attention_over_what_is_visible(arrays: tuple[np.ndarray, ...]
 
 
 @pytest.mark.parametrize("options", [{"scale": 0.3}, {"softcap": 50.0}])
-def test_kernels_of_prompts_refuse_scores_that_they_do_not_compute(options: dict[str, float]) -> None:
-    q = jnp.zeros((1, 2, 8, 64), jnp.bfloat16)
-    visible = Visible(jnp.full(1, 8, jnp.int32), padding="ignored")
-    with assume_target(H200):
-        assert attend.choose(q, q, q, visible)[0].name == "triton"
-        chosen, refusals = attend.choose(q, q, q, visible, **options)
-    assert chosen.name == "xla" and "scaled otherwise" in refusals["triton"]
-    assert ("softcap" in options) == (cudnn.refuses(q, q, q, visible, **options) == "bounded scores")
+def test_the_library_refuses_bounded_scores_and_few_queries(options: dict[str, float]) -> None:
+    for tokens in (128, 64):
+        q = jnp.zeros((1, 2, tokens, 64), jnp.bfloat16)
+        visible = Visible(jnp.full(1, tokens, jnp.int32), padding="ignored")
+        with assume_target(H200):
+            assert attend.choose(q, q, q, visible, **options)[0].name == "triton"
+            reason = cudnn.refuses(q, q, q, visible, **options)
+        assert reason == (
+            "bounded scores"
+            if "softcap" in options
+            else None
+            if tokens == 128
+            else "64 queries; it is for 128 and more"
+        )

@@ -61,6 +61,15 @@ def test_attention_without_scores(name: str, dtype: str) -> None:
     assert not np.asarray(got)[blind].any()
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_scores_scaled_otherwise_or_bounded(softcap: float | None) -> None:
+    args = attended_call(ATTENDED["causal window"], "float32")
+    got = run(attend, "triton", args, {"scale": 0.3, "softcap": softcap})
+    want = attend.reference(*args, scale=0.3, softcap=softcap)
+    assert relative_error(got, np.asarray(want, np.float64)) <= TOLERANCE["float32"]
+    assert relative_error(got, np.asarray(attend.reference(*args), np.float64)) > 0.1
+
+
 @pytest.mark.parametrize("name", STREAMED)
 @in_both
 def test_attention_from_rank_space(name: str, dtype: str) -> None:

@@ -107,9 +107,11 @@ def _visible(batch: int, *, tokens: int = 0, **fields: Any) -> Visible:
     return Visible(array(batch, dtype=jnp.int32), real, **fields)  # pyright: ignore[reportArgumentType]
 
 
-def _flash(label: str, heads: int, kv_heads: int, head_dim: int, tokens: int, **fields: Any) -> KernelCall:
+def _flash(
+    label: str, heads: int, kv_heads: int, head_dim: int, tokens: int, softcap: float | None = None, **fields: Any
+) -> KernelCall:
     args = (*(array(2, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads)), _visible(2, **fields))
-    return KernelCall(f"flash-{label}", "attend", "triton", args, max_registers=255)
+    return KernelCall(f"flash-{label}", "attend", "triton", args, {}, {"softcap": softcap}, max_registers=255)
 
 
 def _stream(label: str, rank: int, tables: bool = False, **fields: Any) -> KernelCall:
@@ -212,6 +214,7 @@ KERNEL_CALLS: list[KernelCall] = [
     _flash("8b-after-others", 32, 8, 128, 512, start=array(dtype=jnp.int32)),
     _flash("window", 16, 4, 96, 512, window=128),
     _flash("heads-of-256", 8, 4, 256, 512),
+    _flash("heads-of-256-bounded", 8, 4, 256, 512, softcap=50.0),
     _flash("bert", 12, 12, 64, 512, causal=False),
     _stream("32", 29),
     _stream("48-padded-left", 44, tokens=512),
