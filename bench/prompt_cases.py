@@ -1,5 +1,6 @@
 """What the benchmarks of encoders and of prompts have in common: a case in a process of its own, and its row."""
 
+import argparse
 import dataclasses
 import json
 import statistics
@@ -50,6 +51,41 @@ class PromptCase:
         raise NotImplementedError
 
 
+Size = tuple[str, float, int, int]
+"""Model, share of parameters kept, batch, length."""
+
+TINY: tuple[Size, ...] = (("tiny", 0.5, 2, 32), ("tiny", 1.0, 2, 32))
+
+
+def arguments(
+    description: str | None, impls: Sequence[str], models: Sequence[str], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """The parsed command line of a script that measures such cases."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--impls", default=",".join(impls), metavar="NAME,..", help=f"of: {', '.join(impls)}")
+    parser.add_argument("--models", default=",".join(models), metavar="NAME,..", help="or tiny, for a CPU")
+    parser.add_argument(
+        "--ratios", metavar="R,..", help="of kept parameters, 1 is dense; those of all cases if not given"
+    )
+    parser.add_argument("--sizes", metavar="BxL,..", help="such as 8x512; those of all cases if not given")
+    parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no case after so long")
+    parser.add_argument("--case-limit", type=float, default=120.0, metavar="S", help="a case that takes longer fails")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/<device>/<suite>.jsonl if not given")
+    return parser.parse_args(argv)
+
+
+def chosen_sizes(parsed: argparse.Namespace, cases: Sequence[Size]) -> list[Size]:
+    """Those that the command line asks for, the tiny model's among them."""
+    models = parsed.models.split(",")
+    ratios = None if parsed.ratios is None else [float(ratio) for ratio in parsed.ratios.split(",")]
+    sizes = None if parsed.sizes is None else parsed.sizes.split(",")
+    return [
+        (model, ratio, batch, length)
+        for model, ratio, batch, length in (*cases, *TINY)
+        if model in models and (ratios is None or ratio in ratios) and (sizes is None or f"{batch}x{length}" in sizes)
+    ]
+
+
 def row_of(case: PromptCase, latency: float, attention: Sequence[str], **memory: int | None) -> dict[str, Any]:
     """A row's figures from the seconds of a pass; ``memory`` as rows name it."""
     return {
@@ -83,8 +119,9 @@ def measured(case: PromptCase, limit: float) -> dict[str, Any]:
     return json.loads(rows[-1]) | provenance()
 
 
-def measure_all(cases: Sequence[PromptCase], budget: float, limit: float, out: Path | None) -> None:
+def measure_all(cases: Sequence[PromptCase], parsed: argparse.Namespace) -> None:
     """Measures cases until the budget is spent, appends their rows, and prints them as a table."""
+    budget, limit, out = parsed.budget, parsed.case_limit, parsed.out
     start, rows = time.time(), []
     for number, case in enumerate(cases, 1):
         if time.time() - start > budget:

@@ -7,7 +7,7 @@ from pathlib import Path
 import encoder
 import pytest
 from encoder_cases import CASES, IMPLS, EncoderCase
-from prompt_cases import measured
+from prompt_cases import arguments, measured
 
 torch = pytest.importorskip("torch")
 
@@ -53,6 +53,6 @@ def test_work_is_counted_as_pytorch_counts_it(ratio: float) -> None:
 
 def test_the_cases_are_those_of_the_paper_and_every_implementation_has_them() -> None:
     assert ("bert-base", 0.5, 64, 512) in CASES and ("bert-base", 0.75, 64, 128) in CASES
-    found = encoder.chosen(encoder.arguments([]))
+    found = encoder.chosen(arguments(None, IMPLS, encoder.MODELS, []))
     assert len(found) == len(set(found)) and {case.impl for case in found} == set(IMPLS)
     assert {(c.model, c.ratio, c.batch, c.length) for c in found} == set(CASES)
