@@ -12,6 +12,7 @@ from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.manifest import SourceFile
 from flashsvd_jax.checkpoint.reader import ModelFolder, open_folder
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
@@ -19,11 +20,13 @@ from flashsvd_jax.inspection_text import describe
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.model import DEFAULT_MAX_LENGTH
 from flashsvd_jax.models.decoder import decode_kernel
+from flashsvd_jax.models.encoder import pass_kernels
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
 from flashsvd_jax.models.expansion import expanded_sets
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import schema, sites
 from pallas_kernels import hardware_rank
+from pallas_kernels.registry import Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Inspection:
       dense_bytes_per_step: the same for the model with no site factorized.
       decode_kernel: implementation of a decode step on this machine; decode_refusals: others, and why they do not serve it.
       decode_workspace: device memory that a step takes beside weights and cache; None where nobody has counted it.
+      pass_kernels: of an encoder's pass on this machine: operation -> implementation -> others, and why they do not serve it.
     """
 
     path: str
@@ -113,6 +117,7 @@ class Inspection:
     decode_kernel: str | None
     decode_refusals: Mapping[str, str]
     decode_workspace: int | None
+    pass_kernels: Mapping[str, Mapping[str, tuple[str, ...]]]
 
     @property
     def projections(self) -> dict[str, str]:
@@ -172,6 +177,9 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
         dense, _ = _on_device(config.dense(), manifest.dtype)
         dense_step = _read_by_a_step(dense) + cache
         kernel = decode_kernel(config, weights, batch, -(-context // CACHE_UNIT) * CACHE_UNIT)
+    passes: Record = {}
+    if isinstance(config, EncoderConfig) and isinstance(weights, EncoderWeights):
+        passes = pass_kernels(config, weights, batch, context)
     return Inspection(
         path=str(folder.path),
         model_type=config.model_type,
@@ -196,6 +204,7 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
         decode_kernel=kernel[0],
         decode_refusals=kernel[1],
         decode_workspace=kernel[2],
+        pass_kernels={op: {name: tuple(sorted(why)) for name, why in used.items()} for op, used in passes.items()},
     )
 
 

@@ -75,6 +75,7 @@ def _totals(found: "Inspection") -> list[str]:
         return [
             *lines,
             f"on the device  {_size(found.weight_bytes)} (as loaded: ranks padded); temporaries come on top",
+            *_passes(found, at),
         ]
     weights, cache, both = map(_size, (found.weight_bytes, found.cache_bytes, found.weight_bytes + found.cache_bytes))
     return [
@@ -91,6 +92,15 @@ def _kernel(found: "Inspection") -> list[str]:
     own = "" if found.decode_workspace is None else f", {_size(found.decode_workspace)} of memory for itself"
     refusals = [f"  not {name}: {reason}" for name, reason in found.decode_refusals.items()]
     return [f"decodes with   {found.decode_kernel}{own}, on this machine", *refusals]
+
+
+def _passes(found: "Inspection", at: str) -> list[str]:
+    """How an encoder's layers are computed on this machine, and why not otherwise."""
+    chosen = "; ".join(f"{op}: {', '.join(used)}" for op, used in found.pass_kernels.items())
+    refusals = {
+        f"  {op} not by {reason}" for op, used in found.pass_kernels.items() for why in used.values() for reason in why
+    }
+    return [f"encodes with   {chosen}, on this machine ({at})", *sorted(refusals)]
 
 
 def _shape(site: "SiteInfo | None") -> str:

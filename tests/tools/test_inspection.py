@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import flashsvd_jax
+from flashsvd_jax.any_config import config_from_hf
 from flashsvd_jax.benchmark import bytes_per_token
 from flashsvd_jax.checkpoint import Manifest, ModelFolder, open_folder, save_params
 from flashsvd_jax.checkpoint.shards import Shards
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError, MissingExtraError, ModelNotFoundError, RequestError
 from flashsvd_jax.factorization import MATERIALIZE, Factorization
 from flashsvd_jax.inspection import Inspection, inspect
@@ -35,7 +35,7 @@ def found(tiny: Any) -> Inspection:
 
 
 def write_zeros(folder: Path, hf_config: dict[str, Any], factorization: Factorization) -> Path:
-    config = ModelConfig.from_hf(hf_config, factorization)
+    config = config_from_hf(hf_config, factorization)
     manifest = Manifest(
         family="basis_sharing",
         dtype="bfloat16",
@@ -240,3 +240,20 @@ def test_it_says_how_a_step_is_computed_here(tmp_path: Path) -> None:
     assert there.decode_kernel == "persistent" and there.decode_refusals == {}
     assert 2**14 < (there.decode_workspace or 0) < 2**18 and "of memory for itself" in str(there)
     assert more.decode_kernel == "products" and "5 sequences" in more.decode_refusals["persistent"]
+
+
+def test_it_says_how_an_encoder_computes_here(tmp_path: Path) -> None:
+    hf = {
+        "model_type": "bert", "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "vocab_size": 96, "max_position_embeddings": 256,
+    }  # fmt: skip
+    names = [f"layers_0.self_attn.{n}_proj" for n in "qkv"]
+    factors = Factorization.of(dict.fromkeys(names, 16), groups=dict.fromkeys(names, 4))
+    folder = write_zeros(tmp_path / "model", hf, factors)
+    assert set(inspect(folder).pass_kernels["attend_padded"]) == {"products"}
+    with assume_target(H200):
+        there = inspect(folder, batch=2)
+    assert there.pass_kernels["attend_padded"] == {"stream": ()}
+    (reasons,) = there.pass_kernels["feed_forward"].values()
+    assert "attend_padded: stream; feed_forward: products, on this machine (batch 2, context 256)" in str(there)
+    assert any("dense projection" in reason for reason in reasons) and "not by stream: a dense projection" in str(there)
