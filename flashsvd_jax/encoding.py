@@ -8,7 +8,7 @@ from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.encoder_model import EncoderModel
 from flashsvd_jax.engine import SMALLEST_BUCKET
 from flashsvd_jax.errors import RequestError
-from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches
+from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.models.encoder import POOLINGS
 from flashsvd_jax.progress import progress_bar
 
@@ -106,5 +106,5 @@ def _token_ids(
 
 def _batch_size(config: EncoderConfig, padded: int, count: int) -> int:
     """Texts at once, by the largest temporary of one: attention scores, or what lies between the feed-forward projections."""
-    row = 4 * padded * max(config.num_heads * padded, config.intermediate_size * (1 + config.gated))
+    row = 4 * padded * max(scores_held(config.num_heads, padded), config.intermediate_size * (1 + config.gated))
     return batch_within_workspace(row, count)

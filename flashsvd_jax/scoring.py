@@ -11,7 +11,7 @@ import numpy as np
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import SMALLEST_BUCKET
 from flashsvd_jax.errors import RequestError
-from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches
+from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.decoder import full_logits
 from flashsvd_jax.models.weights import DecoderWeights
@@ -212,7 +212,7 @@ def _check(model: Model, sequences: Sequence[Sequence[int]], batch: int | None) 
 
 def _batch_size(config: ModelConfig, padded: int, count: int) -> int:
     """Sequences at once, by the largest temporary of one: logits or attention scores."""
-    return batch_within_workspace(4 * padded * max(config.vocab_size, config.num_heads * padded), count)
+    return batch_within_workspace(4 * padded * max(config.vocab_size, scores_held(config.num_heads, padded)), count)
 
 
 def _score_batch(model: Model, sequences: Sequence[Sequence[int]], bucket: int, batch: int) -> list[TokenScores]:
