@@ -89,7 +89,8 @@ class Engine:
     ):
         check_kernels(kernels)
         if prefill_chunk is None:
-            prefill_chunk = GPU_PREFILL_CHUNK if target().platform == "cuda" else PREFILL_CHUNK
+            keeps_scores = target().platform != "cuda" or kernels == "xla"
+            prefill_chunk = PREFILL_CHUNK if keeps_scores else GPU_PREFILL_CHUNK
         if batch < 1 or max_length < 2 or decode_chunk < 1 or prefill_chunk < 1:
             raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
         if config.learned_positions and max_length > config.max_position:
