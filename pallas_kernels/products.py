@@ -101,17 +101,19 @@ def _rounded(
     it is written.
     """
     x = x if norm is None else normed(x, norm)
-    separate = rows(x) >= SEPARATE_ROWS and any(up is not None for up in packed.ups)
-    outputs = []
-    latent = None if separate else _rounded_product(x, packed.first)
-    for up, bias, start, width in zip(packed.ups, packed.biases, packed.starts, packed.widths, strict=True):
-        if latent is None:
+    parts = list(dict.fromkeys(zip(packed.starts, packed.widths, strict=True)))
+    if rows(x) >= SEPARATE_ROWS and any(up is not None for up in packed.ups):
+        latents = {}
+        for start, width in parts:
             # With one x for all of them, XLA would join these products to one, and copy slices of its result.
             x = lax.optimization_barrier(x)
-            y = _rounded_product(x, lax.slice_in_dim(packed.first, start, start + width))
-        else:
-            y = lax.slice_in_dim(latent, start, start + width, axis=-1)
-        y = y if up is None else _lifted(y, up, _rounded_product)
+            latents[start] = _rounded_product(x, lax.slice_in_dim(packed.first, start, start + width))
+    else:
+        latent = _rounded_product(x, packed.first)
+        latents = {start: lax.slice_in_dim(latent, start, start + width, axis=-1) for start, width in parts}
+    outputs = []
+    for up, bias, start in zip(packed.ups, packed.biases, packed.starts, strict=True):
+        y = latents[start] if up is None else _lifted(latents[start], up, _rounded_product)
         outputs.append(y if bias is None else y + bias)
     if gate is not None:
         gating, gated = (y.astype(jnp.float32) for y in outputs)

@@ -213,3 +213,28 @@ def test_projection_stands_where_an_array_can(d_out: int, rank: int | None, grou
 def test_low_rank_weight_has_the_factors_dtype() -> None:
     p = draw(7, 3, False, dtype=jnp.bfloat16)
     assert p.dtype == jnp.asarray(p).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("separate_from", [1, 10**9])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_products_that_are_rounded_at_once(mixture: str, separate_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pallas_kernels.products.SEPARATE_ROWS", separate_from)
+    members = [draw(*member, seed=i, dtype=jnp.bfloat16) for i, member in enumerate(MIXTURES[mixture])]
+    members.append(
+        Projection(down=members[0].down, up=members[0].up, weight=members[0].weight)
+    )  # shares its first factor
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((5, D_IN)), jnp.bfloat16)
+    with assume_target(H200):
+        outputs = jax.jit(lambda x, p: project(x, p, implementation="xla_rounded"))(x, pack(members))
+    for got, member in zip(outputs, members, strict=True):
+        want = exact(np.asarray(x, np.float32), member)
+        assert got.dtype == jnp.bfloat16
+        assert np.linalg.norm(np.asarray(got, np.float64) - want) <= 1e-2 * np.linalg.norm(want)
+
+
+def test_rounded_products_are_for_half_precision_alone() -> None:
+    packed = pack([draw(7, 3, True)])
+    with assume_target(H200):
+        for x, options in ((jnp.zeros((5, D_IN)), {}), (jnp.zeros((5, D_IN), jnp.bfloat16), {"dtype": jnp.float32})):
+            _, refusals = project.choose(x, packed, **options)
+            assert "float32" in refusals["xla_rounded"]
