@@ -50,6 +50,19 @@ class Tokenizer:
             raise RequestError(f"the tokenizer does not take these texts: {first_line(error)}") from error
         return [list(row) for row in given["input_ids"]]
 
+    def encode_windows(self, text: str, length: int) -> list[list[int]]:
+        """The whole text in pieces of so many tokens, each with the special tokens of a text by itself; the last may be shorter.
+
+        Raises:
+          RequestError: the tokenizer cannot do that, or its special tokens leave no room.
+        """
+        if not self.hf.is_fast:
+            raise RequestError("the tokenizer cannot cut a text into windows: a tokenizer.json is needed for that")
+        if length <= self.hf.num_special_tokens_to_add():
+            raise RequestError(f"windows of {length} tokens leave no room beside the tokenizer's special tokens")
+        cut = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
+        return [list(row) for row in self.hf(text, verbose=False, **cut)["input_ids"]]
+
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next.
 

@@ -15,9 +15,9 @@ from pallas_kernels.attention import (
     write_slots,
 )
 from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode_layers
-from pallas_kernels.feed_forward import feed_forward
+from pallas_kernels.feed_forward import feed_forward, feed_forward_by
 from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, normed, rms_norm
-from pallas_kernels.padded_attention import attend_padded
+from pallas_kernels.padded_attention import attend_padded, attend_padded_by
 from pallas_kernels.persistent.stalls import stall_reason
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
@@ -47,8 +47,10 @@ __all__ = [
     "attend",
     "attend_cached",
     "attend_padded",
+    "attend_padded_by",
     "decode_layers",
     "feed_forward",
+    "feed_forward_by",
     "hardware_rank",
     "implementation_names",
     "layer_norm",

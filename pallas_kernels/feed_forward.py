@@ -1,5 +1,8 @@
 """The op `feed_forward`: the two projections around an activation, so that what lies between them may stay on chip."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -32,16 +35,18 @@ def feed_forward_reference(
     return project_reference(inner, down, residual=residual)[0]
 
 
-def _by_products(
-    x: jax.Array, up: PackedProjection, down: PackedProjection, *, activation: str, residual: jax.Array | None = None
-) -> jax.Array:
+def feed_forward_by(
+    product: Callable[..., tuple[jax.Array, ...]], x: jax.Array, up: PackedProjection, down: PackedProjection, *,
+    activation: str, residual: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """The same by a product such as `project`."""
     if len(up.widths) == 2:
-        (inner,) = project(x, up, gate=activation)
+        (inner,) = product(x, up, gate=activation)
     else:
-        (inner,) = project(x, up)
+        (inner,) = product(x, up)
         inner = activation_for(activation, x.dtype)(inner.astype(jnp.float32)).astype(x.dtype)
-    return project(inner, down, residual=residual)[0]
+    return product(inner, down, residual=residual)[0]
 
 
 feed_forward = Op("feed_forward", feed_forward_reference)
-feed_forward.register(Implementation("products", _by_products))
+feed_forward.register(Implementation("products", partial(feed_forward_by, project)))

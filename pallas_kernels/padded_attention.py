@@ -36,13 +36,14 @@ def attend_padded_reference(
     Returns:
       [batch, tokens, heads * head_dim] in x's dtype.
     """
-    return _attend(project_reference, attend_reference, x, qkv, visible, head_dim=head_dim, tables=tables)
+    return attend_padded_by(project_reference, attend_reference, x, qkv, visible, head_dim=head_dim, tables=tables)
 
 
-def _attend(
+def attend_padded_by(
     product: Any, attention: Any, x: jax.Array, qkv: PackedProjection, visible: Visible, *, head_dim: int,
     tables: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:  # fmt: skip
+    """The same by a product such as `project` and an attention such as `attend`."""
     q, k, v = product(x, qkv)
     if tables is None:
         q, k = split_heads(q, head_dim), split_heads(k, head_dim)
@@ -52,4 +53,4 @@ def _attend(
 
 
 attend_padded = Op("attend_padded", attend_padded_reference)
-attend_padded.register(Implementation("products", partial(_attend, project, attend)))
+attend_padded.register(Implementation("products", partial(attend_padded_by, project, attend)))

@@ -1,4 +1,4 @@
-"""Compress a dense decoder: every projection of its layers becomes two factors, chosen so that the model loses least."""
+"""Compress a dense decoder or encoder: every projection of its layers becomes two factors, chosen so that the model loses least."""
 
 import argparse
 import contextlib
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Named here as well as in flashsvd_jax.compress, so that help does not wait for JAX; a test compares them.
 METHODS = ("svd", "fwsvd", "asvd", "drone", "svdllm")
+HEADS = ("own", "whole")
 ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity")  # and "file", which --ranks stands for
 
 
@@ -40,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --ms-per-token: a device and kernels of --costs-file; nvidia_h200/persistent",
     )
     add("--costs-file", type=Path, metavar="FILE", help="a table by bench/decode_costs.py in place of the package's")
+    add(
+        "--heads",
+        choices=HEADS,
+        help="encoders: factors of single heads of queries, keys and values (the default), or of whole projections",
+    )
     add("--update", action="store_true", help="fit second factors again, to inputs as compressed layers give them")
     add("--rank-multiple", type=int, default=1, metavar="N", help="round ranks down to multiples of this, such as 8")
     add("--alpha", type=float, default=0.5, metavar="A", help="asvd: exponent of the inputs' mean magnitude")
@@ -77,7 +83,7 @@ def _recipe(parsed: argparse.Namespace) -> "Recipe":
     from flashsvd_jax.compress.budget import Unit
     from flashsvd_jax.compress.decode_costs import COSTS_FILE, DEFAULT_COSTS, load_costs
 
-    options = {"multiple": parsed.rank_multiple, "alpha": parsed.alpha, "update": parsed.update}
+    options = {"multiple": parsed.rank_multiple, "alpha": parsed.alpha, "update": parsed.update, "heads": parsed.heads}
     if parsed.ranks is not None:
         if parsed.alloc != "uniform" or parsed.rank_multiple != 1:
             raise RequestError("--ranks says every rank: leave --alloc and --rank-multiple out")

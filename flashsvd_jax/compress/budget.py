@@ -2,9 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.compress.decode_costs import DecodeCosts
+from flashsvd_jax.compress.heads import ranked_parts
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.kv_cache import cache_bytes
@@ -89,7 +92,13 @@ class Budget:
         return not self.padded or hardware_rank(rank) == rank
 
 
-def budget_of(target: Target, config: ModelConfig, itemsize: int, multiple: int = 1) -> Budget:
+def budget_of(
+    target: Target,
+    config: AnyConfig,
+    itemsize: int,
+    multiple: int = 1,
+    groups: Mapping[str, int] = MappingProxyType({}),
+) -> Budget:
     """The budget that a target leaves.
 
     Args:
@@ -97,17 +106,23 @@ def budget_of(target: Target, config: ModelConfig, itemsize: int, multiple: int 
       config: the dense model.
       itemsize: bytes of a stored number.
       multiple: of which ranks are.
+      groups: heads by site, where they have factors of their own: the budget is for one such part of each site, but all count.
 
     Raises:
       RequestError: the target does not suffice for what stays dense, or the dense model does not exceed it.
     """
-    sites = layer_sites(config)
-    weights = sum(site.d_out * site.d_in for site in sites)
+    sites = ranked_parts(layer_sites(config), groups)
+
+    def params(site: Site, rank: int | None) -> int:
+        return groups.get(site.name, 1) * _params(site, rank)
+
+    weights = sum(params(site, None) for site in sites)
     if target.unit == "ratio":
-        return Budget(int(target.amount * weights), _params, multiple)
+        return Budget(int(target.amount * weights), params, multiple)
     rest = count_params(config) - weights
     if target.unit == "params":
-        return _checked(Budget(target.amount - rest, _params, multiple), target, sites)
+        return _checked(Budget(target.amount - rest, params, multiple), target, sites)
+    assert isinstance(config, ModelConfig)  # an encoder decodes nothing
     tables = ["embed_positions.weight"] * config.learned_positions + ["embed_tokens.weight"] * (
         not config.tie_embeddings
     )

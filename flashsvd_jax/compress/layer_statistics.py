@@ -1,6 +1,6 @@
-"""What goes into the projections of a decoder, one layer at a time: its weights and statistics are all that is held of it."""
+"""What goes into the projections of a model, one layer at a time: its weights and statistics are all that is held of it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,36 +8,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.compress.methods import Statistic, Statistics
-from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.compress.model_layers import ModelLayers, model_layers
 from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.length_batches import batch_within_workspace
-from flashsvd_jax.models.decoder import through_layer
-from flashsvd_jax.models.embedding import embed
-from flashsvd_jax.models.packing import Packer, packed_sites
-from flashsvd_jax.models.weights import LayerWeights, layer_weights
+from flashsvd_jax.models.packing import packed_sites
 from pallas_kernels import LayerNorm, Norm, PackedProjection, normed, project
 
 
 class LayerPass:
-    """The residual stream of all windows between two layers of a dense decoder, float32 in host memory.
+    """The residual stream of all windows between two layers of a dense model, float32 in host memory.
 
     Products are in full float32, whatever the device would take for that by itself; sums over batches in float64.
 
     Args:
       config: the dense model.
       tokens: int32 [windows, length].
-      get: flat name -> array, of the embedding and of the table of positions.
+      get: flat name -> array, of what the model embeds tokens by.
       kind: of the statistics to take: "moment" or "magnitude".
     """
 
-    def __init__(self, config: ModelConfig, tokens: np.ndarray, get: Callable[[str], np.ndarray], kind: Statistic):
-        self._config, self._kind = config, kind
-        table = get("embed_positions.weight") if config.learned_positions else None
-        positions = np.arange(tokens.shape[1])
-        self._stream = embed(config, get("embed_tokens.weight"), table, tokens, positions).astype(np.float32)
+    def __init__(self, config: AnyConfig, tokens: np.ndarray, get: Callable[[str], np.ndarray], kind: Statistic):
+        self._config, self._kind, self._layers = config, kind, model_layers(config)
         scores = 4 * tokens.shape[1] * max(config.num_heads * tokens.shape[1], config.intermediate_size)
         self._batch = batch_within_workspace(scores, len(tokens))
+        self._stream = np.empty((*tokens.shape, config.hidden_size), np.float32)
+        embedded = self._layers.embedding(get)
+        for start, batch in zip(range(0, len(tokens), self._batch), self._batches(), strict=True):
+            batch[:] = embedded(tokens[start : start + self._batch])
 
     def statistics(self, index: int, get: Callable[[str], np.ndarray], advance: bool = False) -> dict[str, Statistics]:
         """Measures the inputs of a layer's projections.
@@ -52,9 +51,9 @@ class LayerPass:
         """
         groups = [group for group in packed_sites(self._config) if group[0].startswith(f"layers_{index}.")]
         sums: dict[tuple[str, ...], np.ndarray] = {}
-        weights = self._weights(index, get)
+        weights, kind = self._layers.weights(index, get), self._layers.kind(index)
         for batch in self._batches():
-            after, measured = _measured_layer(self._config, self._config.windows[index], self._kind, weights, batch)
+            after, measured = _measured_layer(self._layers, kind, self._kind, weights, batch)
             if advance:
                 batch[:] = after
             for group, array in zip(groups, measured, strict=True):
@@ -69,13 +68,9 @@ class LayerPass:
 
     def advance(self, index: int, get: Callable[[str], np.ndarray]) -> None:
         """Moves the stream on through a layer with the weights that ``get`` gives, factors multiplied out."""
-        weights = self._weights(index, get)
+        weights, kind = self._layers.weights(index, get), self._layers.kind(index)
         for batch in self._batches():
-            batch[:] = _measured_layer(self._config, self._config.windows[index], None, weights, batch)[0]
-
-    def _weights(self, index: int, get: Callable[[str], np.ndarray]) -> LayerWeights:
-        packer = Packer(self._config, get, lambda rank: rank, jax.device_put, (), jnp.float32)
-        return layer_weights(self._config, packer, index)
+            batch[:] = _measured_layer(self._layers, kind, None, weights, batch)[0]
 
     def _batches(self) -> Iterator[np.ndarray]:
         """Views of the stream."""
@@ -85,7 +80,7 @@ class LayerPass:
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _measured_layer(
-    config: ModelConfig, window: int | None, kind: Statistic | None, weights: LayerWeights, x: jax.Array
+    layers: ModelLayers, layer: Hashable, kind: Statistic | None, weights: Any, x: jax.Array
 ) -> tuple[jax.Array, Sequence[jax.Array]]:
     """The stream after a layer, and what was measured of the inputs of each packed projection, in their order."""
     found = []
@@ -100,4 +95,4 @@ def _measured_layer(
         return project(x, packed, **options)
 
     with jax.default_matmul_precision("highest"):
-        return through_layer(config, weights, window, x, product), found
+        return layers.through(layer, weights, x, product), found

@@ -1,15 +1,17 @@
-"""A dense decoder's layers one after the other: what is measured of them, their ranks, their factors."""
+"""A dense model's layers one after the other: what is measured of them, their ranks, their factors."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint import FolderWriter, ModelFolder
 from flashsvd_jax.checkpoint.work_folder import WorkFolder
 from flashsvd_jax.compress.allocation import SENSITIVITY_RATIOS
 from flashsvd_jax.compress.calibration import Calibration
-from flashsvd_jax.compress.factors import Loss, factorize, gains, refit
+from flashsvd_jax.compress.factors import Loss, factorize
 from flashsvd_jax.compress.fisher import fisher_statistics
+from flashsvd_jax.compress.heads import factorize_groups, gains_of_groups, head_groups, multiplied, refit_groups
 from flashsvd_jax.compress.layer_statistics import LayerPass
 from flashsvd_jax.compress.methods import Statistic, Statistics, method_named
 from flashsvd_jax.compress.ranks import choose_ranks
@@ -33,7 +35,7 @@ class LayerwiseCompression:
     Args:
       folder: the dense model.
       config: of it.
-      recipe: how.
+      recipe: how, settled for this model.
       calibration: the text, for recipes that read one.
       dtype: of the stored arrays.
       progress: show bars for what takes longer than two seconds.
@@ -45,13 +47,14 @@ class LayerwiseCompression:
     work: WorkFolder | None = None
 
     def __init__(
-        self, folder: ModelFolder, config: ModelConfig, recipe: Recipe, calibration: Calibration | None,
+        self, folder: ModelFolder, config: AnyConfig, recipe: Recipe, calibration: Calibration | None,
         dtype: np.dtype, progress: bool,
     ):  # fmt: skip
         self._folder, self._config, self._recipe, self._progress = folder, config, recipe, progress
         self._dtype = dtype
         self._method = method_named(recipe.method)
         self._sites = layer_sites(config)
+        self._groups = head_groups(config, recipe.heads)
         self._tokens = np.zeros((0, 0), np.int32)
         self._fisher: dict[str, Statistics] = {}
         if recipe.reads_text:
@@ -59,15 +62,15 @@ class LayerwiseCompression:
                 raise RequestError(f"{recipe.why_text} needs a calibration text")
             self._tokens = calibration.windows(Tokenizer(folder.path), config)
 
-    def ranks(self) -> dict[str, int]:
-        """Ranks by site; those that stay dense are not there. What they need to be known takes a pass over the dense model."""
+    def factorization(self) -> Factorization:
+        """Which sites become low rank. What their ranks need to be known takes a pass over the dense model."""
         self._measure_fisher()
         found = self.work and self.work.load_json("ranks")
         if found is None:
             found = choose_ranks(self._recipe, self._config, self._dtype.itemsize, self._gains, self._sensitivity)
             if self.work is not None:
                 self.work.save_json("ranks", found)
-        return found
+        return Factorization.of(found, groups={site: n for site, n in self._groups.items() if site in found})
 
     def write(self, writer: FolderWriter, factorization: Factorization) -> None:
         """Adds every array of the compressed model."""
@@ -104,11 +107,11 @@ class LayerwiseCompression:
                 continue
             weight = self._weight(site)
             with np.errstate(over="ignore", invalid="ignore"):  # the writer says which arrays are not finite
-                factors = factorize(weight, rank, loss)
+                factors = factorize_groups(weight, rank, loss, self._groups.get(site, 1))
                 down = factors.down.astype(self._dtype)
                 moment = moments[site].moment if moments else None
                 if moment is not None:
-                    factors = refit(weight, factors._replace(down=down), moment)
+                    factors = refit_groups(weight, factors._replace(down=down), moment)
                 arrays |= {f"{site}.down": down, f"{site}.up": factors.up.astype(self._dtype)}
         return arrays
 
@@ -127,7 +130,7 @@ class LayerwiseCompression:
             site = name.removesuffix(".weight")
             if f"{site}.down" not in arrays:
                 return self._folder.get(name)
-            return arrays[f"{site}.up"].astype(np.float32) @ arrays[f"{site}.down"].astype(np.float32)
+            return multiplied(arrays[f"{site}.up"], arrays[f"{site}.down"])
 
         stream.advance(index, get)
 
@@ -142,7 +145,7 @@ class LayerwiseCompression:
         for index in self._pass("choosing ranks"):
             for site, loss in self._losses(index, stream, advance=True).items():
                 weight = self._weight(site)
-                found[site] = gains(weight, loss)
+                found[site] = gains_of_groups(weight, loss, self._groups.get(site, 1))
                 if self._recipe.alloc == "fisher":
                     information = self._fisher[site].fisher
                     assert information is not None
@@ -153,6 +156,7 @@ class LayerwiseCompression:
         """The model's loss with each site alone compressed at each of `SENSITIVITY_RATIOS`, on the first windows of the text."""
         by_name = {site.name: site for site in self._sites}
         found: dict[str, list[float]] = {}
+        assert isinstance(self._config, ModelConfig)  # an encoder has no loss of its own
         stream = self._stream(self._method.needs)
         model = Sensitivity(self._config, self._folder.get, self._tokens[:SENSITIVITY_WINDOWS])
         for index in self._pass("measuring sensitivity"):
@@ -177,6 +181,7 @@ class LayerwiseCompression:
             return
         kept = self.work and self.work.load("fisher")
         if kept is None:
+            assert isinstance(self._config, ModelConfig)  # as above
             names = [site.name for site in self._sites]
             self._fisher = fisher_statistics(self._config, self._folder.get, names, self._tokens, self._progress)
             if self.work is not None:

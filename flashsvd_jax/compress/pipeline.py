@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flashsvd_jax import __version__
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint import FolderWriter, Manifest, ModelFolder, WeightWarning, open_folder
 from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
@@ -17,7 +18,6 @@ from flashsvd_jax.checkpoint.work_folder import WorkFolder, content_digest
 from flashsvd_jax.compress.calibration import Calibration
 from flashsvd_jax.compress.layerwise import LayerwiseCompression
 from flashsvd_jax.compress.recipe import Recipe
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.schema import count_params
@@ -33,7 +33,7 @@ def compress(
     resume: bool = False,
     progress: bool = True,
 ) -> None:
-    """Compresses a dense decoder; the folder appears whole at ``dst``, or after an error not at all.
+    """Compresses a dense decoder or encoder; the folder appears whole at ``dst``, or after an error not at all.
 
     In memory are the weights and statistics of one layer, a file of the result, and the residual stream of the calibration text,
     float32 [samples, length, embed]; twice that with an update. FWSVD has the whole model and its gradients on the device, ranks by
@@ -50,7 +50,7 @@ def compress(
       progress: show bars for what takes longer than two seconds.
 
     Raises:
-      RequestError: the text does not suffice, the target does not, or the model is an encoder or factorized already.
+      RequestError: the text does not suffice, the target does not, the recipe is not for models of this kind, or the model is factorized already.
       CheckpointError: ``src`` is damaged or not finite, ``dst`` exists or cannot be written, or what is to be resumed is of
         another model, recipe or text.
     """
@@ -61,12 +61,14 @@ def compress(
     with open_folder(src) as folder, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("error", WeightWarning)  # of no use to anybody, so nothing is written
         stored = dtype or folder.manifest.dtype
-        run = LayerwiseCompression(folder, _dense_decoder(folder), recipe, calibration, jnp.dtype(stored), progress)
+        config = _dense(folder)
+        recipe = recipe.settled(config)
+        run = LayerwiseCompression(folder, config, recipe, calibration, jnp.dtype(stored), progress)
         if resume:
             dst = Path(dst)
             what = _what(folder, recipe, calibration, stored)
             run.work = stack.enter_context(WorkFolder(dst.with_name(f".{dst.name}.resume"), what))
-        factorization = Factorization.of(run.ranks())
+        factorization = run.factorization()
         manifest = _manifest(folder, recipe, calibration, factorization, stored)
         try:
             with FolderWriter(dst, folder.hf_config, manifest, copy_files=companion_files(folder.path)) as writer:
@@ -77,10 +79,8 @@ def compress(
             run.work.remove()
 
 
-def _dense_decoder(folder: ModelFolder) -> ModelConfig:
+def _dense(folder: ModelFolder) -> AnyConfig:
     config = folder.config
-    if not isinstance(config, ModelConfig):
-        raise RequestError(f"{folder.path} is an encoder, a {config.model_type}; only decoders can be compressed")
     if config.factorization:
         raise RequestError(
             f"{folder.path} is factorized already ({folder.manifest.family}, {len(config.factorization.ranks)} low-rank sites);"

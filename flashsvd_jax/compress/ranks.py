@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.compress.allocation import (
     check_ranks,
     largest_within,
@@ -13,8 +14,8 @@ from flashsvd_jax.compress.allocation import (
 )
 from flashsvd_jax.compress.budget import Target, budget_of
 from flashsvd_jax.compress.greedy import greedy_ranks
+from flashsvd_jax.compress.heads import head_groups, ranked_parts
 from flashsvd_jax.compress.recipe import Recipe
-from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.shapes import layer_sites
 
 # By the name of a site, what each further rank takes off its loss.
@@ -23,15 +24,15 @@ Gains = Mapping[str, np.ndarray]
 
 def choose_ranks(
     recipe: Recipe,
-    config: ModelConfig,
+    config: AnyConfig,
     itemsize: int,
     gains: Callable[[], Gains],
     sensitivity: Callable[[], Mapping[str, list[float]]],
 ) -> dict[str, int]:
-    """Ranks by site; those that stay dense are not there.
+    """Ranks by site, of each head where they have factors of their own; those that stay dense are not there.
 
     Args:
-      recipe: the choices of the caller.
+      recipe: the choices of the caller, settled for this model.
       config: the dense model.
       itemsize: bytes of a stored number.
       gains: measures them, by the method's own loss, for "fisher" in units of the model's; asked only where ranks depend on it.
@@ -40,13 +41,14 @@ def choose_ranks(
     Raises:
       RequestError: the target cannot be met, or given ranks are not of this model.
     """
-    sites = layer_sites(config)
+    groups = head_groups(config, recipe.heads)
+    sites = ranked_parts(layer_sites(config), groups)
     if recipe.ranks is not None:
         check_ranks(recipe.ranks, sites)
         return dict(recipe.ranks)
     target = recipe.target
     assert isinstance(target, Target)
-    budget = budget_of(target, config, itemsize, recipe.multiple)
+    budget = budget_of(target, config, itemsize, recipe.multiple, groups)
     if recipe.alloc == "sensitivity":
         return sensitivity_ranks(sites, budget, sensitivity())
     if recipe.alloc == "fisher":

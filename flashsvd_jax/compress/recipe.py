@@ -4,9 +4,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.compress.allocation import ALLOCATIONS
 from flashsvd_jax.compress.budget import Target
+from flashsvd_jax.compress.heads import HEADS
 from flashsvd_jax.compress.methods import method_named
+from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.errors import RequestError
 
 
@@ -25,6 +28,8 @@ class Recipe:
       alpha: ASVD's exponent of the inputs' mean magnitude.
       update: whether second factors are fitted again, to inputs as the compressed layers before have them.
       ranks: by site, where they are given; others stay dense.
+      heads: "own" for queries, keys and values with factors of single heads, whose rank is that of each, "whole" for factors of
+        whole projections; None for what the kernels like best: "own" for encoders, "whole" for decoders, which take no other.
 
     Raises:
       RequestError: one of them is unknown or out of range, or two contradict each other.
@@ -37,6 +42,7 @@ class Recipe:
     alpha: float = 0.5
     update: bool = False
     ranks: Mapping[str, int] | None = None
+    heads: str | None = None
 
     def __post_init__(self) -> None:
         method = method_named(self.method)
@@ -52,11 +58,37 @@ class Recipe:
             raise RequestError("alloc is 'file' where ranks are given, and nowhere else")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise RequestError(f"alpha must be above 0, not {self.alpha}")
+        if self.heads is not None and self.heads not in HEADS:
+            raise RequestError(f"heads {self.heads!r} is not one of {', '.join(HEADS)}")
         if self.update and method.sequential:
             raise RequestError(
                 f"method {self.method} fits both factors to the inputs that an update would fit the second ones to; for first"
                 " factors by the dense model's inputs and an update after, as SVD-LLM published it, choose method drone"
             )
+
+    def settled(self, config: AnyConfig) -> "Recipe":
+        """The same with `heads` as that model has them.
+
+        Raises:
+          RequestError: the recipe is not for models of its kind.
+        """
+        if not isinstance(config, EncoderConfig):
+            if self.heads == "own":
+                raise RequestError("factors of single heads are for encoders; leave heads out, or give 'whole'")
+            return dataclasses.replace(self, heads="whole")
+        if method_named(self.method).needs == "fisher":
+            raise RequestError(
+                f"method {self.method} needs gradients of a loss, and an encoder has none by itself; choose another method"
+            )
+        if self.alloc in ("fisher", "sensitivity"):
+            raise RequestError(
+                f"alloc {self.alloc} measures a model's loss, and an encoder has none by itself; choose another one"
+            )
+        if isinstance(self.target, Target) and self.target.unit in ("bytes", "ms"):
+            raise RequestError(
+                f"a target of {self.target} is for decoding, which encoders do not do; give a ratio, parameters, or ranks"
+            )
+        return dataclasses.replace(self, heads=self.heads or "own")
 
     @property
     def reads_text(self) -> bool:
@@ -74,8 +106,9 @@ class Recipe:
 
     def __str__(self) -> str:
         alpha = f", alpha {self.alpha:g}" * (self.method == "asvd")
+        heads = ", queries, keys and values with factors of single heads" * (self.heads == "own")
         update = "; second factors fitted again to inputs of compressed layers" * self.update
         if self.ranks is not None:
-            return f"compressed by {self.method}{alpha} with given ranks{update}"
+            return f"compressed by {self.method}{alpha} with given ranks{heads}{update}"
         rounded = f" in multiples of {self.multiple}" * (self.multiple > 1)
-        return f"compressed by {self.method}{alpha} to {self.target}, {self.alloc} ranks{rounded}{update}"
+        return f"compressed by {self.method}{alpha} to {self.target}, {self.alloc} ranks{rounded}{heads}{update}"

@@ -4,6 +4,7 @@ Positions count real tokens alone, so padding, on whichever side, changes nothin
 padding hold means nothing, but is finite.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,8 +20,11 @@ from pallas_kernels import (
     Projection,
     Visible,
     add_norm,
+    attend,
     attend_padded,
+    attend_padded_by,
     feed_forward,
+    feed_forward_by,
     layer_norm,
     pack,
     project,
@@ -80,6 +84,33 @@ def pass_kernels(config: EncoderConfig, weights: EncoderWeights, batch: int, tok
     with record(used):
         jax.eval_shape(partial(hidden_states, config), weights, *shapes)
     return {op: used[op] for op in ("attend_padded", "feed_forward")}
+
+
+def through_layer(
+    config: EncoderConfig,
+    layer: EncoderLayerWeights,
+    window: int | None,
+    rope: RopeConfig | None,
+    x: jax.Array,
+    product: Callable[..., tuple[jax.Array, ...]] = project,
+) -> jax.Array:
+    """The residual stream x [batch, tokens, embed] of whole sequences after one layer.
+
+    Args:
+      config: the model.
+      layer: its weights.
+      window: how far the layer's tokens see to either side.
+      rope: the layer's rotary embedding.
+      x: the residual stream before it, without padding.
+      product: in place of `project`, to see what goes into each packed projection; called with those of queries, keys and
+        values, of the attention's output, of up (and the gate), and of down, in this order.
+    """
+    batch, tokens, _ = x.shape
+    positions = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+    tables = None if rope is None else rotary_tables(rope, config.head_dim, positions, jnp.full(batch, tokens))
+    visible = _visible(jnp.ones((batch, tokens), bool), None, window)
+    attention, mlp = partial(attend_padded_by, product, attend), partial(feed_forward_by, product)
+    return _layer(config, layer, x, visible, tables, attention, product, mlp)
 
 
 def real_tokens(tokens: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
@@ -196,20 +227,23 @@ def _layer(
     x: jax.Array,
     visible: Visible,
     tables: Tables | None,
+    attention: Callable[..., jax.Array] = attend_padded,
+    product: Callable[..., tuple[jax.Array, ...]] = project,
+    mlp: Callable[..., jax.Array] = feed_forward,
 ) -> jax.Array:
     """One block: norms stand before attention and feed-forward, or behind each of them with its residual."""
     inner = x
     if config.pre_norm and layer.attention_norm is not None:
         inner = layer_norm(x, layer.attention_norm)
     with jax.named_scope("attention"):
-        attended = attend_padded(inner, layer.qkv, visible, head_dim=config.head_dim, tables=tables)
-        (attended,) = project(attended, layer.o)
+        attended = attention(inner, layer.qkv, visible, head_dim=config.head_dim, tables=tables)
+        (attended,) = product(attended, layer.o)
     # The norm before the feed-forward part, or the one behind attention.
     norm = layer.mlp_norm if config.pre_norm else layer.attention_norm
     total, inner = add_norm(x, attended, norm, keep_sum=config.pre_norm)
     x = inner if total is None else total
     with jax.named_scope("mlp"):
         if config.pre_norm:
-            return feed_forward(inner, layer.up, layer.down, activation=config.activation, residual=x)
-        inner = feed_forward(inner, layer.up, layer.down, activation=config.activation)
+            return mlp(inner, layer.up, layer.down, activation=config.activation, residual=x)
+        inner = mlp(inner, layer.up, layer.down, activation=config.activation)
     return add_norm(x, inner, layer.mlp_norm, keep_sum=False)[1]

@@ -62,31 +62,33 @@ def build_encoder_weights(
 ) -> EncoderWeights:
     """Packs an encoder's arrays for the forward pass; arguments as for `flashsvd_jax.models.weights.build_weights`."""
     packer = Packer(config, get, pad_rank, place, expand, dtype)
-    norm, d = _Norms(config, packer), config.hidden_size
-
-    def layer(index: int) -> EncoderLayerWeights:
-        block, attention, mlp = (f"layers_{index}{part}" for part in ("", ".self_attn", ".mlp"))
-        qkv = ("qkv",) if config.fused else ("q", "k", "v")
-        inner = f"{mlp}.gate_up_proj" if config.gated else f"{mlp}.up_proj"
-        return EncoderLayerWeights(
-            attention_norm=norm(f"{block}.self_attn_norm") if has_attention_norm(config, index) else None,
-            qkv=packer.group(
-                config.attention_bias, tuple(f"{attention}.{n}_proj" for n in qkv), (d,) * 3 if config.fused else ()
-            ),
-            o=packer.group(config.attention_bias, (f"{attention}.o_proj",)),
-            mlp_norm=norm(f"{block}.mlp_norm"),
-            up=packer.group(config.mlp_bias, (inner,), (config.intermediate_size,) * 2 if config.gated else ()),
-            down=packer.group(config.mlp_bias, (f"{mlp}.down_proj",)),
-        )
-
+    norm = _Norms(config, packer)
     return EncoderWeights(
         tokens=packer.array("embed_tokens.weight"),
         positions=packer.array("embed_positions.weight") if config.learned_positions else None,
         types=packer.array("embed_types.weight") if config.num_types else None,
         embed_norm=norm("embed_norm"),
-        layers=tuple(layer(index) for index in range(config.num_layers)),
+        layers=tuple(encoder_layer_weights(config, packer, index) for index in range(config.num_layers)),
         norm=norm("norm") if config.final_norm else None,
         head=_head(config, packer, norm),
+    )
+
+
+def encoder_layer_weights(config: EncoderConfig, packer: Packer, index: int) -> EncoderLayerWeights:
+    """One layer, as ``packer`` gives its arrays."""
+    norm, d = _Norms(config, packer), config.hidden_size
+    block, attention, mlp = (f"layers_{index}{part}" for part in ("", ".self_attn", ".mlp"))
+    qkv = ("qkv",) if config.fused else ("q", "k", "v")
+    inner = f"{mlp}.gate_up_proj" if config.gated else f"{mlp}.up_proj"
+    return EncoderLayerWeights(
+        attention_norm=norm(f"{block}.self_attn_norm") if has_attention_norm(config, index) else None,
+        qkv=packer.group(
+            config.attention_bias, tuple(f"{attention}.{n}_proj" for n in qkv), (d,) * 3 if config.fused else ()
+        ),
+        o=packer.group(config.attention_bias, (f"{attention}.o_proj",)),
+        mlp_norm=norm(f"{block}.mlp_norm"),
+        up=packer.group(config.mlp_bias, (inner,), (config.intermediate_size,) * 2 if config.gated else ()),
+        down=packer.group(config.mlp_bias, (f"{mlp}.down_proj",)),
     )
 
 

@@ -311,9 +311,3 @@ def test_an_interruption_leaves_nothing(dense: Any, tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         compress(dense.folder, tmp_path / "out", Recipe("svdllm", 0.5), CALIBRATION)
     assert not list(tmp_path.iterdir())
-
-
-def test_an_encoder_is_refused(tmp_path: Path, dense: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashsvd_jax.compress.pipeline.ModelConfig", int)
-    with pytest.raises(RequestError, match="is an encoder, a qwen2; only decoders can be compressed"):
-        compress(dense.folder, tmp_path / "out", Recipe("svd", 0.5))
