@@ -73,7 +73,7 @@ class _EncoderLayers:
         # What an encoder without layers gives: positions, types of tokens and the norm are there and nothing else.
         bare = dataclasses.replace(self.config, num_layers=0, windows=(), ropes=(), final_norm=False, head=None)
         weights = build_encoder_weights(bare, get, place=jax.device_put, dtype=jnp.float32)
-        return lambda tokens: encoder.hidden_states(bare, weights, tokens)
+        return lambda tokens: encoder.hidden_states(bare, weights, jnp.asarray(tokens))
 
     def weights(self, index: int, get: Get) -> Any:
         return encoder_layer_weights(self.config, _packer(self.config, get), index)
@@ -82,7 +82,8 @@ class _EncoderLayers:
         return self.config.windows[index], self.config.ropes[index]
 
     def through(self, kind: Any, weights: Any, x: jax.Array, product: Product) -> jax.Array:
-        return encoder.through_layer(self.config, weights, *kind, x, product)
+        window, rope = kind
+        return encoder.through_layer(self.config, weights, window, rope, x, product)
 
 
 def _packer(config: AnyConfig, get: Get) -> Packer:

@@ -50,7 +50,8 @@ def compress(
       progress: show bars for what takes longer than two seconds.
 
     Raises:
-      RequestError: the text does not suffice, the target does not, the recipe is not for models of this kind, or the model is factorized already.
+      RequestError: the text does not suffice, the target does not, the recipe is not for models of this kind, or the model is
+        factorized already.
       CheckpointError: ``src`` is damaged or not finite, ``dst`` exists or cannot be written, or what is to be resumed is of
         another model, recipe or text.
     """

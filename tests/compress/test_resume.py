@@ -11,32 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interruptions import content, interrupt_at
 
 from flashsvd_jax import bundled
 from flashsvd_jax.cli import main
 from flashsvd_jax.compress import Calibration, Recipe, compress
-from flashsvd_jax.compress.layerwise import LayerwiseCompression
 from flashsvd_jax.errors import CheckpointError, RequestError
 
 TEXT = bundled.CALIBRATION.read_text(encoding="utf-8")[:5000]
 CALIBRATION = Calibration(TEXT, "text.txt", samples=4, length=48, seed=1)
 RECIPES = [Recipe("svdllm", 0.5, "greedy"), Recipe("fwsvd", 0.5), Recipe("drone", 0.5, update=True)]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, *layers: int) -> None:
-    """Ends a run when it begins to compress one of these layers."""
-    whole = LayerwiseCompression._compressed
-
-    def compressed(run: Any, index: int, *args: Any) -> Any:
-        if index in layers:
-            raise KeyboardInterrupt
-        return whole(run, index, *args)
-
-    monkeypatch.setattr(LayerwiseCompression, "_compressed", compressed)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import string
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import pytest
 import torch
 from compressed_modules import UVLinear, compress
 from hf_encoders import build_encoder
+from letter_tokenizer import VOCAB, letter_tokenizer
 from published_checkpoints import save_safetensors
-from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 import flashsvd_jax
 from flashsvd_jax.checkpoint import open_folder
@@ -28,7 +25,6 @@ from flashsvd_jax.model import load
 from flashsvd_jax.schema import schema
 
 MOST = 59  # positions behind the padding token's
-VOCAB = ["<s>", "<pad>", "</s>", *string.ascii_lowercase, " "]
 TEXTS = ["a cat", "", "the longest text of all of them goes over many tokens", "b", "a cat", "x" * 30, "one more text"]
 
 
@@ -61,20 +57,10 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> TinyEncoder:
     compress(model, {name: 5 + i for i, name in enumerate(linears) if i % 3 != 1}, UVLinear)
     source = tmp_path_factory.mktemp("encoder")
     save_safetensors(source, model.state_dict(), json.loads(model.config.to_json_string(use_diff=False)))
-    _tokenizer().save_pretrained(source)
+    letter_tokenizer().save_pretrained(source)
     folder = tmp_path_factory.mktemp("encoders") / "tiny"
     flashsvd_jax.convert(source, folder, dtype="float32", progress=False)
     return TinyEncoder(model, folder, load_encoder(folder, progress=False))
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, between <s> and </s>."""
-    backend = BackendTokenizer(models.WordLevel({token: i for i, token in enumerate(VOCAB)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
