@@ -24,7 +24,7 @@ class Family:
       config_values: entries that, where present, must have this value.
       key_pattern: regular expression for tensor names, where no pairs or not their names alone are evidence; with it,
         none is needed in the configuration.
-      files: files in the folder that tell the family; if it is not read, any of them is enough to refuse the folder.
+      files: files in the folder that tell the family.
       rank_map: key of config.json that maps module names to ranks.
       added_keys: further keys that it adds to config.json; they are no evidence.
       prefix: what the tensor names may begin with in addition.

@@ -25,7 +25,7 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, power_of_two, prefer, record, stall_reason, target
+from pallas_kernels import implementation_names, keeps_scores, power_of_two, prefer, record, stall_reason
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
@@ -89,8 +89,7 @@ class Engine:
     ):
         check_kernels(kernels)
         if prefill_chunk is None:
-            keeps_scores = target().platform != "cuda" or kernels == "xla"
-            prefill_chunk = PREFILL_CHUNK if keeps_scores else GPU_PREFILL_CHUNK
+            prefill_chunk = PREFILL_CHUNK if kernels == "xla" or keeps_scores() else GPU_PREFILL_CHUNK
         if batch < 1 or max_length < 2 or decode_chunk < 1 or prefill_chunk < 1:
             raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
         if config.learned_positions and max_length > config.max_position:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-from pallas_kernels import attend, power_of_two, target
+from pallas_kernels import keeps_scores, power_of_two
 from pallas_kernels.rounding import power_of_two_within
 
 # Memory of the largest temporary of a pass, by which the batch size is chosen where none is given.
@@ -22,8 +22,7 @@ def batch_within_workspace(row_bytes: int, count: int) -> int:
 
 def scores_held(num_heads: int, tokens: int) -> int:
     """Numbers that attention holds for each token: its scores, unless this device has a kernel that keeps none."""
-    kernels = (kernel for kernel in attend.implementations if kernel.run is not attend.reference)
-    return 0 if any(kernel.unavailable(target()) is None for kernel in kernels) else num_heads * tokens
+    return num_heads * tokens if keeps_scores() else 0
 
 
 def length_batches(

@@ -10,6 +10,7 @@ from jax import lax
 
 from pallas_kernels.norm import Norm, rms_norm_reference
 from pallas_kernels.registry import Op
+from pallas_kernels.target import target
 
 
 @jax.tree_util.register_dataclass
@@ -204,4 +205,11 @@ def write_slots(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array
 
 
 attend = Op("attend", attend_reference)
+
+
+def keeps_scores() -> bool:
+    """Whether attention of prompts holds its scores in memory here: no kernel of the device does without them."""
+    return all(i.run is attend.reference or i.unavailable(target()) is not None for i in attend.implementations)
+
+
 attend_cached = Op("attend_cached", attend_cached_reference)

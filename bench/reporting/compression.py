@@ -10,6 +10,7 @@ import numpy as np
 
 from flashsvd_jax.compress import METHODS
 from flashsvd_jax.scoring import Perplexity
+from reporting.tables import markdown
 
 Row = dict[str, Any]
 ALLOCATIONS = ("uniform", "greedy", "v2", "fisher")
@@ -59,7 +60,7 @@ def compression(rows: Rows) -> str:
         f" {c['samples']} windows of {c['length']} tokens. In parentheses, uniform ranks as a multiple of plain SVD's, others of"
         " the same method's uniform ones, with the standard error of that over windows:"
     )
-    table = _table(["kept", "method", *ALLOCATIONS], lines)
+    table = markdown(["kept", "method", *ALLOCATIONS], lines)
     return "\n\n".join(part for part in (head, table, _findings(rows), _further(rows)) if part)
 
 
@@ -117,7 +118,7 @@ def _further(rows: Rows) -> str:
             lines.append([text, *cells])
     if not lines:
         return ""
-    table = _table(["kept", *(f"{ratio:g}" for ratio in rows.ratios)], lines)
+    table = markdown(["kept", *(f"{ratio:g}" for ratio in rows.ratios)], lines)
     tuned = next((r for ratio in rows.ratios if (r := rows.get("svdllm", ratio, "uniform", "tuned"))), None)
     how = ""
     if tuned is not None:
@@ -138,7 +139,3 @@ def _perplexity(row: Row) -> Perplexity:
 def _setting(row: Row) -> tuple[str, float, str, str]:
     kind = "updated" if row["update"] else "tuned" if row.get("finetune") else ""
     return row["method"], row["ratio"], row["alloc"], kind
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))

@@ -162,6 +162,7 @@ def _padded_params(site: Site, rank: int | None) -> int:
 
 
 def too_little(budget: Budget, needed: float) -> RequestError:
+    """The error of a target below what the lowest ranks cost, ``needed`` in the budget's unit."""
     return RequestError(
         f"the target does not suffice for the lowest ranks everywhere: they cost {needed:g}, and {budget.amount:g} is left for"
         " them; give more, or a lower rank multiple"

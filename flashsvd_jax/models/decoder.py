@@ -115,6 +115,7 @@ def prefill(
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     tables, start = _tables(config, positions, lengths), jnp.zeros((), jnp.int32)
+    ends = jnp.minimum(lengths, tokens.shape[1])
     x = embed(config, weights.embedding, weights.positions, tokens, positions)
 
     def attention(index: int, *projected: jax.Array) -> jax.Array:
@@ -122,7 +123,6 @@ def prefill(
         window = config.windows[index]
         q, k, v = _heads(config, weights.layers[index], window, tables, *projected)
         cache = write(cache, index, k, v, start)
-        ends = jnp.minimum(lengths, tokens.shape[1])
         return _attend(config, q, k, v, Visible(ends, window=window, padding="ignored"))
 
     x = _through_layers(config, weights, x, attention)

@@ -22,8 +22,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.rounding import power_of_two
 from pallas_kernels.triton.call import load, store
 
-_NOTHING = -1e30  # a score that no key has; finite, so that differences of it are zero and not NaN
-_LOG2_E = math.log2(math.e)
+NOTHING = -1e30  # a score that no key has; finite, so that differences of it are zero and not NaN
+LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _with_new_token(
     highest, total, *sums = state
     wide = lambda pair: tuple(t.astype(jnp.float32) for t in pair)  # noqa: E731
     products = [jnp.sum(x * y[None], axis=1) for x, y in zip(wide(q), wide(k), strict=True)]
-    score = jnp.where(seen, _score(plan, products[0] + products[1]), _NOTHING)
+    score = jnp.where(seen, _score(plan, products[0] + products[1]), NOTHING)
     new = jnp.maximum(highest, score)
     weight, shrink = jnp.where(seen, jnp.exp2(score - new), 0.0), jnp.exp2(highest - new)
     sums = [s * shrink[:, None] + weight[:, None] * t[None] for s, t in zip(sums, wide(v), strict=True)]
@@ -121,8 +121,8 @@ def _score(plan: AttentionPlan, product: jax.Array) -> jax.Array:
     """From a product of query and key: scaled, bounded if that is wanted, and for the power of two in place of that of e."""
     scale = 1 / math.sqrt(plan.head_dim) if plan.scale is None else plan.scale
     if plan.softcap is None:
-        return product * (_LOG2_E * scale)
-    return jnp.tanh(product * (scale / plan.softcap)) * (_LOG2_E * plan.softcap)
+        return product * (LOG2_E * scale)
+    return jnp.tanh(product * (scale / plan.softcap)) * (LOG2_E * plan.softcap)
 
 
 def _halves(
@@ -185,7 +185,7 @@ def _over_cache(
             cache, b, head, slots[:, None], columns[None] + offset, mask=real[:, None] & (columns < half)[None]
         )
         scores = _score(plan, dot(q[0], tile(keys, 0).T) + dot(q[1], tile(keys, half).T))
-        scores = jnp.where(real[None], scores, _NOTHING)
+        scores = jnp.where(real[None], scores, NOTHING)
         new = jnp.maximum(highest, jnp.max(scores, axis=1))
         weights = jnp.where(real[None], jnp.exp2(scores - new[:, None]), 0.0)
         shrink = jnp.exp2(highest - new)
@@ -196,7 +196,7 @@ def _over_cache(
         return new, total * shrink + jnp.sum(weights, axis=1), *sums
 
     sums = jnp.zeros((plan.rows, plan.columns), jnp.float32)
-    nothing = (jnp.full((plan.rows,), _NOTHING, jnp.float32), jnp.zeros((plan.rows,), jnp.float32), sums, sums)
+    nothing = (jnp.full((plan.rows,), NOTHING, jnp.float32), jnp.zeros((plan.rows,), jnp.float32), sums, sums)
     return lax.fori_loop(0, pl.cdiv(jnp.maximum(stop - first, 0), plan.slots), step, nothing)
 
 

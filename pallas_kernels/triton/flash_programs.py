@@ -11,7 +11,6 @@ Sides of tiles are powers of two. A head of another width is held as pieces that
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,10 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.rounding import power_of_two_within
+from pallas_kernels.triton.attention_programs import LOG2_E, NOTHING
 from pallas_kernels.triton.call import load, store
-
-NOTHING = -1e30  # a score that no key has; finite, so that differences of it are zero and not NaN
-_LOG2_E = math.log2(math.e)
 
 Tiles = tuple[jax.Array, ...]
 """The pieces of one matrix, side by side."""
@@ -153,7 +150,7 @@ def attention(
       dtype: that weights are rounded to.
     """
     # Scores are taken to the power of two and not of e; bounded ones are scaled before the tangent, and by the bound after.
-    scale = _LOG2_E * (plan.scale if plan.softcap is None else plan.softcap)
+    scale = LOG2_E * (plan.scale if plan.softcap is None else plan.softcap)
     exact = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     dot = partial(jnp.dot, preferred_element_type=jnp.float32, precision=exact)
 
