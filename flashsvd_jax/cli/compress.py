@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flashsvd_jax.compress import Calibration, Recipe
 
 # Named here as well as in flashsvd_jax.compress, so that help does not wait for JAX; a test compares them.
-METHODS = ("svd", "fwsvd", "asvd", "drone", "svdllm")
+METHODS = ("svd", "fwsvd", "asvd", "drone", "svdllm", "basis_sharing")
 HEADS = ("own", "whole")
 ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity")  # and "file", which --ranks stands for
 
@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--update", action="store_true", help="fit second factors again, to inputs as compressed layers give them")
     add("--rank-multiple", type=int, default=1, metavar="N", help="round ranks down to multiples of this, such as 8")
+    add(
+        "--layers-per-basis", type=int, metavar="N", help="basis_sharing: how many neighbouring layers share a basis; 2"
+    )
     add("--alpha", type=float, default=0.5, metavar="A", help="asvd: exponent of the inputs' mean magnitude")
     add(
         "--calibration",
@@ -84,6 +87,7 @@ def _recipe(parsed: argparse.Namespace) -> "Recipe":
     from flashsvd_jax.compress.decode_costs import COSTS_FILE, DEFAULT_COSTS, load_costs
 
     options = {"multiple": parsed.rank_multiple, "alpha": parsed.alpha, "update": parsed.update, "heads": parsed.heads}
+    options["layers_per_basis"] = parsed.layers_per_basis
     if parsed.ranks is not None:
         if parsed.alloc != "uniform" or parsed.rank_multiple != 1:
             raise RequestError("--ranks says every rank: leave --alloc and --rank-multiple out")

@@ -35,12 +35,14 @@ class Method:
       description: what it minimises, in a line.
       needs: the statistic that it needs, if any.
       sequential: whether a layer's inputs come from the layers before as they are compressed, not from the dense model.
+      shares: whether neighbouring layers have first factors in common, see `shared_bases`.
     """
 
     name: str
     description: str
     needs: Statistic | None = None
     sequential: bool = False
+    shares: bool = False
 
     def loss(self, statistics: Statistics, alpha: float = 0.5) -> Loss:
         """The loss it minimises; ``alpha`` is ASVD's exponent.
@@ -70,6 +72,12 @@ METHODS = {
         Method("drone", "error of the outputs, inputs of the dense model (Chen et al. 2021)", "moment"),
         Method(
             "svdllm", "error of the outputs, inputs of the compressed layers before (Wang et al. 2024)", "moment", True
+        ),
+        Method(
+            "basis_sharing",
+            "error of the outputs, inputs of the dense model, layers sharing first factors (Wang et al. 2024)",
+            "moment",
+            shares=True,
         ),
     )
 }

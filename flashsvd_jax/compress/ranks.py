@@ -16,6 +16,7 @@ from flashsvd_jax.compress.budget import Target, budget_of
 from flashsvd_jax.compress.greedy import greedy_ranks
 from flashsvd_jax.compress.heads import head_groups, ranked_parts
 from flashsvd_jax.compress.recipe import Recipe
+from flashsvd_jax.compress.shared_bases import bases_of, joined, joined_ranks
 from flashsvd_jax.shapes import layer_sites
 
 # By the name of a site, what each further rank takes off its loss.
@@ -29,7 +30,8 @@ def choose_ranks(
     gains: Callable[[], Gains],
     sensitivity: Callable[[], Mapping[str, list[float]]],
 ) -> dict[str, int]:
-    """Ranks by site, of each head where they have factors of their own; those that stay dense are not there.
+    """Ranks by site, of each head where they have factors of their own, by the first site of those that share a basis; those that
+    stay dense are not there.
 
     Args:
       recipe: the choices of the caller, settled for this model.
@@ -42,10 +44,12 @@ def choose_ranks(
       RequestError: the target cannot be met, or given ranks are not of this model.
     """
     groups = head_groups(config, recipe.heads)
-    sites = ranked_parts(layer_sites(config), groups)
+    bases = bases_of(config, recipe.layers_per_basis or 1)
+    sites = joined(ranked_parts(layer_sites(config), groups), bases)
     if recipe.ranks is not None:
-        check_ranks(recipe.ranks, sites)
-        return dict(recipe.ranks)
+        ranks = joined_ranks(recipe.ranks, bases)
+        check_ranks(ranks, sites)
+        return ranks
     target = recipe.target
     assert isinstance(target, Target)
     budget = budget_of(target, config, itemsize, recipe.multiple, groups)

@@ -29,7 +29,9 @@ class Recipe:
       update: whether second factors are fitted again, to inputs as the compressed layers before have them.
       ranks: by site, where they are given; others stay dense.
       heads: "own" for queries, keys and values with factors of single heads, whose rank is that of each, "whole" for factors of
-        whole projections; None for what the kernels like best: "own" for encoders, "whole" for decoders, which take no other.
+        whole projections; None for what the kernels like best: "own" for encoders, "whole" for decoders, which take no other, and
+        for bases that layers share.
+      layers_per_basis: how many neighbouring layers share a basis, for the method that has them; None for two, as its paper does.
 
     Raises:
       RequestError: one of them is unknown or out of range, or two contradict each other.
@@ -43,6 +45,7 @@ class Recipe:
     update: bool = False
     ranks: Mapping[str, int] | None = None
     heads: str | None = None
+    layers_per_basis: int | None = None
 
     def __post_init__(self) -> None:
         method = method_named(self.method)
@@ -65,13 +68,41 @@ class Recipe:
                 f"method {self.method} fits both factors to the inputs that an update would fit the second ones to; for first"
                 " factors by the dense model's inputs and an update after, as SVD-LLM published it, choose method drone"
             )
+        if method.shares:
+            self._check_sharing()
+        elif self.layers_per_basis is not None:
+            raise RequestError(f"method {self.method} has no bases that layers share; choose method basis_sharing")
+
+    def _check_sharing(self) -> None:
+        """Settles how many layers share a basis, and refuses what is not for such bases."""
+        if self.layers_per_basis is None:
+            object.__setattr__(self, "layers_per_basis", 2)
+        elif self.layers_per_basis < 2:
+            raise RequestError(
+                f"a basis is shared by 2 layers or more, not by {self.layers_per_basis}; alone, method drone has the same factors"
+            )
+        if self.heads == "own":
+            raise RequestError("bases that layers share are of whole projections: leave heads out, or give 'whole'")
+        if self.alloc == "sensitivity":
+            raise RequestError(
+                "alloc sensitivity compresses one projection alone, and a basis is of several; choose another one"
+            )
+        if isinstance(self.target, Target) and self.target.unit in ("bytes", "ms"):
+            raise RequestError(
+                f"a target of {self.target} is for decoding, which reads a shared basis for every layer that has it: sharing saves"
+                " memory alone; give a ratio or parameters, or choose method drone"
+            )
 
     def settled(self, config: AnyConfig) -> "Recipe":
-        """The same with `heads` as that model has them.
+        """The same with `heads` as that model has them, its layers counted.
 
         Raises:
           RequestError: the recipe is not for models of its kind.
         """
+        if (self.layers_per_basis or 1) > config.num_layers:
+            raise RequestError(
+                f"the model has {config.num_layers} layers, so {self.layers_per_basis} cannot share a basis"
+            )
         if not isinstance(config, EncoderConfig):
             if self.heads == "own":
                 raise RequestError("factors of single heads are for encoders; leave heads out, or give 'whole'")
@@ -88,7 +119,7 @@ class Recipe:
             raise RequestError(
                 f"a target of {self.target} is for decoding, which encoders do not do; give a ratio, parameters, or ranks"
             )
-        return dataclasses.replace(self, heads=self.heads or "own")
+        return dataclasses.replace(self, heads=self.heads or ("own" if self.layers_per_basis is None else "whole"))
 
     @property
     def reads_text(self) -> bool:
@@ -105,10 +136,12 @@ class Recipe:
         return "an update" if self.update else ""
 
     def __str__(self) -> str:
-        alpha = f", alpha {self.alpha:g}" * (self.method == "asvd")
+        option = f", alpha {self.alpha:g}" * (self.method == "asvd")
+        if self.layers_per_basis is not None:
+            option = f", {self.layers_per_basis} layers to a basis"
         heads = ", queries, keys and values with factors of single heads" * (self.heads == "own")
         update = "; second factors fitted again to inputs of compressed layers" * self.update
         if self.ranks is not None:
-            return f"compressed by {self.method}{alpha} with given ranks{heads}{update}"
+            return f"compressed by {self.method}{option} with given ranks{heads}{update}"
         rounded = f" in multiples of {self.multiple}" * (self.multiple > 1)
-        return f"compressed by {self.method}{alpha} to {self.target}, {self.alloc} ranks{rounded}{heads}{update}"
+        return f"compressed by {self.method}{option} to {self.target}, {self.alloc} ranks{rounded}{heads}{update}"

@@ -16,9 +16,9 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, *layers: int) -> None:
     """Ends a run when it begins to compress one of these layers."""
     whole = LayerwiseCompression._compressed
 
-    def compressed(run: Any, index: int, *args: Any) -> Any:
-        if index in layers:
+    def compressed(run: Any, block: range, *args: Any) -> Any:
+        if set(block) & set(layers):
             raise KeyboardInterrupt
-        return whole(run, index, *args)
+        return whole(run, block, *args)
 
     monkeypatch.setattr(LayerwiseCompression, "_compressed", compressed)
