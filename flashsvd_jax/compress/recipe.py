@@ -138,7 +138,7 @@ class Recipe:
     def __str__(self) -> str:
         option = f", alpha {self.alpha:g}" * (self.method == "asvd")
         if self.layers_per_basis is not None:
-            option = f", {self.layers_per_basis} layers to a basis"
+            option = f", {self.layers_per_basis} layers to a basis,"
         heads = ", queries, keys and values with factors of single heads" * (self.heads == "own")
         update = "; second factors fitted again to inputs of compressed layers" * self.update
         if self.ranks is not None:
