@@ -52,8 +52,8 @@ def cells() -> Iterator[Cell]:
         yield Cell("svdllm", ratio, "uniform", finetune=FINETUNE)
     for ratio in RATIOS:
         yield Cell("drone", ratio, "uniform", update=True)
-    for ratio in RATIOS:
-        yield Cell("asvd", ratio, "sensitivity")
+    for method, ratio in itertools.product(("asvd", "drone"), RATIOS):
+        yield Cell(method, ratio, "sensitivity")
 
 
 def settings(cell: Cell, options: argparse.Namespace) -> Row:

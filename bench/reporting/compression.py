@@ -90,7 +90,7 @@ def _findings(rows: Rows) -> str:
         if said
         else []
     )
-    for alloc in ALLOCATIONS[1:]:
+    for alloc in (*ALLOCATIONS[1:], "sensitivity"):
         pairs = [(rows.get(m, ratio, alloc), rows.get(m, ratio)) for ratio in rows.ratios for m in METHODS]
         better, worse = _counted(pairs), _counted([(b, a) for a, b in pairs])
         if better:
@@ -110,6 +110,7 @@ def _further(rows: Rows) -> str:
         ("`drone` with `--update`", "drone", "uniform", "updated"),
         ("`svdllm`, fine-tuned", "svdllm", "uniform", "tuned"),
         ("`asvd`, ranks by sensitivity", "asvd", "sensitivity", ""),
+        ("`drone`, ranks by sensitivity", "drone", "sensitivity", ""),
     )
     lines = []
     for text, method, alloc, kind in kinds:
