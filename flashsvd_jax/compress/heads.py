@@ -11,6 +11,7 @@ import numpy as np
 
 from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.compress.factors import Factors, Loss, factorize, gains, refit
+from flashsvd_jax.compress.float64 import Array
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.shapes import layer_sites
 from pallas_kernels.projection import by_group
@@ -40,7 +41,7 @@ def factorize_groups(weight: np.ndarray, rank: int, loss: Loss, groups: int) -> 
     return _joined([factorize(part, rank, of_part) for part, of_part in parts])
 
 
-def refit_groups(weight: np.ndarray, factors: Factors, moment: np.ndarray) -> Factors:
+def refit_groups(weight: np.ndarray, factors: Factors, moment: Array) -> Factors:
     """`refit` of each group, for factors as `factorize_groups` gives them."""
     if factors.up.ndim == 2:
         return refit(weight, factors, moment)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax.any_config import AnyConfig
+from flashsvd_jax.compress.float64 import Array, float64_module
 from flashsvd_jax.compress.methods import Statistic, Statistics
 from flashsvd_jax.compress.model_layers import ModelLayers, model_layers
 from flashsvd_jax.errors import CheckpointError
@@ -20,7 +21,8 @@ from pallas_kernels import LayerNorm, Norm, PackedProjection, normed, project
 class LayerPass:
     """The residual stream of all windows between two layers of a dense model, float32 in host memory.
 
-    Products are in full float32, whatever the device would take for that by itself; sums over batches in float64.
+    Products are in full float32, whatever the device would take for that by itself; sums over batches in float64, second moments
+    on the GPU if there is one.
 
     Args:
       config: the dense model.
@@ -50,21 +52,29 @@ class LayerPass:
           Statistics by site; sites that read the same inputs have the same object.
         """
         groups = [group for group in packed_sites(self._config) if group[0].startswith(f"layers_{index}.")]
-        sums: dict[tuple[str, ...], np.ndarray] = {}
+        sums: dict[tuple[str, ...], Array] = {}
         weights, kind = self._layers.weights(index, get), self._layers.kind(index)
         for batch in self._batches():
             after, measured = _measured_layer(self._layers, kind, self._kind, weights, batch)
             if advance:
                 batch[:] = after
-            for group, array in zip(groups, measured, strict=True):
-                sums[group] = sums.get(group, 0.0) + np.asarray(array, np.float64)
-        for group, total in sums.items():
-            if not np.isfinite(total).all():
-                raise CheckpointError(
-                    f"the model is not usable: on the calibration text, inputs of {group[0]} are not finite"
-                )
-        found = {group: Statistics(**{self._kind: total}) for group, total in sums.items()}
+            with float64_module() as xp:
+                for group, array in zip(groups, measured, strict=True):
+                    if group in sums:
+                        sums[group] += xp.asarray(array)  # in place where that can be
+                    else:
+                        sums[group] = xp.asarray(array, xp.float64)
+        found = {group: self._checked(group[0], total) for group, total in sums.items()}
         return {site: found[group] for group in groups for site in group}
+
+    def _checked(self, site: str, total: Array) -> Statistics:
+        with float64_module() as xp:
+            if not xp.isfinite(total).all():
+                raise CheckpointError(
+                    f"the model is not usable: on the calibration text, inputs of {site} are not finite"
+                )
+        # Only what is large is worth leaving on a GPU.
+        return Statistics(moment=total) if self._kind == "moment" else Statistics(magnitude=np.asarray(total))
 
     def advance(self, index: int, get: Callable[[str], np.ndarray]) -> None:
         """Moves the stream on through a layer with the weights that ``get`` gives, factors multiplied out."""

@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 
 from flashsvd_jax.compress.factors import Loss
+from flashsvd_jax.compress.float64 import Array
 from flashsvd_jax.errors import RequestError
 
 Statistic = Literal["moment", "magnitude", "fisher"]
@@ -21,7 +22,7 @@ class Statistics:
       fisher: [d_out], the sum over a row of the squared gradients of the model's loss, summed over sequences.
     """
 
-    moment: np.ndarray | None = None
+    moment: Array | None = None
     magnitude: np.ndarray | None = None
     fisher: np.ndarray | None = None
 

@@ -59,7 +59,9 @@ def choose_ranks(
         return greedy_ranks(sites, budget, gains())
     if recipe.alloc == "greedy":
         # Losses of different projections have no unit in common; the shares of them that ranks take off have.
-        return greedy_ranks(sites, budget, {site: found / (found.sum() or 1.0) for site, found in gains().items()})
+        measured = gains()
+        shares = {first: len(bases[first]) * found / (found.sum() or 1.0) for first, found in measured.items()}
+        return greedy_ranks(sites, budget, shares)
     measured = gains() if recipe.alloc == "v2" else {}
 
     def at(ratio: float) -> dict[str, int]:

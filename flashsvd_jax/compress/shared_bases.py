@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from flashsvd_jax.any_config import AnyConfig
+from flashsvd_jax.compress.float64 import float64_module
 from flashsvd_jax.compress.methods import Statistics
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.param_specs import Site
@@ -80,5 +81,6 @@ def summed(found: Mapping[str, Statistics], more: Mapping[str, Statistics]) -> d
         other, pair = more[key], (id(one), id(more[key]))
         if pair not in sums:
             assert one.moment is not None and other.moment is not None
-            sums[pair] = Statistics(moment=one.moment + other.moment)
+            with float64_module():
+                sums[pair] = Statistics(moment=one.moment + other.moment)
     return {key: sums[id(one), id(more[key])] for key, one in found.items()}

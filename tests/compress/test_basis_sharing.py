@@ -27,6 +27,7 @@ from flashsvd_jax.compress import Calibration, Recipe, Target, compress
 from flashsvd_jax.compress.allocation import read_ranks
 from flashsvd_jax.compress.factors import Loss, factorize
 from flashsvd_jax.compress.methods import Statistics
+from flashsvd_jax.compress.ranks import choose_ranks
 from flashsvd_jax.compress.shared_bases import bases_of, joined, layer_blocks, summed
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.encoder_model import load_encoder
@@ -255,6 +256,17 @@ def test_a_target_is_kept(alloc: str, unit: Any, deep: Deep, tmp_path: Path) -> 
             assert 0.57 < kept_share(opened.config) <= 0.6
         else:
             assert 0.98 * amount < count_params(opened.config) <= amount
+
+
+def test_greedy_counts_every_layer_of_a_basis(deep: Deep) -> None:
+    """Each site's own relative loss is one: at equal spectra a pair's rank is worth twice that of a site alone."""
+    falling = np.arange(48.0, 0, -1) ** 2
+    bases = bases_of(deep.config, 2)
+    gains = {site.name: falling[: min(site.d_out, site.d_in)] for site in joined(layer_sites(deep.config), bases)}
+    recipe = Recipe("basis_sharing", 0.5, "greedy")
+    ranks = choose_ranks(recipe, deep.config, 4, lambda: gains, dict)
+    last = [f"layers_{LAYERS - 1}.mlp.up_proj", "layers_0.mlp.up_proj"]
+    assert ranks[last[1]] > ranks[last[0]]
 
 
 def test_ranks_of_its_own_manifest_give_it_again(deep: Deep, tmp_path: Path) -> None:
