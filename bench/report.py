@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import decode_costs
-from reporting import compression, plots, prompts, tables
+from reporting import compression, compression_large, plots, prompts, tables
 from reporting.rows import results
 
 from converters import FAMILIES
@@ -103,6 +103,12 @@ def compression_table() -> str:
     return compression.compression(compression.read(RESULTS / "cpu" / "compression.jsonl"))
 
 
+def compression_large_table() -> str:
+    """What compressing models of a published size takes; with its sentence, because there may be no rows."""
+    table = compression_large.table(compression_large.read(sorted(RESULTS.glob("*/compression_large.jsonl"))))
+    return table and f"What it takes for random weights of published shapes (`bench/compress_large.py`):\n\n{table}"
+
+
 def bundled_sample() -> str:
     """A completion by the compressed model."""
     measured = _measured()
@@ -126,6 +132,7 @@ def _measured() -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[], str]] = {
     "compression": compression_table,
+    "compression_large": compression_large_table,
     "decode": decode_table,
     "dense": dense_table,
     "encoder": encoder_table,
