@@ -111,7 +111,8 @@ class Compression:
             "peak_anonymous_gib": max(run["peak_anonymous_gib"] for run in runs),
             "device": runs[-1]["device"], "device_peak_gib": runs[-1]["device_peak_gib"],
             "killed": sum(run["exit_code"] != 0 for run in runs), "identical": state.get("identical"),
-            "different_files": state.get("different_files"), "runs": runs, "whole": state.get("whole"), "versions": versions, **provenance(),
+            "different_files": state.get("different_files"),
+            "runs": runs, "whole": state.get("whole"), "versions": versions, **provenance(),
         }  # fmt: skip
 
     def _run(self, out: Path, arguments: list[str], enough: int | None) -> dict[str, Any]:
