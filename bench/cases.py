@@ -14,7 +14,7 @@ class Case:
     """One measurement, made with our kernels, with plain XLA and with the PyTorch variants that ``peers`` names.
 
     ``group`` is the name that ``--cases`` takes; ``ranks`` is "uniform", "mixed" or "partly dense" (see
-    `flashsvd_jax.shapes`).
+    `flashsvd_jax.shapes`), or "allocated" (see `allocated`).
     """
 
     group: str
@@ -62,13 +62,18 @@ CASES: tuple[Case, ...] = (
     Case("context", LLAMA, 0.5, batch=8, context=16384, repeats=2, peers=QUICK_PEERS),
     Case("mixed", LLAMA, 0.5, ranks="mixed", peers=QUICK_PEERS),
     Case("mixed", LLAMA, 0.5, ranks="partly dense", peers=QUICK_PEERS),
+    # Beside uniform ranks of the same parameters: those of "core" and "ratios".
+    *(Case("allocated", LLAMA, ratio, ranks="allocated", peers=()) for ratio in (0.5, 0.6, 0.8, 0.4)),
 )
 
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
 
 
 def tiny(cases: Iterable[Case]) -> list[Case]:
-    """The same cases of a model that a CPU runs in seconds, contexts short and batches small, with `eager` alone beside ours."""
+    """The same cases of a model that a CPU runs in seconds, contexts short and batches small, with `eager` alone beside ours.
+
+    Mixed ranks stand for those chosen by time: a model so small is fastest dense.
+    """
     return [
         dataclasses.replace(
             case,
@@ -77,6 +82,7 @@ def tiny(cases: Iterable[Case]) -> list[Case]:
             context=case.context // 32,
             new_tokens=8,
             repeats=1,
+            ranks="mixed" if case.ranks == "allocated" else case.ranks,
             peers=("eager",),
         )
         for case in cases

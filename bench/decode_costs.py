@@ -21,6 +21,8 @@ KERNELS = {"persistent": "flashsvd_jax-persistent", "products": "flashsvd_jax-pr
 PACKED_GROUPS = 4
 """Of a layer: queries, keys and values; the attention's output; gate and up; down."""
 FEWEST_ROWS = 4
+UNCOUNTED = ("partly dense", "allocated")
+"""Ranks of which some are none, so that how many products there are does not follow."""
 
 
 def fit(device: Path) -> dict[str, dict[str, Any]]:
@@ -31,7 +33,7 @@ def fit(device: Path) -> dict[str, dict[str, Any]]:
         measured = [
             (setting, row)
             for setting in rows.settings(batch=1)
-            if (row := rows.row(setting, impl)) is not None and "error" not in row
+            if setting.ranks not in UNCOUNTED and (row := rows.row(setting, impl)) is not None and "error" not in row
         ]
         if len(measured) >= FEWEST_ROWS and len({setting.ranks for setting, _ in measured}) > 1:
             found[f"{device.name}/{kind}"] = _costs(measured)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from allocated import allocated_config
 from cases import Case
 
 from flashsvd_jax.benchmark import provenance
@@ -73,8 +74,13 @@ class Job:
 
 def config_of(case: Case) -> ModelConfig:
     """The model of a case."""
-    build = {"mixed": mixed_config, "partly dense": partly_dense_config}.get(case.ranks, shape_config)
-    return build(case.model, case.ratio)
+    build = {"mixed": mixed_config, "partly dense": partly_dense_config, "allocated": allocated_config}
+    return build.get(case.ranks, shape_config)(case.model, case.ratio)
+
+
+def ranks_told(case: Case, config: ModelConfig) -> str:
+    """The ``ranks`` of a case's rows: how they are spread, or that they were chosen by time."""
+    return case.ranks if case.ranks == "allocated" else rank_layout(config)
 
 
 def described(job: Job, case: Case) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def described(job: Job, case: Case) -> dict[str, Any]:
     config = config_of(case)
     return {
         "suite": case.suite, "impl": job.impl, "model": case.model, "ratio": kept_share(config),
-        "ranks": rank_layout(config), "dtype": job.dtype, "batch": case.batch, "context": case.context,
+        "ranks": ranks_told(case, config), "dtype": job.dtype, "batch": case.batch, "context": case.context,
         "new_tokens": case.new_tokens, **provenance(),
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 from cases import Case
-from jobs import Job, config_of, serve
+from jobs import Job, config_of, ranks_told, serve
 
 from flashsvd_jax.benchmark import measure, measure_end_to_end, random_weights, read_bandwidth
 from flashsvd_jax.compile_cache import enable_persistent_cache
@@ -39,7 +39,7 @@ def rows(job: Job) -> Iterator[dict[str, Any]]:
             repeats=case.repeats, bandwidth=job.bandwidth, kernels=job.variant,
         )[-1]  # fmt: skip
         peak = found.peak_bytes if case is job.cases[0] else None
-        told = dataclasses.asdict(dataclasses.replace(found, peak_bytes=peak))
+        told = dataclasses.asdict(dataclasses.replace(found, peak_bytes=peak)) | {"ranks": ranks_told(case, config)}
         return told if job.autotune else {**told, "prefill_ms": None, "cold_start_s": None, "total_ms": None}
 
     return serve(job, row)

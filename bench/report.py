@@ -56,6 +56,16 @@ def dense_table() -> str:
     return tables.low_rank_against_dense(results(DECODE))
 
 
+def allocated_table() -> str:
+    """Ranks by time against uniform ones; with its sentence, because there may be no rows."""
+    table = tables.allocated_against_uniform(results(DECODE))
+    said = (
+        "Ranks as `compress --ms-per-token --alloc greedy` chooses them (for losses that fall as a power of the rank, drawn for"
+        " each site), against uniform ranks with as many parameters, milliseconds a token:"
+    )
+    return table and f"{said}\n\n{table}"
+
+
 def speedup_table() -> str:
     """Against plain XLA and PyTorch; with its sentence, because early rows give no such table."""
     table = tables.speedups(results(DECODE))
@@ -131,6 +141,7 @@ def _measured() -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], str]] = {
+    "allocated": allocated_table,
     "compression": compression_table,
     "compression_large": compression_large_table,
     "decode": decode_table,

@@ -24,7 +24,7 @@ OURS = ("flashsvd_jax-persistent", "flashsvd_jax-products", "flashsvd_jax-xla")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What was measured. ``kept`` is the share of the layers' parameters to two digits, ``ranks`` as of `rank_layout`."""
+    """What was measured. ``kept`` is the share of the layers' parameters to two digits, ``ranks`` as rows tell them."""
 
     suite: str
     model: str
@@ -36,7 +36,7 @@ class Setting:
     @property
     def place(self) -> tuple[Any, ...]:
         """To sort by: dense models first, then most kept to least."""
-        order = ("dense", "uniform", "mixed", "partly dense").index(self.ranks)
+        order = ("dense", "uniform", "mixed", "partly dense", "allocated").index(self.ranks)
         return self.suite, self.model, self.batch, self.context, order, -self.kept
 
     @property

@@ -1,5 +1,6 @@
 """Tables of the README made from rows, in Markdown. Each function gives "" where none of its rows exist."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 from reporting.rows import IMPLEMENTATIONS, OURS, Results, Setting
@@ -48,6 +49,27 @@ def low_rank_against_dense(results: Results) -> str:
         times = [_share(results.value(setting, impl), results.value(dense, impl)) for impl in impls]
         lines.append([setting.kept_text, _share(own["bytes_per_token"], own_dense["bytes_per_token"]), *times])
     return markdown(["kept", "bytes", *(f"time, {IMPLEMENTATIONS[impl]}" for impl in impls)], lines)
+
+
+def allocated_against_uniform(results: Results) -> str:
+    """Milliseconds a token with ranks chosen by time, beside those with uniform ranks and as many parameters."""
+    pairs = []
+    for setting in results.settings():
+        uniform = dataclasses.replace(setting, ranks="uniform")
+        if setting.ranks == "allocated" and uniform in results.by_setting:
+            pairs.append((setting, uniform))
+    impls = [impl for impl in OURS if any(results.value(s, impl) and results.value(u, impl) for s, u in pairs)]
+    lines = []
+    for setting, uniform in pairs:
+        cells = [_beside(results, setting, uniform, impl) for impl in impls]
+        if any(cell != "-" for cell in cells):
+            lines.append([setting.model, f"{setting.kept:.2f}", str(setting.batch), str(setting.context), *cells])
+    return markdown(["model", "kept", "batch", "context", *(IMPLEMENTATIONS[impl] for impl in impls)], lines)
+
+
+def _beside(results: Results, setting: Setting, other: Setting, impl: str) -> str:
+    own, theirs = results.value(setting, impl), results.value(other, impl)
+    return "-" if own is None or theirs is None else f"{own:.2f}, uniform {theirs:.2f} ({own / theirs - 1:+.1%})"
 
 
 def speedups(results: Results) -> str:

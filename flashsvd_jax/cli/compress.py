@@ -91,7 +91,11 @@ def _recipe(parsed: argparse.Namespace) -> "Recipe":
     if parsed.ranks is not None:
         if parsed.alloc != "uniform" or parsed.rank_multiple != 1:
             raise RequestError("--ranks says every rank: leave --alloc and --rank-multiple out")
-        return Recipe(parsed.method, None, "file", **options, ranks=read_ranks(parsed.ranks))
+        given = read_ranks(parsed.ranks)
+        if None not in (parsed.heads, given.heads) and parsed.heads != given.heads:
+            raise RequestError(f"the ranks of {parsed.ranks} are for --heads {given.heads}: leave --heads out")
+        options["heads"] = parsed.heads or given.heads
+        return Recipe(parsed.method, None, "file", **options, ranks=given.ranks)
     costs = None
     if parsed.ms_per_token is not None:
         costs = load_costs(parsed.costs or DEFAULT_COSTS, parsed.costs_file or COSTS_FILE)

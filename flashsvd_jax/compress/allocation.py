@@ -7,10 +7,12 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from flashsvd_jax.compress.budget import Budget, too_little
+from flashsvd_jax.compress.heads import is_made_of_heads
 from flashsvd_jax.errors import RequestError, first_line
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.shapes import uniform_rank
@@ -113,7 +115,15 @@ def largest_within(budget: Budget, sites: Sequence[Site], ranks: Callable[[float
     return found
 
 
-def read_ranks(file: Path) -> dict[str, int]:
+class GivenRanks(NamedTuple):
+    """Ranks by site, and whether those of queries, keys and values are of single heads ("own") or "whole" projections; None where
+    nothing says so."""
+
+    ranks: dict[str, int]
+    heads: str | None = None
+
+
+def read_ranks(file: Path) -> GivenRanks:
     """Ranks from a file: a JSON object of sites and their ranks, or the manifest of a factorized model.
 
     Raises:
@@ -123,10 +133,16 @@ def read_ranks(file: Path) -> dict[str, int]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(f"{file} cannot be read as JSON: {first_line(error)}") from error
-    ranks = found.get("ranks", found) if isinstance(found, dict) else None
+    fields = found if isinstance(found, dict) and "ranks" in found else {"ranks": found}
+    ranks, groups = fields["ranks"], fields.get("groups", {})
     if not isinstance(ranks, dict) or not ranks or not all(type(rank) is int for rank in ranks.values()):
         raise RequestError(f'{file} must be an object of ranks by site, such as {{"layers_0.self_attn.q_proj": 64}}')
-    return ranks
+    grouped = {site in groups for site in ranks if is_made_of_heads(site)} if fields is found else set()
+    if len(grouped) > 1:
+        raise RequestError(
+            f"{file} has ranks of single heads for some queries, keys and values and of all heads for others"
+        )
+    return GivenRanks(ranks, None if not grouped else "own" if grouped.pop() else "whole")
 
 
 def check_ranks(ranks: Mapping[str, int], sites: Sequence[Site]) -> None:

@@ -119,29 +119,50 @@ def budget_of(
     weights = sum(params(site, None) for site in sites)
     if target.unit == "ratio":
         return Budget(int(target.amount * weights), params, multiple)
-    rest = count_params(config) - weights
     if target.unit == "params":
-        return _checked(Budget(target.amount - rest, params, multiple), target, sites)
+        return _checked(Budget(target.amount - (count_params(config) - weights), params, multiple), target, sites)
     assert isinstance(config, ModelConfig)  # an encoder decodes nothing
-    tables = ["embed_positions.weight"] * config.learned_positions + ["embed_tokens.weight"] * (
-        not config.tie_embeddings
-    )
-    rest -= sum(schema(config)[name].size for name in tables)  # a step reads a row of each
     if target.unit == "bytes":
-        budget = Budget(target.amount - rest * itemsize, lambda s, r: itemsize * _padded_params(s, r), multiple, True)
-        return _checked(budget, target, sites)
+        left = target.amount - itemsize * _read_beside_layers(config)
+        return _checked(Budget(left, lambda s, r: itemsize * _padded_params(s, r), multiple, True), target, sites)
     assert target.costs is not None
-    costs, members = target.costs, {name: len(group) for group in packed_sites(config) for name in group}
+    fixed, milliseconds = _times(config, itemsize, target.costs)
+    return _checked(Budget(target.amount - fixed, milliseconds, multiple, True), target, sites)
+
+
+def decode_milliseconds(config: ModelConfig, itemsize: int, costs: DecodeCosts) -> float:
+    """The time of a token at batch 1 and a context of 512 tokens, as a target in milliseconds counts it.
+
+    Args:
+      config: a model with any ranks, none of its factors shared.
+      itemsize: bytes of a stored number.
+      costs: what is reckoned with.
+    """
+    fixed, milliseconds = _times(config, itemsize, costs)
+    return fixed + sum(milliseconds(site, config.factorization.rank(site.name)) for site in layer_sites(config))
+
+
+def _times(config: ModelConfig, itemsize: int, costs: DecodeCosts) -> tuple[float, Callable[[Site, int | None], float]]:
+    """Milliseconds of all but the layers' projections, and of each of those at a rank."""
+    members = {name: len(group) for group in packed_sites(config) for name in group}
 
     def milliseconds(site: Site, rank: int | None) -> float:
         # Sites that are packed together share the launch of each of their products.
         products = (1 if rank is None else 2) / members[site.name]
         return costs.milliseconds(itemsize * _padded_params(site, rank), products=products)
 
-    cache = cache_bytes(config, 1, CONTEXT, itemsize)
-    fixed = costs.milliseconds(rest * itemsize + cache, products=1, layers=config.num_layers)
-    budget = Budget(target.amount - fixed, milliseconds, multiple, True)
-    return _checked(budget, target, sites)
+    read = itemsize * _read_beside_layers(config) + cache_bytes(config, 1, CONTEXT, itemsize)
+    return costs.milliseconds(read, products=1, layers=config.num_layers), milliseconds
+
+
+def _read_beside_layers(config: ModelConfig) -> int:
+    """Numbers that a step reads of what is no projection of the layers: of tables of embeddings a row, which does not count."""
+    dense = config.dense()
+    tables = ["embed_positions.weight"] * config.learned_positions + ["embed_tokens.weight"] * (
+        not config.tie_embeddings
+    )
+    layers = sum(_params(site, None) for site in layer_sites(config))
+    return count_params(dense) - layers - sum(schema(dense)[name].size for name in tables)
 
 
 def _checked(budget: Budget, target: Target, sites: Sequence[Site]) -> Budget:

@@ -24,8 +24,12 @@ def head_groups(config: AnyConfig, heads: str | None) -> dict[str, int]:
     """How many heads each site is made of, where they have factors of their own: with "own" those of queries, keys and values."""
     if heads != "own":
         return {}
-    made_of_heads = (site for site in layer_sites(config) if site.name.rpartition(".")[2] in _MADE_OF_HEADS)
-    return {site.name: site.d_out // config.head_dim for site in made_of_heads}
+    return {site.name: site.d_out // config.head_dim for site in layer_sites(config) if is_made_of_heads(site.name)}
+
+
+def is_made_of_heads(site: str) -> bool:
+    """Whether a site gives queries, keys or values."""
+    return site.rpartition(".")[2] in _MADE_OF_HEADS
 
 
 def ranked_parts(sites: Iterable[Site], groups: Mapping[str, int]) -> list[Site]:

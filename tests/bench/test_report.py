@@ -57,6 +57,14 @@ def test_implementations_stand_beside_each_other_and_failures_are_said(tmp_path:
     assert cells(tables.speedups(found))[2:] == [["llama-2-7b", "0.50", "1", "512", "-", "10.00"]]
 
 
+def test_ranks_by_time_are_set_beside_uniform_ones(tmp_path: Path) -> None:
+    found = read(tmp_path, row(ms=2.2), row(ms=2.0, ranks="allocated"), row(ms=1.0, ratio=0.4, ranks="allocated"))
+    lines = cells(tables.allocated_against_uniform(found))
+    assert lines[0][-1] == "separate kernels"
+    assert lines[2:] == [["llama-2-7b", "0.50", "1", "512", "2.00, uniform 2.20 (-9.1%)"]]
+    assert tables.allocated_against_uniform(read(tmp_path, row())) == ""
+
+
 def test_low_rank_is_set_beside_our_own_dense_model(tmp_path: Path) -> None:
     found = read(tmp_path, row(ratio=1.0, ms=4.0), row(ms=2.4), row(ratio=0.8, ms=3.6), row(ratio=0.6, batch=8))
     assert cells(tables.low_rank_against_dense(found))[2:] == [["0.80", "80%", "90%"], ["0.50", "50%", "60%"]]

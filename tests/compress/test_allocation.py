@@ -201,9 +201,16 @@ def test_sensitivity_takes_the_lowest_threshold_that_the_budget_allows() -> None
 def test_ranks_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "ranks.json"
     file.write_text(json.dumps({"wide": 3}))
-    assert read_ranks(file) == {"wide": 3}
+    assert read_ranks(file) == ({"wide": 3}, None)
     file.write_text(json.dumps({"family": "svd", "ranks": {"wide": 4}}))  # as a manifest
-    assert read_ranks(file) == {"wide": 4}
+    assert read_ranks(file) == ({"wide": 4}, None)
+    q, k = "layers_0.self_attn.q_proj", "layers_0.self_attn.k_proj"
+    for groups, heads in (({q: 4, k: 4}, "own"), ({}, "whole")):
+        file.write_text(json.dumps({"ranks": {q: 3, k: 2, "wide": 4}, "groups": groups}))
+        assert read_ranks(file) == ({q: 3, k: 2, "wide": 4}, heads)
+    file.write_text(json.dumps({"ranks": {q: 3, k: 2}, "groups": {q: 4}}))
+    with pytest.raises(RequestError, match="of single heads for some"):
+        read_ranks(file)
     for text in ("[1]", "{}", '{"wide": 1.5}', '{"ranks": {}}', "ranks"):
         file.write_text(text)
         with pytest.raises(RequestError, match=r"ranks\.json"):

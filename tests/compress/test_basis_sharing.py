@@ -271,7 +271,7 @@ def test_greedy_counts_every_layer_of_a_basis(deep: Deep) -> None:
 
 def test_ranks_of_its_own_manifest_give_it_again(deep: Deep, tmp_path: Path) -> None:
     compress(deep.folder, tmp_path / "one", Recipe("basis_sharing", 0.5, "greedy"), CALIBRATION)
-    ranks = read_ranks(tmp_path / "one" / "factorization.json")
+    ranks = read_ranks(tmp_path / "one" / "factorization.json").ranks
     compress(deep.folder, tmp_path / "two", Recipe("basis_sharing", None, "file", ranks=ranks), CALIBRATION)
     one, two = compressed(tmp_path / "one"), compressed(tmp_path / "two")
     assert one.keys() == two.keys() and all(np.array_equal(one[site], two[site]) for site in one)

@@ -12,7 +12,7 @@ import pytest
 from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.cli import main
 from flashsvd_jax.compress import Recipe, Target
-from flashsvd_jax.compress.budget import CONTEXT, budget_of
+from flashsvd_jax.compress.budget import CONTEXT, budget_of, decode_milliseconds
 from flashsvd_jax.compress.decode_costs import DecodeCosts, load_costs
 from flashsvd_jax.compress.ranks import choose_ranks
 from flashsvd_jax.config import ModelConfig
@@ -76,6 +76,8 @@ def test_a_target_in_milliseconds_is_met(alloc: str) -> None:
     assert 0.88 * most < milliseconds(found, COSTS) <= most * (1 + 1e-9)
     assert all(hardware_rank(rank) == rank for rank in ranks.values())
     assert len(ranks) == len(layer_sites(DENSE)) or alloc == "greedy"
+    for config in (found, DENSE):
+        assert decode_milliseconds(config, 2, COSTS) == pytest.approx(milliseconds(config, COSTS))
 
 
 def test_ranks_cost_what_they_are_padded_to_and_no_more_than_the_weight() -> None:

@@ -207,6 +207,22 @@ def test_the_command(form: str, tiny: Any, tmp_path: Path, capsys: pytest.Captur
     assert COMMAND_HEADS == HEADS
 
 
+@pytest.mark.parametrize("heads", HEADS)
+def test_ranks_of_a_manifest_are_of_heads_or_whole_as_it_says(
+    heads: str, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(tiny("bert").folder)
+    options = ["--method", "svd", "--dtype", "float32", "--quiet"]
+    assert main(["compress", source, str(tmp_path / "one"), *options, "--ratio", "0.2", "--heads", heads]) == 0
+    given = ["--ranks", str(tmp_path / "one" / "factorization.json")]
+    assert main(["compress", source, str(tmp_path / "two"), *options, *given]) == 0
+    assert content(tmp_path / "two").keys() == content(tmp_path / "one").keys()
+    assert content(tmp_path / "two")["model.safetensors"] == content(tmp_path / "one")["model.safetensors"]
+    other = next(name for name in HEADS if name != heads)
+    assert main(["compress", source, str(tmp_path / "three"), *options, *given, "--heads", other]) == 1
+    assert f"are for --heads {heads}: leave --heads out" in capsys.readouterr().err
+
+
 def test_an_update_loses_less_on_inputs_of_compressed_layers(tiny: Any, tmp_path: Path) -> None:
     source = tiny("bert")
     for update in (False, True):

@@ -1,0 +1,29 @@
+"""Ranks by time for the decode benchmark: as many parameters as uniform ranks, less time by the costs they were chosen by."""
+
+import jobs
+import pytest
+from allocated import allocated_config
+from cases import CASES, tiny
+
+from flashsvd_jax.compress.budget import decode_milliseconds
+from flashsvd_jax.compress.decode_costs import load_costs
+from flashsvd_jax.errors import RequestError
+from flashsvd_jax.schema import count_params
+from flashsvd_jax.shapes import shape_config
+
+
+def test_it_has_as_many_parameters_as_uniform_ranks_and_takes_less_time() -> None:
+    case = next(case for case in CASES if case.ranks == "allocated")
+    found, uniform = jobs.config_of(case), shape_config(case.model, case.ratio)
+    assert count_params(found) == pytest.approx(count_params(uniform), rel=0.002)
+    assert count_params(found) <= count_params(uniform)
+    times = [decode_milliseconds(config, 2, load_costs()) for config in (found, uniform)]
+    assert times[0] < 0.98 * times[1]
+    assert jobs.ranks_told(case, found) == "allocated"
+    assert allocated_config(case.model, case.ratio) is found
+
+
+def test_small_models_are_fastest_dense() -> None:
+    with pytest.raises(RequestError, match=r"does not suffice for the lowest ranks|nothing to compress"):
+        allocated_config("tiny", 0.5)
+    assert all(case.ranks != "allocated" for case in tiny(CASES))
