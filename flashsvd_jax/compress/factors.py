@@ -20,6 +20,7 @@ from flashsvd_jax.compress.float64 import Array, float64_module
 # the text never reached then comes last, but in the order of its size, and no row is divided by zero.
 _SMALLEST_EIGENVALUE = 1e-12
 _SMALLEST_ROW = 1e-10
+_RANK_STEP = 128
 # Below this share of the largest, a direction of the latent inputs is noise of the sums that the moment is made of.
 _SMALLEST_LATENT = 1e-10
 
@@ -86,11 +87,11 @@ def factorize(weight: np.ndarray, rank: int, loss: Loss) -> Factors:
     row_scale = _row_scale(weight, loss)
     with float64_module() as xp:
         scaled = xp.asarray(row_scale[:, None]) * xp.asarray(weight, xp.float64)
-        left = _leading_left_vectors(scaled, rank, loss, xp)
+        left = _leading_left_vectors(scaled, _computed_rank(rank, weight, xp), loss, xp)
         up, down = left / row_scale[:, None], left.T @ scaled
         sizes, others = xp.linalg.norm(down, axis=1), xp.linalg.norm(up, axis=0)
         balance = xp.sqrt(xp.where(sizes > 0, sizes, others) / others)
-        return Factors(np.asarray(up * balance), np.asarray(down / balance[:, None]))
+        return Factors(np.asarray(up * balance)[:, :rank], np.asarray(down / balance[:, None])[:rank])
 
 
 def refit(weight: np.ndarray, factors: Factors, moment: Array) -> Factors:
@@ -117,6 +118,11 @@ def gains(weight: np.ndarray, loss: Loss) -> np.ndarray:
             matrix = _times_root(scaled, loss)
             gram = matrix.T @ matrix
         return np.maximum(np.asarray(xp.linalg.eigvalsh(gram))[::-1], 0.0)
+
+
+def _computed_rank(rank: int, weight: np.ndarray, xp: Any) -> int:
+    """JAX compiles anew for each rank, so it computes some more components and few different numbers of them."""
+    return rank if xp is np else min(-(-rank // _RANK_STEP) * _RANK_STEP, *weight.shape)
 
 
 def _row_scale(weight: np.ndarray, loss: Loss) -> np.ndarray:
