@@ -36,7 +36,7 @@ def test_an_interrupted_run_goes_on(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 0)  # nothing is computed again
         patch.setattr("flashsvd_jax.compress.layerwise.choose_ranks", _interrupt)
-        patch.setattr("flashsvd_jax.compress.layerwise.fisher_statistics", _interrupt)
+        patch.setattr("flashsvd_jax.compress.dense_layers.fisher_statistics", _interrupt)
         compress(dense.folder, tmp_path / "out", recipe, CALIBRATION, resume=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
