@@ -6,6 +6,7 @@ measured again, so a run that was interrupted goes on. `bench/report.py` makes t
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import tempfile
@@ -21,7 +22,10 @@ from jobs import append_row, results_folder
 from converters import convert
 from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.bundled import CALIBRATION, DENSE, HELDOUT
+from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
+from flashsvd_jax.compress.dense_layers import DenseLayers
+from flashsvd_jax.compress.ranks import choose_ranks
 from flashsvd_jax.evaluation import evaluate
 from flashsvd_jax.finetune import Settings, finetune
 
@@ -70,6 +74,8 @@ def measure(cell: Cell, dense: Path, folder: Path, options: argparse.Namespace) 
     if cell.method != "dense":
         model = folder / "compressed"
         recipe = Recipe(cell.method, cell.ratio, cell.alloc, update=cell.update)
+        if cell.alloc == "sensitivity":
+            recipe = by_sensitivity(recipe, dense, text)
         compress(dense, model, recipe, text, dtype="float32", progress=False)
     seconds = time.monotonic() - begin
     if cell.finetune is not None:
@@ -84,6 +90,22 @@ def measure(cell: Cell, dense: Path, folder: Path, options: argparse.Namespace) 
     assert found.perplexity is not None
     losses = [[round(float(np.mean(window)), 5), len(window)] for window in found.perplexity.losses]
     return settings(cell, options) | row | {"compress_s": round(seconds, 1), "window_losses": losses}
+
+
+def by_sensitivity(recipe: Recipe, dense: Path, text: Calibration) -> Recipe:
+    """The same with the ranks that it leads to: the losses that they are chosen by take long, and are the same for every ratio."""
+    with open_folder(dense) as folder:
+        losses = _sensitivity(recipe.method, dense, text)
+        ranks = choose_ranks(recipe.settled(folder.config), folder.config, 4, dict, lambda: losses)
+    return Recipe(recipe.method, None, "file", ranks=ranks)
+
+
+@functools.cache
+def _sensitivity(method: str, dense: Path, text: Calibration) -> dict[str, list[float]]:
+    recipe = Recipe(method, 0.5, "sensitivity")
+    with open_folder(dense) as folder:
+        layers = DenseLayers(folder, folder.config, recipe.settled(folder.config), text, progress=False)
+        return layers.sensitivity()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The benchmark of compression's tables: which rows count, what they are set beside, and what is said of them."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import compression_methods
@@ -9,7 +10,10 @@ import pytest
 from compression_methods import FINETUNE, Cell, cells
 from reporting.compression import Rows, compression
 
-from flashsvd_jax.compress import METHODS
+from converters import convert
+from flashsvd_jax.bundled import DENSE as DENSE_MODEL
+from flashsvd_jax.compress import METHODS, Calibration, Recipe
+from flashsvd_jax.compress.dense_layers import DenseLayers
 
 WINDOWS = np.random.default_rng(0).uniform(1.5, 3.5, 30)
 
@@ -79,6 +83,25 @@ def test_cells_are_all_methods_ratios_and_allocations_once() -> None:
     assert len({str(cell) for cell in found}) == len(found)
     plain = {(c.method, c.ratio, c.alloc) for c in found if not (c.update or c.finetune)}
     assert {(m, r, a) for m in METHODS for r in (0.8, 0.6, 0.4) for a in ("uniform", "greedy", "v2")} <= plain
+
+
+def test_losses_by_which_sensitivity_chooses_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(DENSE_MODEL, tmp_path / "dense", progress=False)
+    text, calls = Calibration("x = 1\n" * 50, "text.txt", 1, 16), []
+
+    def sensitivity(layers: DenseLayers) -> dict[str, list[float]]:
+        calls.append(layers)
+        return {name: list(np.linspace(3, 2, 9)) for index in range(8) for name in layers.sites(index)}
+
+    monkeypatch.setattr(DenseLayers, "sensitivity", sensitivity)
+    found = [
+        compression_methods.by_sensitivity(Recipe("asvd", ratio, "sensitivity"), tmp_path / "dense", text)
+        for ratio in (0.8, 0.4)
+    ]
+    assert len(calls) == 1
+    assert [recipe.alloc for recipe in found] == ["file", "file"]
+    site = "layers_0.self_attn.q_proj"  # 256 x 256
+    assert [recipe.ranks and recipe.ranks[site] for recipe in found] == [102, 51]
 
 
 def test_rows_that_are_there_are_not_measured_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
