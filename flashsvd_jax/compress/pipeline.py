@@ -35,9 +35,9 @@ def compress(
 ) -> None:
     """Compresses a dense decoder or encoder; the folder appears whole at ``dst``, or after an error not at all.
 
-    In memory are the weights and statistics of one layer, a file of the result, and the residual stream of the calibration text,
-    float32 [samples, length, embed]; twice that with an update. FWSVD has the whole model and its gradients on the device, ranks by
-    sensitivity the whole model.
+    In memory are the weights and statistics of one layer, or of those that share a basis, a file of the result, and the residual
+    stream of the calibration text, float32 [samples, length, embed]; twice that with an update. FWSVD has the whole model and its
+    gradients on the device, ranks by sensitivity the whole model.
 
     Args:
       src: the dense model, a folder in this project's layout.
