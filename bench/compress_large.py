@@ -58,7 +58,7 @@ class Compression:
         self._state_file = scratch / "state.json"
         names = ("shape", "layers", "method", "ratio", "alloc", "samples", "length", "kill_after", "compare")
         settings = {name: getattr(options, name) for name in names}
-        self.state: dict[str, Any] = {"settings": settings, "runs": []}
+        self.state: dict[str, Any] = {"settings": settings, "runs": [], "whole_runs": []}
         if self._state_file.exists():
             self.state = json.loads(self._state_file.read_text(encoding="utf-8"))
             if self.state["settings"] != settings:
@@ -74,27 +74,17 @@ class Compression:
 
     def compress(self) -> bool:
         """Runs the command until its folder is there, killed once on the way if that is asked for; False at the deadline."""
-        out = self._scratch / "out"
-        while not out.exists():
-            begun = any(run["layer_s"] for run in self.state["runs"])
-            kill_after = None if begun else self._options.kill_after
-            run = self._run(out, ["--resume"], kill_after)
-            self._keep(runs=[*self.state["runs"], run])
-            if time.monotonic() > self._deadline:
-                return out.exists()
-        return True
+        begun = any(run["layer_s"] for run in self.state["runs"])
+        return self._until_done("out", "runs", None if begun else self._options.kill_after)
 
     def compare(self) -> bool:
-        """Makes the same once more without an interruption and says how alike both are; False at the deadline."""
-        whole = self._scratch / "whole"
-        if not whole.exists():
-            self._keep(whole=self._run(whole, [], None))
-        if not whole.exists():
+        """Makes the same once more, interrupted by nothing but the budget, and says how alike both are; False at the deadline."""
+        if not self._until_done("whole", "whole_runs", None):
             return False
-        names = sorted(file.name for file in whole.iterdir())
-        same = names == sorted(file.name for file in (self._scratch / "out").iterdir())
-        equal, differ, failed = filecmp.cmpfiles(whole, self._scratch / "out", names, shallow=False)
-        self._keep(identical=same and len(equal) == len(names), different_files=[*differ, *failed])
+        folders = [self._scratch / name for name in ("whole", "out")]
+        names, others = (sorted(file.name for file in folder.iterdir()) for folder in folders)
+        equal, differ, failed = filecmp.cmpfiles(*folders, names, shallow=False)
+        self._keep(identical=names == others == sorted(equal), different_files=[*differ, *failed])
         return True
 
     def row(self) -> dict[str, Any]:
@@ -112,17 +102,25 @@ class Compression:
             "device": runs[-1]["device"], "device_peak_gib": runs[-1]["device_peak_gib"],
             "killed": sum(run["exit_code"] != 0 for run in runs), "identical": state.get("identical"),
             "different_files": state.get("different_files"),
-            "runs": runs, "whole": state.get("whole"), "versions": versions, **provenance(),
+            "runs": runs, "whole_runs": state["whole_runs"], "versions": versions, **provenance(),
         }  # fmt: skip
 
-    def _run(self, out: Path, arguments: list[str], enough: int | None) -> dict[str, Any]:
+    def _until_done(self, name: str, runs: str, kill_after: int | None) -> bool:
+        out = self._scratch / name
+        while not out.exists() and time.monotonic() <= self._deadline:
+            run = self._run(out, kill_after)
+            self._keep(**{runs: [*self.state[runs], run]})
+            kill_after = None if run["layer_s"] else kill_after
+        return out.exists()
+
+    def _run(self, out: Path, enough: int | None) -> dict[str, Any]:
         """One process, killed when ``enough`` layers are done: what was measured of it."""
         o, report = self._options, self._scratch / "process.json"
         report.unlink(missing_ok=True)
         command = [
             sys.executable, "-c", _PROCESS, str(report), "compress", str(self._scratch / "dense"), str(out), "--quiet",
             "--method", o.method, "--ratio", str(o.ratio), "--alloc", o.alloc, "--samples", str(o.samples),
-            "--length", str(o.length), *arguments,
+            "--length", str(o.length), "--resume",
         ]  # fmt: skip
         env = dict(os.environ)
         if o.compare:  # how products are computed is else tried out by each process, and may differ between two
