@@ -24,7 +24,7 @@ from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.errors import FlashSVDError, RequestError
 
 OURS = {"flashsvd_jax-persistent": "persistent", "flashsvd_jax-products": "products", "flashsvd_jax-xla": "xla"}
-PERSISTENT_BATCH = 4  # larger ones it leaves to the others
+PERSISTENT_BATCH = 8  # larger ones it leaves to the others
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -188,7 +188,7 @@ KERNEL_CALLS: list[KernelCall] = [
     _decode("7b", replace(LLAMA_7B, starts=(0,))),
     _decode("7b", replace(LLAMA_7B, starts=(0,) * 4)),
     _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None))),
-    _decode("8b-ranks-that-differ", replace(LLAMA_8B, ranks=(1024, 1592), varied=True, starts=(0,) * 2)),
+    _decode("8b-ranks-that-differ", replace(LLAMA_8B, ranks=(1024, 1592), varied=True, starts=(0,) * 8)),
     _decode("8b-dense-attention", replace(LLAMA_8B, qk_norm=True, biases=True, window=4096)),
     _decode(
         "heads-of-64", DecoderCase(2, 896, 4864, 14, 2, (None, 400), starts=(0,), slots=8192, biases=True, head_dim=64)
