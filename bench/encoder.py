@@ -20,7 +20,7 @@ def chosen(parsed: argparse.Namespace) -> list[EncoderCase]:
         EncoderCase(impl, *size)
         for size in chosen_sizes(parsed, CASES)
         for impl in parsed.impls.split(",")
-        if impl in EVERYWHERE or not size[0].startswith("modern")
+        if impl.startswith(EVERYWHERE) or not size[0].startswith("modern")
     ]
 
 
