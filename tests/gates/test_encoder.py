@@ -30,7 +30,7 @@ def low_rank(**fields: Any) -> EncoderConfig:
     return EncoderConfig.from_hf({**BASE, **fields}, Factorization.of(dict.fromkeys(names, 200)))
 
 
-@pytest.mark.parametrize(("batch", "length", "products"), [(1, 16, "triton"), (4, 64, "xla_rounded")])
+@pytest.mark.parametrize(("batch", "length", "products"), [(1, 16, "triton"), (8, 512, "xla_rounded")])
 @pytest.mark.parametrize("fields", [
     {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
     {"model_type": "modernbert", "architectures": ["ModernBertForSequenceClassification"]},
@@ -47,7 +47,7 @@ def test_it_lowers_for_cuda(fields: dict[str, Any], batch: int, length: int, pro
     with record(chosen):
         lower_for_cuda(partial(outputs, config), weights, tokens, mask)
     assert set(chosen["attend_padded"]) == {"products"}  # ranks of 200 for a head of 64
-    assert set(chosen["feed_forward"]) == {"stream" if batch * length >= 128 else "products"}
+    assert set(chosen["feed_forward"]) == {"stream" if batch > 1 else "products"}
     assert products in chosen["project"]
 
 
