@@ -124,6 +124,15 @@ def prefill_table() -> str:
     return prompts.prefill(PREFILL)
 
 
+def prefill_factors() -> str:
+    """Prompts against others; with its sentence, because there may be no such rows."""
+    table = prompts.prefill_factors(PREFILL)
+    return (
+        table
+        and f"Those of flashsvd_jax as a share of that rate, and how many times as fast as others they are:\n\n{table}"
+    )
+
+
 def bundled_table() -> str:
     """Held-out perplexity of the bundled model."""
     measured = _measured()
@@ -173,6 +182,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "perplexity": bundled_table,
     "plots": plot_links,
     "prefill": prefill_table,
+    "prefill_factors": prefill_factors,
     "prefill_plots": prefill_plot_links,
     "sample": bundled_sample,
     "speedups": speedup_table,

@@ -74,6 +74,22 @@ def prefill(file: Path) -> str:
     return _table(file, _time_and_rate, _matrix_rate)
 
 
+def prefill_factors(file: Path) -> str:
+    """Our prompts against the matrix rate of the same process, and how many times as fast they are as others and as ours dense."""
+    rows, lines, others = read(file), [], ("jax-cudnn", "torch-sdpa", "torch-compile")
+    for setting in _ordered(rows):
+        model, ratio, batch, length = setting
+        own = _measured(rows[setting].get("flashsvd_jax"))
+        if own is None or own["matmul_tflops"] is None:
+            continue
+        dense = None if ratio == 1 else rows.get((model, 1.0, batch, length), {}).get("flashsvd_jax")
+        share = f"{own['tflops'] / own['matmul_tflops']:.0%}"
+        faster = [_faster(own, row) for row in (dense, *(rows[setting].get(impl) for impl in others))]
+        lines.append([*_what(setting), share, *faster])
+    names = ["ours, dense", *(IMPLEMENTATIONS[impl] for impl in others)]
+    return markdown(["model", "kept", "batch x tokens", "of the matrix rate", *names], lines)
+
+
 def minilm(file: Path) -> str:
     """Cosines of a factorized encoder's vectors with the dense one's, the newest row of each ratio."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
