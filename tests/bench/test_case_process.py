@@ -66,7 +66,13 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("text", "error"), [("raise ValueError('no such model')", "ValueError: no such model"), ("", "no message")]
+    ("text", "error"),
+    [
+        ("raise ValueError('no such model')", "ValueError: no such model"),
+        ("raise ValueError('no such model\\n\\nSet THIS=1 to see more')", "ValueError: no such model"),
+        ("raise SystemExit('ends')", "ends"),
+        ("", "no message"),
+    ],
 )
 def test_without_a_row_the_last_words_are_the_error(tmp_path: Path, text: str, error: str) -> None:
     assert started(tmp_path, text).row(60) == {"error": error}
