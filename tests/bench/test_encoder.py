@@ -79,3 +79,4 @@ def test_the_cases_are_those_of_the_paper_and_every_implementation_has_them() ->
     found = encoder.chosen(arguments(None, IMPLS, encoder.MODELS, []))
     assert len(found) == len(set(found)) and {case.impl for case in found} == set(IMPLS)
     assert {(c.model, c.ratio, c.batch, c.length) for c in found} == set(CASES)
+    assert {c.batch * c.length for c in found if c.impl == "flashsvd_jax-blocks"} == {32768, 131072}
