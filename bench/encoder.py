@@ -1,7 +1,8 @@
 """Measures encoders: flashsvd_jax beside plain JAX and PyTorch, dense and factorized, each case in a process of its own.
 
 Appends a row a case to bench/results/<device>/encoder.jsonl, and prints a table last. A case that fails is a row with an `error`.
-Weights are random: the time does not depend on their values.
+Weights are random: the time does not depend on their values. Of ours, "flashsvd_jax-blocksN" computes blocks of N tokens, and what
+else stands behind the first hyphen is the implementation that is tried first, as in "flashsvd_jax-products-blocks4096".
 """
 
 import argparse
