@@ -81,6 +81,8 @@ def environment(script: str = "ours.py", backend: str = "", autotune: bool = Tru
     if script == "ours.py" and backend != "cpu":
         flags = "" if autotune else "--xla_gpu_autotune_level=0 "
         found["XLA_FLAGS"] = flags + found.get("XLA_FLAGS", "")
+        if found.get("JAX_PLATFORMS") == "cuda":
+            found["JAX_PLATFORMS"] = "cuda,cpu"  # encoders' weights are drawn on the host
         return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **found}
     return found | {"JAX_PLATFORMS": "cpu"}
 

@@ -1,6 +1,7 @@
 """The kernels of prompts and encoders on a GPU, against PyTorch in float64 on the CPU; twice, for the same bits."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,14 @@ from prompt_kernel_cases import (
     streamed_exact,
 )
 
-from pallas_kernels import LayerNorm, Norm, Op, add_norm, attend, attend_padded, feed_forward
+from flashsvd_jax.benchmark import arrays_of_the_host
+from flashsvd_jax.encoder_config import EncoderConfig
+from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.models.encoder import hidden_states
+from flashsvd_jax.models.encoder_weights import build_encoder_weights
+from flashsvd_jax.models.sequence_blocks import in_blocks
+from flashsvd_jax.shapes import layer_sites, uniform_rank
+from pallas_kernels import LayerNorm, Norm, Op, add_norm, attend, attend_padded, feed_forward, hardware_rank, prefer
 
 pytestmark = pytest.mark.gpu
 
@@ -85,10 +93,34 @@ def test_attend_padded(name: str, dtype: str) -> None:
 @kinds
 def test_feed_forward(name: str, dtype: str) -> None:
     args, options = feed_forward_call(FEED_FORWARDS_HERE[name], dtype)
-    chosen, refusals = feed_forward.choose(*args, **options)
+    with prefer("stream"):
+        chosen, refusals = feed_forward.choose(*args, **options)
     if chosen.name != "stream":
         pytest.skip(refusals["stream"])
     compare(feed_forward, "stream", args, options, feed_forward_exact(*args, **options), dtype)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_a_pass_in_blocks(ratio: float | None) -> None:
+    """Two layers of BERT-base, five sequences in blocks of two."""
+    hf = {
+        "model_type": "bert",
+        "hidden_size": 768,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    }
+    hf |= {"vocab_size": 1000, "max_position_embeddings": 512}
+    dense = EncoderConfig.from_hf(hf)
+    ranks = {site.name: uniform_rank(site, ratio) for site in layer_sites(dense)} if ratio else {}
+    config = EncoderConfig.from_hf(hf, Factorization.of(ranks))
+    weights = jax.device_put(build_encoder_weights(config, arrays_of_the_host(config), hardware_rank))
+    tokens = np.random.default_rng(0).integers(0, 1000, (5, 512))
+    lengths = np.array([512, 300, 0, 512, 1])
+    run = partial(hidden_states, config, weights)
+    whole, blocks = (jax.jit(partial(in_blocks, run, n))(tokens, lengths) for n in (None, 1024))
+    real = np.arange(512) < lengths[:, None]
+    assert relative_error(blocks[real], np.asarray(whole[real], np.float64)) <= 1e-2
 
 
 @pytest.mark.parametrize("width", [768, 4096, 5120])

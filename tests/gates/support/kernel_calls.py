@@ -121,8 +121,8 @@ def _stream(label: str, rank: int, tables: bool = False, **fields: Any) -> Kerne
     return KernelCall(f"stream-{label}", "attend_padded", "stream", args, arrays, {"head_dim": 64}, max_registers=192)
 
 
-def _feed_forward(label: str, inner: int, ranks: tuple[int, ...], down_rank: int) -> KernelCall:
-    args = (array(8, 512, 768), packed(768, *[(inner, rank) for rank in ranks]), packed(inner, (768, down_rank)))
+def _feed_forward(label: str, inner: int, ranks: tuple[int, ...], down_rank: int, batch: int = 8) -> KernelCall:
+    args = (array(batch, 512, 768), packed(768, *[(inner, rank) for rank in ranks]), packed(inner, (768, down_rank)))
     options = {"activation": "gelu"}
     return KernelCall(f"feed-forward-{label}", "feed_forward", "stream", args, {}, options, max_registers=255)
 
@@ -219,7 +219,8 @@ KERNEL_CALLS: list[KernelCall] = [
     _stream("32", 29),
     _stream("48-padded-left", 44, tokens=512),
     _stream("modernbert", 44, tables=True, window=65),
-    _feed_forward("bert", 3072, (307,), 307),
+    _feed_forward("bert", 3072, (307,), 307, batch=64),
+    _feed_forward("bert-programs-that-share-tokens", 3072, (307,), 307),
     _feed_forward("bert-narrow", 3072, (192,), 192),
     _feed_forward("modernbert", 1152, (240, 240), 240),
     *_norms(),
