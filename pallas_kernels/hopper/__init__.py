@@ -1,7 +1,7 @@
 """Products of prompts on Hopper's tensor cores, as Mosaic GPU kernels, for what cuBLAS does not do with a product's results."""
 
 from pallas_kernels.heads import project_heads
-from pallas_kernels.hopper import gated, heads
+from pallas_kernels.hopper import heads, products
 from pallas_kernels.products import project
 from pallas_kernels.registry import Implementation
 from pallas_kernels.target import Target, not_nvidia
@@ -20,5 +20,5 @@ def unavailable(device: Target) -> str | None:
 
 def register() -> None:
     """Lets them serve calls that name or prefer them."""
-    project.register(Implementation(NAME, gated.project, gated.refuses, unavailable), on_request=True)
+    project.register(Implementation(NAME, products.project, products.refuses, unavailable), on_request=True)
     project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, unavailable), on_request=True)

@@ -15,9 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper.products import unsuited_factors
 from pallas_kernels.hopper.ring import HALF, ROWS, STEP, Ring, Tiling, launch, tiling, write
 from pallas_kernels.norm import Norm
-from pallas_kernels.products import rounded_product, rows, unsuited
+from pallas_kernels.products import rounded_product, rows
 from pallas_kernels.projection import PackedProjection
 
 
@@ -35,18 +36,13 @@ def refuses(
         return f"x is {x.dtype}; it serves bfloat16 and float16"
     if q_norm is not None or k_norm is not None or any(bias is not None for bias in qkv.biases):
         return "biases or norms of heads"
-    if any(up is None for up in qkv.ups):
-        return "a dense member; it is for second factors"
     if head_dim not in (64, 128) or cos.shape[-1] * 2 != head_dim:
         return f"heads of {head_dim} rotated in {2 * cos.shape[-1]} columns; it serves whole ones of 64 and 128"
     if x.shape[1] % ROWS:
         return f"{x.shape[1]} tokens; it serves multiples of {ROWS}"
-    if (reason := unsuited(x.dtype, [up for up in qkv.ups if up is not None])) is not None:
-        return reason
-    if any(width % STEP for width in (*qkv.widths, *qkv.starts)):
-        return f"ranks {qkv.widths}; it serves multiples of {STEP}"
-    narrow = min(qkv.d_outs)
-    return f"{narrow} columns; it serves multiples of 128" if any(n % 128 for n in qkv.d_outs) else None
+    if any(n % 128 for n in qkv.d_outs):
+        return f"{min(qkv.d_outs)} columns; it serves multiples of 128"
+    return unsuited_factors(x.dtype, qkv)
 
 
 def project_heads(

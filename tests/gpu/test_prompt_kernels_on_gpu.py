@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hopper_cases import GATED, HEADS, GatedCase, HeadsCase, gated_call, gated_exact, heads_call, heads_exact
+from hopper_cases import (
+    GATED,
+    HEADS,
+    GatedCase,
+    HeadsCase,
+    gated_call,
+    gated_exact,
+    heads_call,
+    heads_exact,
+    products_exact,
+)
 from kernel_cases import relative_error
 from prompt_kernel_cases import (
     ATTENDED,
@@ -24,7 +34,19 @@ from prompt_kernel_cases import (
     streamed_exact,
 )
 
-from pallas_kernels import LayerNorm, Norm, Op, add_norm, attend, attend_padded, feed_forward, project, project_heads
+from pallas_kernels import (
+    LayerNorm,
+    Norm,
+    Op,
+    Projection,
+    add_norm,
+    attend,
+    attend_padded,
+    feed_forward,
+    pack,
+    project,
+    project_heads,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -126,6 +148,18 @@ def test_gated_products(name: str, dtype: str) -> None:
     assert relative_error(got, gated_exact(*args, options["gate"])) <= TOLERANCE[dtype]
     for _ in range(20):  # a race would show
         np.testing.assert_array_equal(got, run(args)[0])
+
+
+@pytest.mark.parametrize("rows", [128, 512, 4096])
+@rounded
+def test_second_factors(rows: int, dtype: str) -> None:
+    x, both = gated_call(GatedCase(rows, 1024, 4096, (1024, 1536)), dtype)
+    one = pack([Projection(down=both.first[1024:], up=both.ups[1])])
+    run = jax.jit(lambda args: project(*args, implementation="hopper"))
+    (got,) = run((x, one))
+    assert relative_error(got, products_exact(x, both)[1].numpy()) <= TOLERANCE[dtype]
+    for _ in range(20):
+        np.testing.assert_array_equal(got, run((x, one))[0])
 
 
 @pytest.mark.parametrize("name", HEADS_HERE)

@@ -64,7 +64,7 @@ def gated_call(case: GatedCase, dtype: str) -> tuple[Any, ...]:
 
 def gated_exact(x: Any, packed: PackedProjection, activation: str) -> np.ndarray:
     """The same by PyTorch."""
-    gating, gated = _products(x, packed)
+    gating, gated = products_exact(x, packed)
     return (TORCH_ACTIVATIONS[activation](gating) * gated).numpy()
 
 
@@ -82,7 +82,7 @@ def heads_exact(x: Any, packed: PackedProjection, cos: Any, sin: Any, head_dim: 
     """The same by PyTorch, the last two results once more."""
     turn = torch.complex(_wide(cos), _wide(sin))[:, None]
     found = []
-    for number, y in enumerate(_products(x, packed)):
+    for number, y in enumerate(products_exact(x, packed)):
         heads = y.unflatten(-1, (-1, head_dim)).transpose(1, 2)
         if number < 2:
             turned = torch.complex(*heads.chunk(2, -1)) * turn
@@ -91,7 +91,8 @@ def heads_exact(x: Any, packed: PackedProjection, cos: Any, sin: Any, head_dim: 
     return [*found, *found[1:]]
 
 
-def _products(x: Any, packed: PackedProjection) -> list[torch.Tensor]:
+def products_exact(x: Any, packed: PackedProjection) -> list[torch.Tensor]:
+    """Each member's product."""
     first = _wide(packed.first)
     return [
         _wide(x) @ first[start : start + width].T @ _wide(up).T

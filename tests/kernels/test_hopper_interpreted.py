@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from hopper_cases import GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact
+from hopper_cases import GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact, products_exact
 from kernel_cases import relative_error
 
 from pallas_kernels import Norm, Op, Projection, assume_target, pack, project, project_heads
@@ -25,6 +25,14 @@ def test_gated_products(name: str) -> None:
         (got,) = jax.jit(lambda args: project(*args, gate=case.activation, implementation="hopper"))(args)
     assert got.dtype == jnp.bfloat16
     assert relative_error(got, gated_exact(*args, case.activation)) <= TOLERANCE
+
+
+def test_one_product_that_ends_within_a_tile() -> None:
+    x, both = gated_call(GATED["ranks that differ"], "bfloat16")
+    with assume_target(INTERPRETED):
+        one = pack([Projection(down=both.first[128:], up=both.ups[1])])
+        (got,) = jax.jit(lambda args: project(*args, implementation="hopper"))((x, one))
+    assert relative_error(got, products_exact(x, both)[1].numpy()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -56,7 +64,7 @@ def test_refusals_say_why() -> None:
     pair, three = pack([low(64)] * 2), pack([low(64)] * 3)
     norm = Norm(jnp.ones(128), 1e-5)
     cases: list[tuple[Op, tuple[Any, ...], dict[str, Any], str]] = [
-        (project, (x, pair), {}, "no gate"),
+        (project, (x, pair), {}, "2 members"),
         (project, (x, pack([low(64, bias=True), low(64)])), gate, "biases"),
         (project, (x, pack([low(64), dense])), gate, "dense member"),
         (project, (x.astype(jnp.float32), pair), gate, "float32"),

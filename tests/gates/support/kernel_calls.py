@@ -141,10 +141,10 @@ def _norms() -> list[KernelCall]:
     ]
 
 
-def _gated(label: str, rows: int, inner: int, rank: int, gate: str = "silu") -> KernelCall:
-    args = (array(1, rows, 4096), packed(4096, (inner, rank), (inner, rank)))
+def _hopper(label: str, rows: int, d_out: int, rank: int, gate: str | None) -> KernelCall:
+    args = (array(1, rows, 4096), packed(4096, *[(d_out, rank)] * (1 if gate is None else 2)))
     return KernelCall(
-        f"gated-{label}-{rows}", "project", "hopper", args, options={"gate": gate}, max_registers=THIRD_OF_REGISTERS
+        f"hopper-{label}-{rows}", "project", "hopper", args, options={"gate": gate}, max_registers=THIRD_OF_REGISTERS
     )
 
 
@@ -246,9 +246,11 @@ KERNEL_CALLS: list[KernelCall] = [
     _feed_forward("bert-narrow", 3072, (192,), 192),
     _feed_forward("modernbert", 1152, (240, 240), 240),
     *_norms(),
-    _gated("7b", 512, 11008, 1492),
-    _gated("7b", 4096, 11008, 1492),
-    _gated("8b", 512, 14336, 1911, "gelu_tanh"),
+    _hopper("gated", 512, 11008, 1492, "silu"),
+    _hopper("gated", 4096, 11008, 1492, "silu"),
+    _hopper("gated-8b", 512, 14336, 1911, "gelu_tanh"),
+    _hopper("up", 512, 4096, 1492, None),
+    _hopper("up", 4096, 4096, 1024, None),
     _heads("7b", 1, 32, (1024, 1024, 1024)),
     _heads("7b", 8, 32, (1024, 1024, 1024)),
     _heads("8b-ranks-that-differ", 2, 8, (1228, 491, 491)),
