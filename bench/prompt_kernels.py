@@ -6,6 +6,7 @@ layer, each with its own time and the time from its start to the next one's, and
 """
 
 import argparse
+import itertools
 import os
 import re
 import statistics
@@ -27,7 +28,7 @@ from pallas_kernels import prefer, record
 from pallas_kernels.registry import Record
 
 ATTENTION = re.compile(r".*(flash|sdpa|fmha).*")
-QUEUED, REPEATS, PROFILED = 10, 5, 3
+QUEUED, REPEATS, PROFILED, OUTSIDE = 10, 5, 3, 4
 
 
 def host_times(compiled: Any, operands: tuple[Any, ...]) -> dict[str, float]:
@@ -73,6 +74,21 @@ def layer_lines(events: Sequence[Event], count: int) -> list[str]:
     return [*lines, f"  {own * count / 1e3:8.2f} {until_next * count / 1e3:8.2f} ms  {count} layers"]
 
 
+def outside_lines(events: Sequence[Event]) -> list[str]:
+    """Lines of text: the longest kernels that run once a pass, and the time from one pass to the next."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        times.setdefault(event["name"], []).append(event["dur"])
+    once = {name: statistics.mean(taken) for name, taken in times.items() if len(taken) == PROFILED}
+    longest = sorted(once, key=lambda name: -once[name])[:OUTSIDE]
+    lines = [f"  {once[name]:8.2f} us  {name[:100]}, once a pass" for name in longest]
+    if once:
+        starts = [event["ts"] for event in events if event["name"] == longest[0]]
+        apart = statistics.mean(b - a for a, b in itertools.pairwise(starts))
+        lines.append(f"  {apart / 1e3:8.2f} ms  from the first of these in one pass to that in the next")
+    return lines
+
+
 def dissect(case: PrefillCase, implementation: str | None) -> list[str]:
     """Lines of text on one size."""
     used = Record()
@@ -85,7 +101,7 @@ def dissect(case: PrefillCase, implementation: str | None) -> list[str]:
     rates = (case.flops() / times[name] / 1e12 for name in ("waited for", "queued"))
     lines.append("  {:8.1f} TFLOP/s waited for, {:.1f} queued".format(*rates))
     events = profiled(lambda: jax.block_until_ready([compiled(*operands) for _ in range(PROFILED)]))
-    return lines + layer_lines(events, case.config.num_layers)
+    return lines + layer_lines(events, case.config.num_layers) + outside_lines(events)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,8 +52,8 @@ def project_heads(
     """As `pallas_kernels.project_heads`; products are rounded before they are rotated."""
     batch, tokens, _ = x.shape
     latents = rounded_product(x, qkv.first).reshape(rows(x), -1)
-    tables = (table.reshape(rows(x), -1) for table in (cos, sin))
-    q, k, v, keys, values = _second(latents, qkv, *tables, head_dim, tokens)
+    cos, sin = (table.reshape(rows(x), -1) for table in (cos, sin))
+    q, k, v, keys, values = _second(latents, qkv, cos, sin, head_dim, tokens)
     by_head = (a.reshape(batch, tokens, -1, head_dim).swapaxes(1, 2) for a in (q, k, v))
     return *by_head, keys, values
 

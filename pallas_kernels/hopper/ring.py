@@ -110,7 +110,13 @@ class Ring:
             plgpu.barrier_arrive(self.empty.at[lax.rem(first + steps - 1, self.stages)])
             return total
 
-        return pl.run_scoped(in_scope, plgpu.ACC((HALF, self.columns), jnp.float32))
+        accumulator = plgpu.ACC((HALF, self.columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        return pl.run_scoped(in_scope, accumulator)
+
+
+def _swizzled(columns: int) -> tuple[Any, Any]:
+    """How tiles so wide lie in shared memory: 8 rows at once, their 16-byte pieces in an order that no two banks clash in."""
+    return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
 
 
 TileWork = Callable[..., None]
@@ -134,8 +140,7 @@ def launch(
       copy: ``copy(ring, first, tile, references)``, what the third does.
     """
     dtype, programs = operands[0].dtype, min(count, target().cores)
-    swizzled = (plgpu.TilingTransform((8, STEP)), plgpu.SwizzleTransform(128))
-    narrow = (plgpu.TilingTransform((8, tiles.piece)), plgpu.SwizzleTransform(2 * tiles.piece))
+    swizzled, narrow = _swizzled(STEP), _swizzled(tiles.piece)
 
     def body(*refs: Any) -> None:
         *arrays, a, b, staged, full, empty = refs
@@ -178,7 +183,7 @@ def launch(
             plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # a copy of x, one of the weight
             plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiles.stages),
         ],
-        **({"interpret": plgpu.InterpretGPUParams()} if target().interpret else {}),
+        interpret=plgpu.InterpretGPUParams() if target().interpret else None,
     )(*operands)
 
 

@@ -22,6 +22,14 @@ def test_a_layer_is_told_kernel_by_kernel() -> None:
     assert "embed" in prompt_kernels.layer_lines(events[:1], 1)[0]
 
 
+def test_kernels_outside_layers_are_told_and_passes_compared() -> None:
+    names = ["embed", *["nvjet", "add_rms_norm"] * 4, "head"] * prompt_kernels.PROFILED
+    events = [{"name": name, "ts": 10.0 * i, "dur": 5.0 if name == "embed" else 9.0} for i, name in enumerate(names)]
+    lines = prompt_kernels.outside_lines(events)
+    assert [line.split()[2] for line in lines[:-1]] == ["head,", "embed,"]
+    assert lines[-1].split()[0] == "0.10"
+
+
 def test_it_is_for_gpus(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("XLA_FLAGS", "")
     if jax.default_backend() != "gpu":
