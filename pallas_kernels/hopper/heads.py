@@ -67,7 +67,7 @@ def _second(
     steps = [up.shape[1] // STEP for up in ups]
     ends, total = [], 0
     for n in qkv.d_outs:
-        total += of.row_tiles * (n // of.columns)
+        total += of.count(n)
         ends.append(total)
 
     def member(tile: jax.Array) -> jax.Array:
@@ -80,8 +80,7 @@ def _second(
 
     def corner(tile: jax.Array, number: int) -> tuple[jax.Array, jax.Array]:
         """First row and column in an output."""
-        own = tile - (ends[number - 1] if number else 0)
-        return lax.rem(own, of.row_tiles) * ROWS, lax.div(own, of.row_tiles) * of.columns
+        return of.corner(tile - (ends[number - 1] if number else 0))
 
     def copy(ring: Ring, first: jax.Array, tile: jax.Array, refs: Sequence[Any]) -> None:
         for number, start in enumerate(qkv.starts):

@@ -81,12 +81,8 @@ def _second(latents: jax.Array, ups: Sequence[jax.Array], starts: Sequence[int],
     of = tiling(tokens, [d_out], COLUMNS if gate is None else GATED_COLUMNS)
     steps = [up.shape[1] // STEP for up in ups]
 
-    def corner(tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """First row and column; tiles of the same columns come one after the other, so that a weight is read once."""
-        return lax.rem(tile, of.row_tiles) * ROWS, lax.div(tile, of.row_tiles) * of.columns
-
     def copy(ring: Ring, first: jax.Array, tile: jax.Array, refs: Sequence[Any]) -> None:
-        row, column = corner(tile)
+        row, column = of.corner(tile)
         x, *weights, _ = refs
         for weight, start, count in zip(weights, starts, steps, strict=True):
             part = x.at[pl.ds(row, ROWS), pl.ds(start, count * STEP)]
@@ -94,22 +90,22 @@ def _second(latents: jax.Array, ups: Sequence[jax.Array], starts: Sequence[int],
             first += count
 
     def multiply(ring: Ring, first: jax.Array, tile: jax.Array, refs: Sequence[Any], staged: Any) -> None:
-        row, column = corner(tile)
+        row, column = of.corner(tile)
         row += lax.axis_index("warpgroup") * HALF
         gating = None
         if gate is not None:
             # Without the barrier the compiler rounds after the other product, and has no registers for both until then.
             gating = lax.optimization_barrier(ring.multiply(first, steps[0]).astype(latents.dtype))
             first += steps[0]
-        total = ring.multiply(first, steps[-1])
+        total = lax.optimization_barrier(ring.multiply(first, steps[-1]).astype(latents.dtype))
         for number, start in enumerate(range(0, of.columns, of.piece)):
-            values = total[:, start : start + of.piece].astype(latents.dtype)
+            values = total[:, start : start + of.piece]
             if gating is not None:
                 active = _activation(gate, latents.dtype)(gating[:, start : start + of.piece].astype(jnp.float32))
                 values = active * values.astype(jnp.float32)
             write(staged, number, values, refs[-1].at[pl.ds(row, HALF), pl.ds(column + start, of.piece)])
 
-    count, shape = of.row_tiles * -(-d_out // of.columns), jax.ShapeDtypeStruct((tokens, d_out), latents.dtype)
+    count, shape = of.count(d_out), jax.ShapeDtypeStruct((tokens, d_out), latents.dtype)
     name = "project_up" if gate is None else "project_gated"
     return launch(name, of, count, lambda tile: sum(steps), (latents, *ups), [shape], multiply, copy)[0]
 

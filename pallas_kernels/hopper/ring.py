@@ -7,7 +7,8 @@
     multiplying   sums += a b'                      64 rows each, all columns of the tile, in registers
 
 A program runs through its tiles, and the ring does not stop between them: while one tile's results are written, the next one's
-first steps are on their way.
+first steps are on their way. Two programs that are neighbours on the chip (a cluster) have tiles of the same columns: each copies
+half of the weight's rows, to both. Without that the second-level cache would have to give more bytes than it can.
 """
 
 import dataclasses
@@ -28,20 +29,32 @@ HALF = ROWS // 2
 STEP = 64
 """Elements of the contraction axis at once: 128 bytes, a line of swizzled shared memory."""
 MULTIPLIERS = 2
+PEERS = 2
 _REGISTERS = {"multiplying": 240, "copying": 32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Tiles of a product with ``rows`` of x: ``columns`` of the output in one, ``stages`` steps in the ring."""
+    """Tiles of a product with ``rows`` of x: ``columns`` of the output in one, ``stages`` steps in the ring.
+
+    ``peers`` programs copy weights together; their tiles count as one.
+    """
 
     rows: int
     columns: int
     stages: int
+    peers: int
 
-    @property
-    def row_tiles(self) -> int:
-        return self.rows // ROWS
+    def count(self, d_out: int) -> int:
+        """Tiles of an output, of all peers together."""
+        return self.rows // (self.peers * ROWS) * -(-d_out // self.columns)
+
+    def corner(self, tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First row and column of this program's; those of the same columns come one after the other, so that a weight is read
+        once."""
+        along = self.rows // (self.peers * ROWS)
+        row = (lax.rem(tile, along) * self.peers + lax.axis_index("peer")) * ROWS
+        return row, lax.div(tile, along) * self.columns
 
     @property
     def piece(self) -> int:
@@ -52,15 +65,19 @@ class Tiling:
 def tiling(rows: int, outputs: Sequence[int], columns: Iterable[int]) -> Tiling:
     """Of these columns of a tile, those with which the tiles of outputs so wide are done soonest."""
 
-    def cycles(columns: int) -> int:
+    def of(columns: int) -> Tiling:
+        room = target().shared_memory - MULTIPLIERS * 2 * HALF * 32 * 2 - 1024
+        # Interpreted programs that wait for each other stop for good now and then.
+        alone = rows % (PEERS * ROWS) or target().interpret
+        return Tiling(rows, columns, min(6, room // ((ROWS + columns) * STEP * 2)), 1 if alone else PEERS)
+
+    def cycles(tiles: Tiling) -> int:
         """Of a step, in which shared memory takes both tiles in and gives each warpgroup its half of x and all of the weight, 128
         bytes a cycle, times rounds of tiles. The tensor cores would be done in 4 cycles a column."""
-        tiles = rows // ROWS * sum(-(-n // columns) for n in outputs)
-        return -(-tiles // target().cores) * (256 + 3 * columns)
+        rounds = -(-sum(map(tiles.count, outputs)) // (target().cores // tiles.peers))
+        return rounds * (256 + 3 * tiles.columns)
 
-    best = min(columns, key=cycles)
-    room = target().shared_memory - MULTIPLIERS * 2 * HALF * 32 * 2 - 1024
-    return Tiling(rows, best, min(6, room // ((ROWS + best) * STEP * 2)))
+    return min(map(of, columns), key=cycles)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +90,7 @@ class Ring:
     empty: Any
     stages: int
     columns: int
+    peers: int
 
     def let_go_of_all(self) -> None:
         """Of each warpgroup that multiplies, first of all."""
@@ -86,9 +104,15 @@ class Ring:
             stage, part = lax.rem(first + i, self.stages), pl.ds(i * STEP, STEP)
             plgpu.barrier_wait(self.empty.at[stage])
             plgpu.copy_gmem_to_smem(x.at[:, part], self.a.at[stage], self.full.at[stage])
-            plgpu.copy_gmem_to_smem(weight.at[:, part], self.b.at[stage], self.full.at[stage])
+            together = {"collective_axes": "peer"} if self.peers > 1 else {}
+            plgpu.copy_gmem_to_smem(weight.at[:, part], self.b.at[stage], self.full.at[stage], **together)
 
         lax.fori_loop(0, steps, step, None)
+
+    def until_all_let_go(self, first: jax.Array) -> None:
+        """Of the warpgroup that copies, last of all: a peer must not find this program's barriers gone."""
+        for stage in range(self.stages):
+            plgpu.barrier_wait(self.empty.at[lax.rem(first + stage, self.stages)])
 
     def multiply(self, first: jax.Array, steps: int | jax.Array) -> jax.Array:
         """This warpgroup's rows of the same product, float32 [HALF, columns]."""
@@ -119,6 +143,12 @@ def _swizzled(columns: int) -> tuple[Any, Any]:
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
 
 
+def _let_go(tiles: Tiling) -> Any:
+    """Barriers at which all warpgroups that multiply arrive, those of the peer too."""
+    sizes = {"num_arrivals": MULTIPLIERS, "num_barriers": tiles.stages}
+    return plgpu.ClusterBarrier(collective_axes=("peer",), **sizes) if tiles.peers > 1 else plgpu.Barrier(**sizes)
+
+
 TileWork = Callable[..., None]
 
 
@@ -131,7 +161,7 @@ def launch(
     Args:
       name: of the kernel.
       tiles: their sizes.
-      count: of tiles.
+      count: of tiles, see `Tiling.count`.
       steps: how many a tile has, by its number.
       operands: arrays; those to multiply have the dtype of the first.
       outputs: shapes.
@@ -139,21 +169,21 @@ def launch(
         the ring's ``first``, and ``staged`` [2, HALF, piece] is shared memory for what a warpgroup writes.
       copy: ``copy(ring, first, tile, references)``, what the third does.
     """
-    dtype, programs = operands[0].dtype, min(count, target().cores)
+    dtype, programs = operands[0].dtype, min(count, target().cores // tiles.peers)
     swizzled, narrow = _swizzled(STEP), _swizzled(tiles.piece)
 
     def body(*refs: Any) -> None:
         *arrays, a, b, staged, full, empty = refs
-        ring = Ring(a, b, full, empty, tiles.stages, tiles.columns)
+        ring = Ring(a, b, full, empty, tiles.stages, tiles.columns, tiles.peers)
         warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
 
-        def each_tile(act: TileWork, *more: Any) -> None:
+        def each_tile(act: TileWork, *more: Any) -> jax.Array:
             def one(i: jax.Array, first: jax.Array) -> jax.Array:
                 tile = program + i * programs
                 act(ring, first, tile, arrays, *more)
                 return first + steps(tile)
 
-            lax.fori_loop(0, lax.div(count - program + programs - 1, programs), one, jnp.int32(0))
+            return lax.fori_loop(0, lax.div(count - program + programs - 1, programs), one, jnp.int32(0))
 
         @pl.when(warpgroup < MULTIPLIERS)
         def _() -> None:
@@ -165,7 +195,7 @@ def launch(
         @pl.when(warpgroup == MULTIPLIERS)
         def _() -> None:
             plgpu.set_max_registers(_REGISTERS["copying"], action="decrease")
-            each_tile(copy)
+            ring.until_all_let_go(each_tile(copy))
 
     body.__name__ = name
     return plgpu.kernel(
@@ -173,6 +203,8 @@ def launch(
         out_type=list(outputs),
         grid=(programs,),
         grid_names=("program",),
+        cluster=(tiles.peers,),
+        cluster_names=("peer",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -181,7 +213,7 @@ def launch(
             plgpu.SMEM((tiles.stages, tiles.columns, STEP), dtype, transforms=swizzled),
             plgpu.SMEM((MULTIPLIERS, 2, HALF, tiles.piece), dtype, transforms=narrow),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # a copy of x, one of the weight
-            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiles.stages),
+            _let_go(tiles),
         ],
         interpret=plgpu.InterpretGPUParams() if target().interpret else None,
     )(*operands)
