@@ -100,12 +100,13 @@ class Ring:
     def fill(self, first: jax.Array, steps: int | jax.Array, x: Any, weight: Any) -> None:
         """Copies the steps of a product, the ring's ``first`` and those after: x [ROWS, k] and weight [columns, k]."""
 
+        together = "peer" if self.peers > 1 else None
+
         def step(i: jax.Array, _: None) -> None:
             stage, part = lax.rem(first + i, self.stages), pl.ds(i * STEP, STEP)
             plgpu.barrier_wait(self.empty.at[stage])
             plgpu.copy_gmem_to_smem(x.at[:, part], self.a.at[stage], self.full.at[stage])
-            together = {"collective_axes": "peer"} if self.peers > 1 else {}
-            plgpu.copy_gmem_to_smem(weight.at[:, part], self.b.at[stage], self.full.at[stage], **together)
+            plgpu.copy_gmem_to_smem(weight.at[:, part], self.b.at[stage], self.full.at[stage], collective_axes=together)
 
         lax.fori_loop(0, steps, step, None)
 
@@ -145,8 +146,9 @@ def _swizzled(columns: int) -> tuple[Any, Any]:
 
 def _let_go(tiles: Tiling) -> Any:
     """Barriers at which all warpgroups that multiply arrive, those of the peer too."""
-    sizes = {"num_arrivals": MULTIPLIERS, "num_barriers": tiles.stages}
-    return plgpu.ClusterBarrier(collective_axes=("peer",), **sizes) if tiles.peers > 1 else plgpu.Barrier(**sizes)
+    if tiles.peers == 1:
+        return plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiles.stages)
+    return plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=MULTIPLIERS, num_barriers=tiles.stages)
 
 
 TileWork = Callable[..., None]
