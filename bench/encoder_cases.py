@@ -31,6 +31,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+BLOCK_TOKENS = 8192
+"""Enough for products of BERT's width to fill an H200, and its second-level cache holds what a block leaves."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EncoderCase(PromptCase):
     """A pass of an encoder. Low-rank queries, keys and values have factors of single heads, as FlashSVD's have."""
@@ -42,6 +46,17 @@ class EncoderCase(PromptCase):
         if self.impl.startswith("torch"):
             return "peers/encoder.py"
         return "peers/jax_encoder.py" if self.impl.startswith("jax") else "encoder_ours.py"
+
+    @property
+    def preferred(self) -> str | None:
+        """The implementation that ours tries first: what follows "flashsvd_jax-", but for blocks."""
+        return next((part for part in self.impl.split("-")[1:] if not part.startswith("blocks")), None)
+
+    @property
+    def block_tokens(self) -> int | None:
+        """Tokens that ours computes together: of "flashsvd_jax-blocks4096" 4096, of "flashsvd_jax-blocks" `BLOCK_TOKENS`."""
+        part = next((part for part in self.impl.split("-")[1:] if part.startswith("blocks")), None)
+        return None if part is None else int(part.removeprefix("blocks") or BLOCK_TOKENS)
 
     @property
     def config(self) -> EncoderConfig:
@@ -78,8 +93,10 @@ CASES = [
     *(("bert-base", ratio, 64, 512) for ratio in (0.25, 0.35)),
 ]
 IMPLS = (
-    "flashsvd_jax", "flashsvd_jax-products", "jax-cudnn", "jax-scores", "torch-eager", "torch-sdpa", "torch-compile",
+    "flashsvd_jax", "flashsvd_jax-blocks", "flashsvd_jax-products", "jax-cudnn", "jax-scores", "torch-eager", "torch-sdpa",
+    "torch-compile",
 )  # fmt: skip
-"""Ours as it chooses, and without rank streaming; plain JAX, attention by cuDNN and with its scores in memory; PyTorch."""
-EVERYWHERE = IMPLS[:2]
-"""What every model has; the others are of BERT's form."""
+"""Ours as it chooses, the same in blocks of tokens, and without rank streaming; plain JAX, attention by cuDNN and with its scores
+in memory; PyTorch."""
+EVERYWHERE = "flashsvd_jax"
+"""Implementations of such names have every model; the others are of BERT's form."""

@@ -6,29 +6,35 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from encoder_cases import EncoderCase
 from prompt_timing import timed_row
 
-from flashsvd_jax.benchmark import random_arrays
+from flashsvd_jax.benchmark import arrays_of_the_host
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.models.encoder import hidden_states
-from flashsvd_jax.models.encoder_weights import build_encoder_weights
+from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
+from flashsvd_jax.models.sequence_blocks import in_blocks
 from pallas_kernels import hardware_rank, prefer, record
 from pallas_kernels.registry import Record
 
 
 def main(case: EncoderCase) -> dict[str, Any]:
-    """The row of a case; what follows "flashsvd_jax-" is the implementation to try first."""
+    """The row of a case."""
     enable_persistent_cache()
-    weights, used = build_encoder_weights(case.config, random_arrays(case.config), hardware_rank), Record()
-    tokens = jnp.ones((case.batch, case.length), jnp.int32)
-    lengths = jnp.full((case.batch,), case.length, jnp.int32)
-    with record(used), prefer(case.impl.removeprefix("flashsvd_jax").lstrip("-") or None):
-        compiled = jax.jit(partial(hidden_states, case.config)).lower(weights, tokens, lengths).compile()
+    config, used = case.config, Record()
+    weights = build_encoder_weights(config, arrays_of_the_host(config), hardware_rank)
+    tokens = np.ones((case.batch, case.length), np.int32)
+    lengths = np.full(case.batch, case.length, np.int32)
+
+    def states(weights: EncoderWeights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+        return in_blocks(partial(hidden_states, config, weights), case.block_tokens, tokens, lengths)
+
+    with record(used), prefer(case.preferred):
+        lowered = jax.jit(states).lower(weights, tokens, lengths)
     attention = sorted({*used["attend_padded"], *used.get("attend", ())})
-    row = timed_row(case, compiled, (weights, tokens, lengths), attention)
-    return row | {"feed_forward": sorted(used["feed_forward"])}
+    row = timed_row(case, lowered, partial(jax.device_put, (weights, tokens, lengths)), attention)
+    return row | {"feed_forward": sorted(used["feed_forward"]), "block_tokens": case.block_tokens}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -146,5 +147,7 @@ def _forward(source: IO[str], lines: "queue.Queue[str | None]") -> None:
 
 
 def last_line(text: str) -> str:
-    """What a process said last, which tells why it ended."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")
+    """What a process said last, which tells why it ended: the last error, if there is any, as advice may follow it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or ["no message"])[-1]

@@ -14,7 +14,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ def kernel_events(trace: dict[str, Any]) -> list[Event]:
     return sorted(filter(on_gpu, events), key=lambda event: event["ts"])
 
 
-def layers(events: Sequence[Event]) -> list[Sequence[Event]]:
+def layers(events: Sequence[Event], attention: re.Pattern[str] = ATTENTION) -> list[Sequence[Event]]:
     """The kernels of each layer that is followed by another, from its attention to the next one's, which is included."""
-    starts = [i for i, event in enumerate(events) if ATTENTION.fullmatch(event["name"])]
+    starts = [i for i, event in enumerate(events) if attention.fullmatch(event["name"])]
     found = [events[a : b + 1] for a, b in itertools.pairwise(starts)]
     usual = collections.Counter(map(len, found)).most_common(1)  # between two steps there is more
     return [layer for layer in found if len(layer) == usual[0][0]] if usual else []
@@ -101,10 +101,14 @@ def profile(engine: Engine, context: int) -> list[Event]:
     prompts = np.random.default_rng(0).integers(0, engine.config.vocab_size, (engine.batch, context)).tolist()
     blocks = engine.generate(prompts, [params] * engine.batch)
     next(blocks), next(blocks)
+    return profiled(lambda: [*blocks])
+
+
+def profiled(run: Callable[[], object]) -> list[Event]:
+    """Kernels that ran during a call, which waits for them."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for _ in blocks:
-                pass
+            run()
         (file,) = Path(folder).rglob("*.trace.json.gz")
         return kernel_events(json.loads(gzip.decompress(file.read_bytes())))
 

@@ -35,7 +35,7 @@ Patch = tuple[Any, str, Any]
 
 def _at_once(reads: Sequence[words.Read], patience: Any) -> list[list[Any]]:
     always = code.equal(code.integer(0), code.integer(0))
-    return [read.load(always, read.epoch)[0] for read in reads]
+    return [read.values(read.load(always, read.words)) for read in reads]
 
 
 def _nothing_copied(to: Any, barrier: Any, *rest: Any) -> None:

@@ -40,11 +40,11 @@ def _mark(place: Any, which: str) -> None:
         row = code.add(code.mul(row, code.integer(len(MARKS))), code.integer(MARKS.index(which)))
         at = code.add(code.mul(row, code.integer(plan.programs)), code.add(code.program(), code.integer(HEADER)))
         at = code.mul(at, code.integer(4))
-        alone = code.flag(code.equal(code.thread(), code.integer(0)))
+        alone = code.flag(code.equal(code.reader(), code.integer(0)))
         clock = "{ .reg .u32 t; .reg .pred q; .reg .u64 a; setp.ne.u32 q, $2, 0; mov.u32 t, %globaltimer_lo; "
-        code.ptx(clock + "cvt.u64.u32 a, $1; add.u64 a, a, $0; @q st.global.u32 [a], t; }", e.stall, at, alone)
+        code.ptx(clock + "cvt.u64.u32 a, $1; add.u64 a, a, $0; @q st.global.u32 [a], t; }", refs[0], at, alone)
 
-    place.emit(body)
+    place.emit(body, refs=[place.launch.stall])
 
 
 def _marked(function: Callable[..., Any], before: str | None, after: str) -> Callable[..., Any]:

@@ -41,4 +41,4 @@ CASES = [
     *(("llama-2-7b", ratio, *size) for ratio in (0.5, 1.0) for size in ((1, 512), (8, 512), (1, 8192))),
     *(("llama-3.1-8b", 0.6, *size) for size in ((1, 512), (8, 512), (1, 8192))),
 ]
-IMPLS = ("flashsvd_jax", "jax-cudnn", "torch-sdpa")
+IMPLS = ("flashsvd_jax", "jax-cudnn", "torch-sdpa", "torch-compile")

@@ -1,18 +1,19 @@
 """What the benchmarks of encoders and of prompts have in common: a case in a process of its own, and its row."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from case_process import CaseProcess, taking_turns
 from decode import environment
-from jobs import HERE, append_row, last_line, results_folder
+from jobs import HERE, append_row, results_folder
 
 from flashsvd_jax.benchmark import provenance
 
@@ -70,6 +71,13 @@ def arguments(
     parser.add_argument("--sizes", metavar="BxL,..", help="such as 8x512; those of all cases if not given")
     parser.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="start no case after so long")
     parser.add_argument("--case-limit", type=float, default=120.0, metavar="S", help="a case that takes longer fails")
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start so many cases before their turn; they use the GPU one by one",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/<device>/<suite>.jsonl if not given")
     return parser.parse_args(argv)
 
@@ -105,31 +113,34 @@ def median_seconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def measured(case: PromptCase, limit: float) -> dict[str, Any]:
-    """The row of a case, from a process of its own."""
-    command = [sys.executable, str(HERE / case.script), case.to_json()]
-    env = environment("peers" if "torch" in case.impl else "ours.py")
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit, env=env)
-    except subprocess.TimeoutExpired:
-        return {**case.described(), "error": f"no result after {limit:.0f} s", **provenance()}
-    rows = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    if result.returncode or not rows:
-        return {**case.described(), "error": last_line(result.stderr)[:300], **provenance()}
-    return json.loads(rows[-1]) | provenance()
+def measured(cases: Sequence[PromptCase], limit: float, budget: float, ahead: int = 0) -> Iterator[dict[str, Any]]:
+    """The rows of cases, each from a process of its own, of those that begin before the budget is spent.
+
+    ``limit`` counts the seconds after the case before has ended; cases that were started ahead may have the GPU meanwhile.
+    """
+    start, waiting, running = time.time(), deque(enumerate(cases, 1)), deque[tuple[PromptCase, CaseProcess]]()
+    with taking_turns(ahead + 1) as turns, contextlib.ExitStack() as started:
+        while waiting or running:
+            while waiting and len(running) <= ahead:
+                number, case = waiting.popleft()
+                if time.time() - start > budget:
+                    print(f"left out, {budget:.0f} s were spent: {case}")
+                    continue
+                print(f"[{time.time() - start:5.0f} s] {number}/{len(cases)} {case}", flush=True)
+                env = environment("peers" if "torch" in case.impl else "ours.py") | turns
+                process = started.enter_context(CaseProcess(HERE / case.script, case.to_json(), env))
+                running.append((case, process))
+            if running:
+                case, process = running.popleft()
+                yield {**case.described(), **process.row(limit), **provenance()}
 
 
 def measure_all(cases: Sequence[PromptCase], parsed: argparse.Namespace) -> None:
-    """Measures cases until the budget is spent, appends their rows, and prints them as a table."""
-    budget, limit, out = parsed.budget, parsed.case_limit, parsed.out
-    start, rows = time.time(), []
-    for number, case in enumerate(cases, 1):
-        if time.time() - start > budget:
-            print(f"left out, {budget:.0f} s were spent: {case}")
-            continue
-        print(f"[{time.time() - start:5.0f} s] {number}/{len(cases)} {case}", flush=True)
-        rows.append(measured(case, limit))
-        append_row(out or results_folder(rows[-1].get("device", "failed")) / f"{case.suite}.jsonl", rows[-1])
+    """Measures cases, appends their rows, and prints them as a table."""
+    rows = []
+    for row in measured(cases, parsed.case_limit, parsed.budget, parsed.ahead):
+        rows.append(row)
+        append_row(parsed.out or results_folder(row.get("device", "failed")) / f"{row['suite']}.jsonl", row)
     print(*map(_line, rows), sep="\n")
 
 

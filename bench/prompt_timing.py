@@ -1,9 +1,11 @@
 """How a pass of a whole batch is timed in JAX, and the rate of large products that it is compared with."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from case_process import gpu_alone
 from prompt_cases import PromptCase, median_seconds, row_of
 
 
@@ -16,16 +18,20 @@ def matrix_rate() -> float:
     return calls * 2 * size**3 / median_seconds(lambda: jax.block_until_ready([product(x) for _ in range(calls)]), 5)
 
 
-def timed_row(case: PromptCase, compiled: Any, operands: tuple[Any, ...], attention: list[str]) -> dict[str, Any]:
-    """The row of a compiled pass. Its peak is the process's own, so a process should time one case alone."""
-    jax.block_until_ready(compiled(*operands))
-    latency = median_seconds(lambda: jax.block_until_ready(compiled(*operands)), case.repeats)
+def timed_row(
+    case: PromptCase, lowered: jax.stages.Lowered, draw: Callable[[], tuple[Any, ...]], attention: Sequence[str]
+) -> dict[str, Any]:
+    """The row of a lowered pass over what ``draw`` puts on the device. Its peak is the process's own: one case a process."""
+    with gpu_alone():
+        operands, compiled = draw(), lowered.compile()
+        jax.block_until_ready(compiled(*operands))
+        latency = median_seconds(lambda: jax.block_until_ready(compiled(*operands)), case.repeats)
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        rate = round(matrix_rate() / 1e12, 1)
     memory = compiled.memory_analysis()
     held = sum(a.nbytes for a in jax.tree.leaves(operands))
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     row = row_of(
         case, latency, attention, temp_bytes=memory.temp_size_in_bytes if memory else None,
         peak_activation_bytes=None if peak is None else peak - held,
     )  # fmt: skip
-    rate = round(matrix_rate() / 1e12, 1)
     return {**row, "matmul_tflops": rate, "device": jax.devices()[0].device_kind, "jax": jax.__version__}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import decode_costs
-from reporting import compression, compression_large, plots, prompts, tables
+from reporting import compression, compression_large, plots, prompt_plots, prompts, tables
 from reporting.rows import results
 
 from converters import FAMILIES
@@ -26,11 +26,18 @@ BUNDLED = ROOT / "flashsvd_jax" / "bundled"
 
 
 DECODE = RESULTS / "nvidia_h200" / "decode.jsonl"
+ENCODER = RESULTS / "nvidia_h200" / "encoder.jsonl"
+PREFILL = RESULTS / "nvidia_h200" / "prefill.jsonl"
 PLOTS = ROOT / "bench" / "plots"
 PLOT_TEXTS = {
     "ratio": "Milliseconds a token against the parameters kept",
     "context": "Milliseconds a token against the context",
     "batch": "Milliseconds a token against the batch",
+}
+PROMPT_PLOT_TEXTS = {"prefill": "Operations a second of prompts against their tokens"}
+ENCODER_PLOT_TEXTS = {
+    "encoder_latency": "Milliseconds of an encoder's pass against the parameters kept",
+    "encoder_memory": "Memory of an encoder's pass against the parameters kept",
 }
 
 
@@ -80,12 +87,41 @@ def end_to_end_table() -> str:
 
 def plot_links() -> str:
     """The plots there are rows for."""
-    return "\n".join(f"![{PLOT_TEXTS[name]}](bench/plots/{name}.svg)" for name in plots.plots(results(DECODE)))
+    return _links(PLOT_TEXTS)
+
+
+def prefill_plot_links() -> str:
+    """Those of prompts."""
+    return _links(PROMPT_PLOT_TEXTS)
+
+
+def encoder_plot_links() -> str:
+    """Those of encoders."""
+    return _links(ENCODER_PLOT_TEXTS)
+
+
+def _links(texts: dict[str, str]) -> str:
+    drawn = all_plots()
+    return "\n".join(f"![{text}](bench/plots/{name}.svg)" for name, text in texts.items() if name in drawn)
+
+
+def all_plots() -> dict[str, plots.Data]:
+    """Name -> data of the plots there are rows for."""
+    return plots.plots(results(DECODE)) | prompt_plots.plots(ENCODER, PREFILL)
 
 
 def encoder_table() -> str:
     """Encoders."""
-    return prompts.encoder(RESULTS / "nvidia_h200" / "encoder.jsonl")
+    return prompts.encoder(ENCODER)
+
+
+def encoder_factors() -> str:
+    """What encoders of ours take in memory and time beside others; with its sentence, because early rows give no such table."""
+    table = prompts.encoder_factors(ENCODER)
+    return table and (
+        "Memory of flashsvd_jax against that of plain JAX, and how many times as fast it is. Others are plain SVD at the same\n"
+        f'ratio where nothing is said, else dense; "cuDNN" and "scores" are how they attend:\n\n{table}'
+    )
 
 
 def minilm_table() -> str:
@@ -95,7 +131,16 @@ def minilm_table() -> str:
 
 def prefill_table() -> str:
     """Prompts of decoders."""
-    return prompts.prefill(RESULTS / "nvidia_h200" / "prefill.jsonl")
+    return prompts.prefill(PREFILL)
+
+
+def prefill_factors() -> str:
+    """Prompts against others; with its sentence, because there may be no such rows."""
+    table = prompts.prefill_factors(PREFILL)
+    return (
+        table
+        and f"Those of flashsvd_jax as a share of that rate, and how many times as fast as others they are:\n\n{table}"
+    )
 
 
 def bundled_table() -> str:
@@ -147,12 +192,16 @@ PARTS: dict[str, Callable[[], str]] = {
     "decode": decode_table,
     "dense": dense_table,
     "encoder": encoder_table,
+    "encoder_factors": encoder_factors,
+    "encoder_plots": encoder_plot_links,
     "end_to_end": end_to_end_table,
     "families": families,
     "minilm": minilm_table,
     "perplexity": bundled_table,
     "plots": plot_links,
     "prefill": prefill_table,
+    "prefill_factors": prefill_factors,
+    "prefill_plots": prefill_plot_links,
     "sample": bundled_sample,
     "speedups": speedup_table,
     "start": start_table,
@@ -174,7 +223,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only say whether all that is up to date")
     check = parser.parse_args().check
     readme = ROOT / "README.md"
-    text, wanted = readme.read_text(encoding="utf-8"), plots.plots(results(DECODE))
+    text, wanted = readme.read_text(encoding="utf-8"), all_plots()
     updated = render(text)
     if not check:
         readme.write_text(updated, encoding="utf-8")

@@ -159,15 +159,15 @@ def measure_end_to_end(
 def random_weights(config: ModelConfig, dtype: str = "bfloat16") -> DecoderWeights:
     """Weights on the device, scaled so that activations neither vanish nor explode."""
     if len({spec.shape for spec in schema(config).values()}) > _MANY_SHAPES:
-        return build_weights(config, _drawn_on_the_host(config, dtype), hardware_rank, jax.device_put)
+        return build_weights(config, arrays_of_the_host(config, dtype), hardware_rank, jax.device_put)
     return build_weights(config, random_arrays(config, dtype), hardware_rank)
 
 
 _MANY_SHAPES = 32  # drawing on the device compiles a program for each shape; a model of mixed ranks has hundreds
 
 
-def _drawn_on_the_host(config: AnyConfig, dtype: str) -> Callable[[str], np.ndarray]:
-    """Flat name -> array, cut from one row of random numbers for each scale, a power of two."""
+def arrays_of_the_host(config: AnyConfig, dtype: str = "bfloat16") -> Callable[[str], np.ndarray]:
+    """Flat name -> array of numpy, cut from one row of random numbers for each scale, a power of two."""
     specs, rng, rows = schema(config), np.random.default_rng(0), dict[int, np.ndarray]()
 
     def get(name: str) -> np.ndarray:

@@ -29,6 +29,8 @@ class Implementation:
       name: of the implementation; the same name in several ops means the same technique.
       run: computes the op.
       refuses: ``refuses(*args, **kwargs)`` gives the reason why it cannot serve a call, or None.
+      slower: gives the reason why others are expected to serve a call sooner, or None; asked only where it is neither named nor
+        preferred.
       unavailable: gives the reason why it can serve no call at all on a device, or None.
       workspace: bytes of GPU memory that a call takes beside its arguments and results; None where nobody has counted them.
       whole: computes what other ops would; passed over where an implementation of those is preferred that this op has none of.
@@ -40,6 +42,7 @@ class Implementation:
     unavailable: Callable[[Target], str | None] = lambda device: None
     whole: bool = False
     workspace: Callable[..., int] | None = None
+    slower: Callable[..., str | None] = lambda *args, **kwargs: None
 
 
 class Op:
@@ -89,6 +92,8 @@ class Op:
                 continue
             reason = self._passed_over(candidate, implementation)
             reason = reason or candidate.unavailable(target()) or candidate.refuses(*args, **kwargs)
+            if reason is None and candidate.name not in (implementation, _PREFERRED.get()):
+                reason = candidate.slower(*args, **kwargs)
             if reason is None:
                 return candidate, refusals
             refusals[candidate.name] = reason

@@ -6,8 +6,11 @@ from importlib import resources
 from typing import Any
 
 
-def table(package: str, device: str) -> Any:
-    """What ``tuned/<device>.json`` of a package holds, for a device by the name that it gives itself; None if there is none."""
-    name = re.sub(r"\W+", "_", device.lower()) + ".json"
+def table(package: str, device: str, subject: str = "") -> Any:
+    """What ``tuned/<device>.json`` of a package, or ``tuned/<device>_<subject>.json``, holds; None if there is none.
+
+    A device goes by the name that it gives itself.
+    """
+    name = re.sub(r"\W+", "_", f"{device.lower()} {subject}".strip()) + ".json"
     file = resources.files(package) / "tuned" / name
     return json.loads(file.read_text(encoding="utf-8")) if device and file.is_file() else None

@@ -7,15 +7,14 @@ not, "compile" is the latter through `torch.compile`.
 """
 
 import json
-import statistics
 import sys
-import time
 from typing import Any
 
 import torch
 import transformers
+from case_process import gpu_alone
 from encoder_cases import SHAPES, EncoderCase
-from prompt_cases import row_of
+from prompt_cases import median_seconds, row_of
 
 ATTENTION = {"torch-eager": "eager", "torch-sdpa": "sdpa", "torch-compile": "sdpa"}
 
@@ -47,23 +46,24 @@ def main(case: EncoderCase) -> dict[str, Any]:
     tokens = torch.ones((case.batch, case.length), dtype=torch.long, device=device)
     mask = torch.ones_like(tokens)
     run = torch.compile(model) if case.impl == "torch-compile" else model
-    for _ in range(2):
-        run(input_ids=tokens, attention_mask=mask)
-    held = peak = None
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-    times = []
-    for _ in range(case.repeats):
-        start = time.perf_counter()
+
+    def once() -> None:
         run(input_ids=tokens, attention_mask=mask)
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    latency = statistics.median(times)
-    if held is not None:
-        peak = torch.cuda.max_memory_allocated() - held
+
+    if run is not model:
+        once()  # compiles for long, and uses the GPU for one pass alone
+    held = peak = None
+    with gpu_alone():
+        for _ in range(2):
+            once()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+        latency = median_seconds(once, case.repeats)
+        if held is not None:
+            peak = torch.cuda.max_memory_allocated() - held
     row = row_of(case, latency, [ATTENTION[case.impl]], peak_activation_bytes=peak)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     return {**row, "matmul_tflops": None, "device": name, "torch": torch.__version__}

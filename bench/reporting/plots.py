@@ -12,11 +12,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from reporting.prompts import IMPLEMENTATIONS as PROMPTS
 from reporting.rows import IMPLEMENTATIONS, Results, Setting
 
 FLOOR = "floor: bytes over bandwidth"
+MATRIX_RATE = "large matrix products"
 DENSE = "dense, fastest of ours"
-Data = dict[str, Any]  # {"x", "y", "panels": [{"title", "series": [{"label", "x", "y"}]}]}; names and numbers only
+KEPT = "parameters kept in the layers"
+Data = dict[str, Any]
+"""{"x", "y", "panels": [{"title", "series": [{"label", "x", "y"}]}]}, "yscale" where it is not "log"; names and numbers only."""
 _CREATOR = re.compile(r"<dc:creator>.*?<dc:title>(.*?)</dc:title>", re.DOTALL)
 _DESCRIPTION = re.compile(r"<dc:description>(.*?)</dc:description>", re.DOTALL)
 
@@ -29,7 +33,7 @@ def plots(results: Results) -> dict[str, Data]:
     by_ratio = _panel(results, "batch 1, context 512", at_512, lambda s: s.kept)
     _add_dense_level(results, at_512, by_ratio)
     found = {
-        "ratio": ("parameters kept in the layers", [by_ratio]),
+        "ratio": (KEPT, [by_ratio]),
         "context": (
             "context, tokens",
             [
@@ -46,7 +50,7 @@ def plots(results: Results) -> dict[str, Data]:
             ],
         ),
     }  # fmt: skip
-    return {name: data for name, (x, panels) in found.items() if (data := _data(x, panels))}
+    return {name: data for name, (x, panels) in found.items() if (data := data_of(x, "ms a token", panels))}
 
 
 def draw(name: str, data: Data) -> bytes:
@@ -57,15 +61,18 @@ def draw(name: str, data: Data) -> bytes:
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(2.2 + 4 * len(data["panels"]), 3.8), layout="constrained")
         for panel, axes in zip(data["panels"], figure.subplots(1, len(data["panels"]), squeeze=False)[0], strict=True):
-            for series in panel["series"]:
-                axes.plot(series["x"], series["y"], label=series["label"], **_style(series["label"]))
-            axes.set(title=panel["title"], xlabel=data["x"], ylabel=data["y"], yscale="log")
-            if name != "ratio":
+            for line in panel["series"]:
+                axes.plot(line["x"], line["y"], label=line["label"], **_style(line["label"]))
+            axes.set(title=panel["title"], xlabel=data["x"], ylabel=data["y"], yscale=data.get("yscale", "log"))
+            if data["x"] != KEPT:
                 axes.set_xscale("log", base=2)
-            ticks = sorted({x for series in panel["series"] for x in series["x"]})
+            ticks = sorted({x for line in panel["series"] for x in line["x"]})
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            if axes.get_yscale() == "log":
+                axes.yaxis.set_minor_formatter("{x:g}")
+            else:
+                axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
         lines = {str(line.get_label()): line for axes in figure.axes for line in axes.get_lines()}
         figure.legend(list(lines.values()), list(lines), loc="outside right center")
@@ -108,12 +115,12 @@ def _is_drawing_of(file: Path, data: Data) -> bool:
 def _panel(results: Results, title: str, settings: list[Setting], x_of: Callable[[Setting], float]) -> Data:
     """One series an implementation that has points, and the floor of our own rows below them."""
     settings = sorted(settings, key=x_of)
-    series = []
+    lines = []
     for impl in results.implementations(settings):
         points = [(x_of(s), y) for s in settings if (y := results.value(s, impl)) is not None]
-        series.append(_series(IMPLEMENTATIONS[impl], points))
-    series.append(_series(FLOOR, [(x_of(s), own["floor_ms"]) for s in settings if (own := results.own(s))]))
-    return {"title": title, "series": [s for s in series if s["x"]]}
+        lines.append(series(IMPLEMENTATIONS[impl], points))
+    lines.append(series(FLOOR, [(x_of(s), own["floor_ms"]) for s in settings if (own := results.own(s))]))
+    return {"title": title, "series": [line for line in lines if line["x"]]}
 
 
 def _add_dense_level(results: Results, settings: list[Setting], panel: Data) -> None:
@@ -121,23 +128,25 @@ def _add_dense_level(results: Results, settings: list[Setting], panel: Data) -> 
     own = next((row for s in settings if s.ranks == "dense" and (row := results.own(s))), None)
     if own is not None:
         kept = [s.kept for s in settings]
-        panel["series"].append(_series(DENSE, [(min(kept), own["ms_per_token"]), (max(kept), own["ms_per_token"])]))
+        panel["series"].append(series(DENSE, [(min(kept), own["ms_per_token"]), (max(kept), own["ms_per_token"])]))
 
 
-def _series(label: str, points: list[tuple[float, float]]) -> Data:
+def series(label: str, points: list[tuple[float, float]]) -> Data:
+    """One line of a panel."""
     return {"label": label, "x": [x for x, _ in points], "y": [y for _, y in points]}
 
 
-def _data(x: str, panels: list[Data]) -> Data | None:
-    drawn = [panel for panel in panels if any(len(set(series["x"])) > 1 for series in panel["series"])]
-    return {"x": x, "y": "ms a token", "panels": drawn} if drawn else None
+def data_of(x: str, y: str, panels: list[Data]) -> Data | None:
+    """A plot of the panels that have something to join, None if there are none."""
+    drawn = [panel for panel in panels if any(len(set(line["x"])) > 1 for line in panel["series"])]
+    return {"x": x, "y": y, "panels": drawn} if drawn else None
 
 
 def _style(label: str) -> dict[str, Any]:
-    """One colour an implementation in every plot; lines that are no measurement have no markers."""
-    if label == FLOOR:
+    """One colour an implementation in every plot of a kind; lines that are no measurement of one have no markers."""
+    if label in (FLOOR, MATRIX_RATE):
         return {"color": "black", "linestyle": "--"}
     if label == DENSE:
         return {"color": "grey", "linestyle": ":"}
-    number = list(IMPLEMENTATIONS.values()).index(label)
+    number = next(n for names in (IMPLEMENTATIONS, PROMPTS) for n, name in enumerate(names.values()) if name == label)
     return {"color": f"C{number}", "marker": "o", "linewidth": 2.0 if number < 2 else 1.2}

@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-length", type=int, metavar="N", help="tokens of the longest text; the model's limit if not given")
     add("--truncate", action="store_true", help="cut longer texts off; they are an error otherwise")
     add("--batch", type=int, metavar="N", help="texts at once; by memory if not given")
+    add(
+        "--block-tokens",
+        type=int,
+        metavar="N",
+        help="of those, compute at most so many tokens together, which takes less memory; all if not given",
+    )
 
 
 def run(parsed: argparse.Namespace) -> None:
@@ -38,7 +44,10 @@ def run(parsed: argparse.Namespace) -> None:
     from flashsvd_jax.encoder_model import load_encoder
     from flashsvd_jax.encoding import encode
 
-    model = load_encoder(parsed.model, dtype=parsed.dtype, materialize=parsed.materialize, kernels=parsed.kernels)
+    model = load_encoder(
+        parsed.model, dtype=parsed.dtype, materialize=parsed.materialize, kernels=parsed.kernels,
+        block_tokens=parsed.block_tokens,
+    )  # fmt: skip
     vectors = encode(
         model, texts, pooling=parsed.pooling, normalize=parsed.normalize, max_length=parsed.max_length,
         truncate=parsed.truncate, batch=parsed.batch,

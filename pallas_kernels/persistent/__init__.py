@@ -1,6 +1,7 @@
 """A persistent kernel for Hopper: a step of decoding, all layers and the head, in one launch whose weight stream does not stop.
 
-One program lives on each core for the whole launch. Its first warpgroup loads, its second multiplies:
+One program lives on each core for the whole launch. One of its warpgroups loads, one multiplies, and one helps that to put inputs
+together:
 
     loading       w w w w w w k v w w w w w w ...     tiles of 16 KiB, weights and the cache's keys and values alike, in the order
                       |                                 in which they will be used; no input is waited for, so they come early
@@ -39,6 +40,9 @@ has no rows in the second, and who reads it takes its columns from the first: wh
     words, copies, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.
+
+All of this is code that is run once a layer, so that it is read anew each time where it is more than the instruction cache of a
+core holds, about 128 KB. So what is emitted is kept small: `bench/NOTES.md` tells what each part of it cost.
 """
 
 from pallas_kernels.decode import decode_layers

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
 from jax._src.lib.mlir.dialects import arith, scf
 from jax.experimental.mosaic.gpu import FragmentedArray, utils
@@ -27,6 +28,9 @@ add, sub, mul, both = arith.addi, arith.subi, arith.muli, arith.andi
 add_f, sub_f, mul_f, div_f, max_f, select = (
     arith.addf, arith.subf, arith.mulf, arith.divf, arith.maximumf, arith.select,
 )  # fmt: skip
+
+INTEGER = plgpu.ShapeDtypeStruct((), jnp.int32, layout=SCALAR(()))  # pyright: ignore
+"""An integer that emitted code returns."""
 
 
 def emitted(*types: Any, returns: Any = None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -109,6 +113,12 @@ def thread() -> Value:
     return both(ptx("mov.u32 $0, %tid.x;", results=[int_type()])[0], integer(127))
 
 
+def reader() -> Value:
+    """Number among those who put inputs together: of the first warpgroup and the third."""
+    number = ptx("mov.u32 $0, %tid.x;", results=[int_type()])[0]
+    return add(both(number, integer(127)), mul(arith.shrui(number, integer(8)), integer(128)))
+
+
 def program() -> Value:
     """Number of the program."""
     return ptx("mov.u32 $0, %ctaid.x;", results=[int_type()])[0]
@@ -117,6 +127,21 @@ def program() -> Value:
 def meet() -> None:
     """Waits for all threads of the warpgroup."""
     utils.warpgroup_barrier()
+
+
+def meet_readers(count: int) -> None:
+    """Waits for all who put inputs together. What they have stored in shared memory can be multiplied then."""
+    ptx("fence.proxy.async.shared::cta;")
+    ptx(f"bar.sync {_READERS}, {count};")
+
+
+_READERS = 8  # a barrier of the hardware that is nobody else's: JAX counts its own from 1, one for each warpgroup
+
+
+def ready_for_products() -> None:
+    """Orders registers and shared memory before the next wgmma. In a loop ptxas would do so itself, but where it takes the loop for
+    divergent, it then lets no two wgmma overlap."""
+    ptx("wgmma.fence.sync.aligned;")
 
 
 def when(condition: Value) -> Any:

@@ -5,7 +5,7 @@ from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.launch import Emitter
 from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import CHUNK, TILE_ROWS, Phase
-from pallas_kernels.persistent.words import Read, load_part
+from pallas_kernels.persistent.words import Read, in_fours, load_part
 
 _WORD = 4  # bytes
 
@@ -45,14 +45,20 @@ class Columns:
         at = w.add(w.add(w.mul(row, self._row), column), self._begin)
         first, there = w.offset_pointer(self.base, w.mul(at, w.integer(_WORD))), self._there(column)
 
-        def load(need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
-            """The columns, and the words that they are the sum of. Of a part that there is not, the word is as good as zero."""
-            some = w.select(need, there, w.integer(0))
-            found = [load_part(first, part, self._step, some, epoch) for part in range(self.parts)]
-            values = [w.total(list(four)) for four in zip(*map(w.floats, found), strict=True)]
-            return values, [word for four in found for word in four]
+        def absent(part: int) -> Value:
+            """Words of a part that there is not, as good as zeros that are there."""
+            return w.select(w.equal(w.both(there, w.integer(1 << part)), w.integer(0)), self.epoch, w.integer(0))
 
-        return Read(CHUNK, load, self.epoch)
+        def load(need: Value, old: list[Value]) -> list[Value]:
+            some = w.select(need, there, w.integer(0))
+            fours = [load_part(first, part, self._step, some, four) for part, four in enumerate(in_fours(old))]
+            return [word for four in fours for word in four]
+
+        def values(words: list[Value]) -> list[Value]:
+            return [w.total(list(column)) for column in zip(*map(w.floats, in_fours(words)), strict=True)]
+
+        words = [word for part in range(self.parts) for word in [absent(part)] * CHUNK]
+        return Read(self.epoch, words, load, values)
 
     def _there(self, column: Value) -> Value:
         """Which parts of a column there are: a bit for each."""

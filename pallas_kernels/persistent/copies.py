@@ -26,15 +26,23 @@ def publish_barriers() -> None:
     w.ptx("fence.proxy.async.shared::cta;")
 
 
-def pass_barrier(at: Value, parity: Value) -> None:
-    """Waits until the phase of a barrier with this parity is over."""
-    code = "{ .reg .pred q; again: mbarrier.try_wait.parity.shared::cta.b64 q, [$0], $1; @!q bra again; }"
-    w.ptx(code, at, parity)
+def pass_barrier(at: Value, parity: Value, condition: Value | None = None) -> None:
+    """Waits until the phase of a barrier with this parity is over, where the condition holds."""
+    code = "again: mbarrier.try_wait.parity.shared::cta.b64 q, [$0], $1; @!q bra again; "
+    if condition is None:
+        w.ptx("{ .reg .pred q; " + code + "}", at, parity)
+    else:
+        code = "{ .reg .pred q; setp.eq.u32 q, $2, 0; @q bra done; " + code + "done: }"
+        w.ptx(code, at, parity, w.flag(condition))
 
 
-def arrive(at: Value) -> None:
-    """Of this thread at a barrier."""
-    w.ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", at)
+def arrive(at: Value, condition: Value | None = None) -> None:
+    """Of this thread at a barrier, where the condition holds."""
+    if condition is None:
+        w.ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", at)
+    else:
+        code = "{ .reg .pred q; setp.ne.u32 q, $1, 0; @q mbarrier.arrive.shared::cta.b64 _, [$0]; }"
+        w.ptx(code, at, w.flag(condition))
 
 
 def copy_tile(to: Value, barrier: Value, tensor_map: Value, row: Value, column: Value, condition: Value) -> None:

@@ -18,11 +18,8 @@ from pallas_kernels.persistent.columns import Columns, biased
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
-from pallas_kernels.persistent.words import Read, load_run, load_words, store_word, store_words
+from pallas_kernels.persistent.words import Read, in_fours, load_run, load_words, store_word, store_words
 from pallas_kernels.rounding import power_of_two
-
-Loaded = tuple[list[Value], list[Value]]
-"""Four columns, and the words they are made of."""
 
 _WORDS_OF_VARYING = 96
 """That are waited for together, at the most, where what is told of an output by layer takes registers, too."""
@@ -98,9 +95,10 @@ class _Loader:
 
     def __post_init__(self) -> None:
         self.plan, self.source = self.e.plan, self.phase.source
+        self.threads = THREADS * self.plan.tuning.readers
         self.columns = w.mul(self.k_tiles, w.integer(TILE_K))  # of this part of the slice
         self.rows = power_of_two(self.plan.batch)
-        self.warp, self.lane = w.quotient(w.thread(), 32), w.remainder(w.thread(), 32)
+        self.warp, self.lane = w.quotient(w.reader(), 32), w.remainder(w.reader(), 32)
         row = w.remainder(self.warp, self.rows)
         self.has_row, self.row = (
             w.below(row, w.integer(self.plan.batch)),
@@ -120,8 +118,8 @@ class _Loader:
         return self.source.of[0].steps[0] if self.source.of else self.source.attention
 
     def run(self) -> None:
-        w.meet()  # nobody multiplies the last input any more
-        at_once = THREADS // 32 // self.rows  # tiles of a sequence
+        w.meet_readers(self.threads)  # nobody multiplies the last input any more
+        at_once = self.threads // 32 // self.rows  # tiles of a sequence
         most = -(-self.phase.activation_tiles // at_once)
         words = self.plan.tuning.words_at_once
         if any(output.varies for output in self.outputs):
@@ -136,9 +134,12 @@ class _Loader:
             return self._round(chunks, squares)
 
         squares = w.repeat(rounds, none, body)
+        for square in squares:
+            self._keep_squares(square)
+        w.meet_readers(self.threads)
         if self.is_stream:
             with w.when(self.publishing):
-                self._publish_squares(*squares)
+                self._publish_squares()
 
     def _round(self, chunks: list[_Chunk], squares: list[Value]) -> list[Value]:
         scales = [
@@ -193,43 +194,54 @@ class _Loader:
     def _reads(self, chunk: _Chunk) -> list[Read]:
         """Of a chunk: its columns, and where there is a gate what it gates."""
         if self.source.kind == "attended":
-            return [Read(CHUNK, lambda need, epoch: self._load_attended(chunk, need, epoch), self.told)]
+            return [self._read_attended(chunk)]
         reads = [output.read(self.row, chunk.column) for output in self.outputs]
-        if self.is_stream:
-            return [Read(CHUNK, lambda need, epoch: self._load_stream(reads[0], chunk, need, epoch), self.told)]
-        return reads
+        return [self._with_stream(reads[0], chunk)] if self.is_stream else reads
 
-    def _load_stream(self, added: Read, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
+    def _with_stream(self, added: Read, chunk: _Chunk) -> Read:
         at = w.add(w.mul(self.row, w.integer(self.plan.width)), chunk.column)
-        at = w.add(at, w.integer(self.plan.offset("stream", self.source.stream)))
-        stream = load_words(self.base, w.mul(at, w.integer(4)), need, epoch)
-        values, words = added.load(need, epoch)
-        return [w.add_f(s, v) for s, v in zip(w.floats(stream), values, strict=True)], words + stream
+        at = w.mul(w.add(at, w.integer(self.plan.offset("stream", self.source.stream))), w.integer(4))
+        count = len(added.words)
 
-    def _load_attended(self, chunk: _Chunk, need: Value, epoch: Value) -> Loaded:
+        def load(need: Value, old: list[Value]) -> list[Value]:
+            return added.load(need, old[:count]) + load_words(self.base, at, need, old[count:])
+
+        def values(words: list[Value]) -> list[Value]:
+            return [w.add_f(s, v) for s, v in zip(w.floats(words[count:]), added.values(words[:count]), strict=True)]
+
+        return Read(self.told, added.words + [w.integer(0)] * CHUNK, load, values)
+
+    def _read_attended(self, chunk: _Chunk) -> Read:
         """Parts of the positions, weighed by what each has of the softmax."""
         of = self._attention
         sums, weights = (self.plan.offset(kind, self.source.attention) for kind in ("sums", "weights"))
-        heads = w.integer(of.heads)
-        head = w.add(w.mul(self.row, heads), w.quotient(chunk.column, of.head_dim))
+        head = w.add(w.mul(self.row, w.integer(of.heads)), w.quotient(chunk.column, of.head_dim))
         first = w.add(w.mul(head, w.integer(of.parts)), w.integer(weights))
-        logs = load_run(self.base, first, of.parts, need, epoch)
-        fours = []
-        for part in range(of.parts):
-            row = w.mul(w.add(w.integer(part * self.plan.batch), self.row), w.integer(of.heads * of.head_dim))
-            at = w.add(w.add(row, chunk.column), w.integer(sums))
-            fours.append(load_words(self.base, w.mul(at, w.integer(4)), need, epoch))
-        words = [word for four in fours for word in four] + logs
-        if of.parts == 1:
-            return w.floats(fours[0]), words
-        largest = functools.reduce(w.max_f, w.floats(logs))
-        shares = [w.power_of_two(w.sub_f(log, largest)) for log in w.floats(logs)]
+
+        def load(need: Value, old: list[Value]) -> list[Value]:
+            found = load_run(self.base, first, need, old[: of.parts])
+            for part, four in enumerate(in_fours(old[of.parts :])):
+                row = w.mul(w.add(w.integer(part * self.plan.batch), self.row), w.integer(of.heads * of.head_dim))
+                at = w.mul(w.add(w.add(row, chunk.column), w.integer(sums)), w.integer(4))
+                found += load_words(self.base, at, need, four)
+            return found
+
+        count = of.parts * (1 + CHUNK)
+        return Read(self.told, [w.integer(0)] * count, load, self._weighed)
+
+    def _weighed(self, words: list[Value]) -> list[Value]:
+        """Four columns from the logarithms of all parts' weights and their columns."""
+        parts = self._attention.parts
+        logs, fours = w.floats(words[:parts]), [w.floats(four) for four in in_fours(words[parts:])]
+        if parts == 1:
+            return fours[0]
+        largest = functools.reduce(w.max_f, logs)
+        shares = [w.power_of_two(w.sub_f(log, largest)) for log in logs]
         whole = w.total(shares)
-        values = [
+        return [
             w.div_f(w.total([w.mul_f(s, v) for s, v in zip(shares, column, strict=True)]), whole)
-            for column in zip(*map(w.floats, fours), strict=True)
+            for column in zip(*fours, strict=True)
         ]
-        return values, words
 
     def _combine(self, parts: list[list[Value]], biases: list[list[Value]], root: Value | None) -> list[Value]:
         if self.source.kind == "attended":
@@ -251,14 +263,15 @@ class _Loader:
         store_words(self.stream_base, w.mul(at, w.integer(4)), values, self.e.epoch, w.both(used, self.publishing))
         return w.select(used, w.total([w.mul_f(v, v) for v in values]), w.number(0.0))
 
-    def _publish_squares(self, square: Value) -> None:
-        """Adds up the squares of all threads: a word a sequence for the steps that follow."""
+    def _keep_squares(self, square: Value) -> None:
         at = w.add(w.integer(SQUARES), w.mul(self.warp, w.integer(4)))
         w.store_shared(self.e.small, at, w.warp_sum(square), w.equal(self.lane, w.integer(0)))
-        w.meet()
-        alone = w.equal(w.thread(), w.integer(0))
+
+    def _publish_squares(self) -> None:
+        """Adds up the squares of all warps that have a sequence: a word of it for the steps that follow."""
+        alone = w.equal(w.reader(), w.integer(0))
         for row in range(self.plan.batch):
-            warps = range(row, THREADS // 32, self.rows)
+            warps = range(row, self.threads // 32, self.rows)
             total = w.total([w.load_shared(self.e.small, w.integer(SQUARES + 4 * warp)) for warp in warps])
             begin = self.plan.offset("squares", self.e.step) + row * self.phase.splits
             at = w.mul(w.add(self.split, w.integer(begin)), w.integer(4))

@@ -14,14 +14,14 @@ from pallas_kernels.decode import STALL_INTEGERS
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
 from pallas_kernels.persistent.inputs import embed
-from pallas_kernels.persistent.launch import PATIENCE, SMALL_FLOATS, Launch, Place
+from pallas_kernels.persistent.launch import PATIENCE, SAID, SMALL_FLOATS, Launch, Place
 from pallas_kernels.persistent.loading import load_step
 from pallas_kernels.persistent.multiplying import attend_step, multiply_step
 from pallas_kernels.persistent.outputs import collect
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
 from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase
-from pallas_kernels.persistent.words import SPINS
+from pallas_kernels.persistent.words import SPINS, tell
 
 
 def run_layers(
@@ -59,7 +59,7 @@ def run_layers(
         out_type=(jax.ShapeDtypeStruct((plan.batch, _columns(plan)), jnp.float32),),
         grid=(plan.programs,),
         grid_names=("program",),
-        num_threads=2,
+        num_threads=1 + plan.tuning.readers,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
@@ -101,7 +101,14 @@ class _Program:
             plgpu.barrier_arrive(self.ready)
             self._check_addresses()
             embed(self.launch, self.x)
-            self._all_steps(self._multiply)
+
+        @pl.when(warpgroup != 1)
+        def _() -> None:
+            self._all_steps(lambda place, tiles: self._multiply(place, tiles, warpgroup == 0))
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            self._tell_stalls()
 
         @pl.when(warpgroup == 1)
         def _() -> None:
@@ -122,13 +129,17 @@ class _Program:
         for step in range(plan.in_layer, len(plan.steps)):
             tiles = act(Place(self.launch, step, jnp.int32(plan.layers)), tiles)
 
-    def _multiply(self, place: Place, tiles: jax.Array) -> jax.Array:
+    def _multiply(self, place: Place, tiles: jax.Array, multiplies: jax.Array) -> jax.Array:
         step = self.launch.plan.steps[place.step]
         if isinstance(step, Attention):
-            return attend_step(place, self.ring, self.tables, self.lengths, tiles)
+            return attend_step(place, self.ring, self.tables, self.lengths, tiles, multiplies)
         if isinstance(step, Phase):
-            return multiply_step(place, self.ring, tiles)
-        collect(place, self.logits)
+            return multiply_step(place, self.ring, tiles, multiplies)
+
+        @pl.when(multiplies)
+        def _() -> None:
+            collect(place, self.logits)
+
         return tiles
 
     def _clear(self) -> None:
@@ -139,10 +150,20 @@ class _Program:
         def emit(context: Any, small: Any, activations: Any) -> None:
             w.clear(w.address(activations), tiles * 8 * TILE_K * 2)
             with w.when(w.equal(w.thread(), w.integer(0))):
-                w.store_shared_integer(w.add(w.shared_address(small), w.integer(PATIENCE)), w.integer(SPINS))
+                for at, value in ((PATIENCE, SPINS), (SAID, 0)):
+                    w.store_shared_integer(w.add(w.shared_address(small), w.integer(at)), w.integer(value))
 
         emit(self.launch.small, self.launch.activations)
         plgpu.commit_smem()
+
+    def _tell_stalls(self) -> None:
+        @w.emitted(plgpu.RefType(), plgpu.RefType())
+        def emit(context: Any, small: Any, stall: Any) -> None:
+            w.meet()
+            with w.when(w.equal(w.thread(), w.integer(0))):
+                tell(w.add(w.shared_address(small), w.integer(SAID)), w.address(stall))
+
+        emit(self.launch.small, self.launch.stall)
 
     def _check_addresses(self) -> None:
         """Says so in the stall if an operand is not where its address says: a copy was made in between. Each program checks some.

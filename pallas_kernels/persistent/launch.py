@@ -17,7 +17,8 @@ from pallas_kernels.persistent.words import Patience, Read, load_run, until_writ
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
-SQUARES = 64  # float32 [4 warps]
+SAID = 4  # int32: of a wait in vain
+SQUARES = 64  # float32 [8 warps]
 BY_WARP = 256  # float32 [2, 4 warps, 8 heads]
 FRESH_KEY, FRESH_VALUE = 512, 768  # bfloat16 [128] each, of the new token
 SMALL_FLOATS = 256
@@ -55,7 +56,7 @@ class Launch:
         if len(set(values)) == 1:
             return jnp.int32(values[0])
 
-        @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=_INTEGER)
+        @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=w.INTEGER)
         def load(context: Any, numbers: Any, layer: Any) -> Any:
             return w.splat(load_number(self, w.address(numbers), w.scalar(layer), values))
 
@@ -69,9 +70,6 @@ def load_number(launch: Launch, numbers: Value, layer: Value, values: Sequence[i
     return w.load_integer(numbers, w.mul(at, w.integer(4)))
 
 
-_INTEGER = plgpu.ShapeDtypeStruct((), jnp.int32, layout=w.SCALAR(()))  # pyright: ignore
-
-
 @dataclasses.dataclass
 class Emitter:
     """Within emitted code: addresses of what a launch consists of, for one step of one layer."""
@@ -79,7 +77,6 @@ class Emitter:
     launch: Launch
     step: int
     words: Value
-    stall: Value
     addresses: Value
     numbers: Value
     small: Value
@@ -104,9 +101,9 @@ class Emitter:
 
     def wait(self, reads: Sequence[Read]) -> list[list[Value]]:
         """`until_written`."""
-        attempts = w.add(self.small, w.integer(PATIENCE))
+        attempts, said = (w.add(self.small, w.integer(at)) for at in (PATIENCE, SAID))
         step = STEPS.index(self.plan.steps[self.step].name)
-        return until_written(reads, Patience(attempts, self.stall, step, self.epoch))
+        return until_written(reads, Patience(attempts, said, step, self.epoch))
 
     def squares(self, stream: int, row: Value) -> Read:
         """Of a sequence's sum of squares of the stream in an earlier phase."""
@@ -115,11 +112,12 @@ class Emitter:
         begin, count = self.plan.offset("squares", stream), phase.splits
         first = w.add(w.mul(row, w.integer(count)), w.integer(begin))
 
-        def load(need: Value, epoch: Value) -> tuple[list[Value], list[Value]]:
-            words = load_run(base, first, count, need, epoch)
-            return [w.total(w.floats(words))], words
-
-        return Read(1, load, self.epoch)
+        return Read(
+            self.epoch,
+            [w.integer(0)] * count,
+            lambda need, old: load_run(base, first, need, old),
+            lambda words: [w.total(w.floats(words))],
+        )
 
     def root(self, squares: Value) -> Value:
         """1 / root mean square of a stream from its sum of squares."""
@@ -158,19 +156,19 @@ class Place:
     ) -> Any:
         """Emits ``body(emitter, scalars, addresses of refs, arrays)``; arrays are [64, 8] as products leave them."""
         launch = self.launch
-        types = [plgpu.RefType()] * 5 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
+        types = [plgpu.RefType()] * 4 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
         types += [w.SCALAR(())] * (1 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
 
         @w.emitted(*types, returns=returns)
         def code(context: Any, *values: Any) -> Any:
-            words, stall, addresses, numbers, small, *rest = values
+            words, addresses, numbers, small, *rest = values
             given, (activations, layer, *rest) = rest[: len(refs)], rest[len(refs) :]
             emitter = Emitter(
-                launch, self.step, w.address(words), w.address(stall), w.address(addresses), w.address(numbers),
+                launch, self.step, w.address(words), w.address(addresses), w.address(numbers),
                 w.shared_address(small), w.shared_address(activations), w.scalar(layer),
             )  # fmt: skip
             found = [w.scalar(value) for value in rest[: len(scalars)]]
             return body(emitter, found, [w.address(ref) for ref in given], rest[len(scalars) :])
 
-        fixed = (launch.words, launch.stall, launch.addresses, launch.numbers, launch.small)
+        fixed = (launch.words, launch.addresses, launch.numbers, launch.small)
         return code(*fixed, *refs, launch.activations, self.layer, *scalars, *arrays)

@@ -21,7 +21,7 @@ from pallas_kernels.products import BLOCK_DIAGONAL
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import Target, target
 
-LARGEST_BATCH = 4
+LARGEST_BATCH = 8  # sequences that one tensor-core instruction takes
 _MOST_QUERIES = 8  # of a kv head, as many as a tensor-core instruction takes
 
 

@@ -23,8 +23,8 @@ _SUMS = plgpu.ACC((TILE_ROWS, 8), jnp.float32)  # pyright: ignore[reportPrivateI
 _HALVES = (slice(0, HALF_TILE), slice(HALF_TILE, 2 * HALF_TILE))
 
 
-def multiply_step(place: Place, ring: Ring, tiles: jax.Array) -> jax.Array:
-    """Computes this program's items of a phase; gives the number of tiles so far."""
+def multiply_step(place: Place, ring: Ring, tiles: jax.Array, multiplies: jax.Array) -> jax.Array:
+    """Computes this program's items of a phase; gives the number of tiles so far. Who does not multiply helps with the input."""
     phase = place.launch.plan.steps[place.step]
     assert isinstance(phase, Phase)
     items = PhaseItems(place, phase)
@@ -32,7 +32,6 @@ def multiply_step(place: Place, ring: Ring, tiles: jax.Array) -> jax.Array:
     @pl.when(items.count > 0)
     def _() -> None:
         fill(place, items.team, items.split, items.is_first.astype(jnp.int32))
-        plgpu.commit_smem()
 
     def multiply_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
         item = items.item(i)
@@ -46,7 +45,7 @@ def multiply_step(place: Place, ring: Ring, tiles: jax.Array) -> jax.Array:
 
         return pl.run_scoped(with_sums, *[_SUMS] * 2)
 
-    return lax.fori_loop(0, items.count, multiply_item, tiles)
+    return lax.fori_loop(0, jnp.where(multiplies, items.count, 0), multiply_item, tiles)
 
 
 def _products(activations: Any, ring: Ring, item: Item, tiles: jax.Array, sums: tuple[Any, Any]) -> jax.Array:
@@ -57,22 +56,20 @@ def _products(activations: Any, ring: Ring, item: Item, tiles: jax.Array, sums: 
     """
 
     def multiply_tile(k: jax.Array, tiles: jax.Array) -> jax.Array:
-        slot = ring.slot(tiles)
-        ring.await_tile(tiles)
+        slot = ring.await_tile(tiles)
+        w.emitted()(lambda context: w.ready_for_products())()
         for half, columns in enumerate(_HALVES):
             plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[item.begin + k, :, columns].T)
         plgpu.wgmma_wait(2)
-
-        @pl.when(k > 0)
-        def _() -> None:
-            ring.give_back(tiles - 1)
-
+        ring.give_back(tiles - 1, k > 0)
         return tiles + 1
 
     return lax.fori_loop(0, item.count, multiply_tile, tiles)
 
 
-def attend_step(place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, tiles: jax.Array) -> jax.Array:
+def attend_step(
+    place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, tiles: jax.Array, multiplies: jax.Array
+) -> jax.Array:
     """Computes this program's items of an attention; gives the number of tiles so far."""
     attention, activations = place.launch.plan.steps[place.step], place.launch.activations
     assert isinstance(attention, Attention)
@@ -89,8 +86,7 @@ def attend_step(place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, t
 
         def arrived(which: int, t: jax.Array, tile: jax.Array) -> jax.Array:
             """The slot of a tile of keys (0) or values (1), the new token's in it."""
-            ring.await_tile(tile)
-            slot, here = ring.slot(tile), (t == last).astype(jnp.int32)
+            slot, here = ring.await_tile(tile), (t == last).astype(jnp.int32)
             attend.insert(place, ring.slots, slot, length - last * TILE_ROWS, which, here)
             plgpu.commit_smem()
             return slot
@@ -109,7 +105,7 @@ def attend_step(place: Place, ring: Ring, tables: Sequence[Any], lengths: Any, t
         attend.finish(place, item, (low, high), (largest, sums))
         return tiles
 
-    return lax.fori_loop(0, items.count, attend_item, tiles)
+    return lax.fori_loop(0, jnp.where(multiplies, items.count, 0), attend_item, tiles)
 
 
 def _filled(value: float) -> jax.Array:

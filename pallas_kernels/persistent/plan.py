@@ -167,6 +167,8 @@ class Plan:
         starts |= {group.x_start for group in groups}
         if any(start % CHUNK for start in starts) or any(group.k % 8 for group in groups):
             return "a contraction axis that is no multiple of 8, or that begins at no multiple of 4"
+        if self.batch > 4 * self.tuning.readers:
+            return f"{self.batch} sequences for {4 * self.tuning.readers} warps, each of which reads those of one"
         if self.layers > MOST_LAYERS:
             return f"more than {MOST_LAYERS} layers"
         if self.stages < 4:

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
@@ -84,53 +83,51 @@ class Ring:
         emit(self.maps, operand)
 
     def load(self, operand: jax.Array, row: jax.Array, column: jax.Array, tiles: jax.Array) -> jax.Array:
-        """Starts the copy of the next tile, once its slot is free and not too many are on their way. Gives the number of tiles."""
+        """Starts the copy of the next tile, once its slot is free and not too many are on their way. Gives the number of tiles.
 
-        @pl.when(tiles >= self.stages)
-        def _() -> None:
-            self._pass(tiles - self.stages, self.stages)
-
-        @pl.when(tiles >= self.in_flight)
-        def _() -> None:
-            self.await_tile(tiles - self.in_flight)
+        Without branches but those of waits: the compiler would divide the loops around, and code is read once a layer anew.
+        """
 
         @w.emitted(plgpu.RefType(), plgpu.RefType(w.TILED), plgpu.RefType(), *[w.SCALAR(())] * 4)
         def emit(context: Any, maps: Any, slots: Any, barriers: Any, *numbers: Any) -> None:
-            index, row, column, slot = map(w.scalar, numbers)
+            index, row, column, tile = map(w.scalar, numbers)
+            filled, freed, _ = self._barriers(barriers, tile)
+            copies.pass_barrier(*freed, w.below(w.integer(self.stages - 1), tile))
+            earlier = w.sub(tile, w.integer(self.in_flight))
+            landed, _, _ = self._barriers(barriers, earlier)
+            copies.pass_barrier(*landed, w.below(w.integer(self.in_flight - 1), tile))
             at = w.offset_pointer(w.address(maps), w.mul(index, w.integer(128)))
-            to = w.add(w.shared_address(slots), w.mul(slot, w.integer(TILE_BYTES)))
-            barrier = w.add(w.shared_address(barriers), w.mul(slot, w.integer(8)))
-            copies.copy_tile(to, barrier, at, row, column, w.equal(w.thread(), w.integer(0)))
+            to = w.add(w.shared_address(slots), w.mul(w.remainder(tile, self.stages), w.integer(TILE_BYTES)))
+            copies.copy_tile(to, filled[0], at, row, column, w.equal(w.thread(), w.integer(0)))
 
-        emit(self.maps, self.slots, self.barriers, operand, row, column, self.slot(tiles))
+        emit(self.maps, self.slots, self.barriers, operand, row, column, tiles)
         return tiles + 1
 
-    def slot(self, tile: jax.Array) -> jax.Array:
-        """Where a tile lies."""
-        return jax.lax.rem(tile, self.stages)
+    def await_tile(self, tile: jax.Array) -> jax.Array:
+        """Waits until a tile has landed; gives its slot."""
 
-    def await_tile(self, tile: jax.Array) -> None:
-        """Waits until a tile has landed."""
-        self._pass(tile, 0)
+        @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=w.INTEGER)
+        def emit(context: Any, barriers: Any, tile: Any) -> Any:
+            filled, _, slot = self._barriers(barriers, w.scalar(tile))
+            copies.pass_barrier(*filled)
+            return w.splat(slot)
 
-    def give_back(self, tile: jax.Array) -> None:
-        """Frees the slot of a tile."""
+        return emit(self.barriers, tile)
 
-        @w.emitted(plgpu.RefType(), w.SCALAR(()))
-        def emit(context: Any, barriers: Any, tile: Any) -> None:
-            slot = w.add(w.remainder(w.scalar(tile), self.stages), w.integer(self.stages))
-            copies.arrive(w.add(w.shared_address(barriers), w.mul(slot, w.integer(8))))
+    def give_back(self, tile: jax.Array, condition: jax.Array | None = None) -> None:
+        """Frees the slot of a tile, where the condition holds."""
 
-        emit(self.barriers, tile)
+        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * (1 if condition is None else 2))
+        def emit(context: Any, barriers: Any, tile: Any, *condition: Any) -> None:
+            _, (at, _), _ = self._barriers(barriers, w.scalar(tile))
+            copies.arrive(at, *(w.below(w.integer(0), w.scalar(c)) for c in condition))
 
-    def _pass(self, tile: jax.Array, first: int) -> None:
-        """Waits at a tile's barrier among those that begin at number ``first``. A slot's phases alternate from tile to tile."""
+        emit(self.barriers, tile, *([] if condition is None else [condition.astype(jnp.int32)]))
 
-        @w.emitted(plgpu.RefType(), w.SCALAR(()))
-        def emit(context: Any, barriers: Any, tile: Any) -> None:
-            tile = w.scalar(tile)
-            slot, parity = w.remainder(tile, self.stages), w.both(w.quotient(tile, self.stages), w.integer(1))
-            at = w.mul(w.add(slot, w.integer(first)), w.integer(8))
-            copies.pass_barrier(w.add(w.shared_address(barriers), at), parity)
-
-        emit(self.barriers, tile)
+    def _barriers(self, barriers: Any, tile: Any) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
+        """For a tile's copy: the barrier that says it has landed, and the parity of that; the one that says its slot was free for
+        it, likewise; the slot. A slot's phases alternate from tile to tile."""
+        turn, slot = w.quotient(tile, self.stages), w.remainder(tile, self.stages)
+        filled = w.add(w.shared_address(barriers), w.mul(slot, w.integer(8)))
+        freed = w.add(filled, w.integer(8 * self.stages))
+        return (filled, w.both(turn, w.integer(1))), (freed, w.both(w.add(turn, w.integer(1)), w.integer(1))), slot

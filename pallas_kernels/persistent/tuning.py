@@ -24,6 +24,8 @@ class Tuning:
       uneven_tiles: they are, too, where that makes no program's share longer by more tiles than this: who reads the output then has
         fewer words to read, one for each split.
       most_parts: of a sequence's positions.
+      readers: warpgroups that put an input together: 1, the one that multiplies it, or 2, another beside it. Each serves four
+        sequences.
     """
 
     tiles_in_flight: int = 3
@@ -32,6 +34,7 @@ class Tuning:
     whole_row_tiles: int = 16
     uneven_tiles: int = 0
     most_parts: int = 16
+    readers: int = 2
 
 
 @functools.cache

@@ -21,45 +21,43 @@ SPINS = 2_000_000
 """Attempts to read a word before a program goes on without it: seconds, where the longest wait is microseconds."""
 
 
-def load_words(base: Value, offset: Value, there: Value, epoch: Value) -> list[Value]:
-    """Four words, past any cache of this core. If they are not ``there``, zeros of the epoch."""
-    loaded = ", ".join(f"v{i}" for i in range(4))
-    code = _unless(4, "$6", "$7") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
-    code = w.at_offset("$4", "$5") + code + " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
-    return w.ptx(code, base, offset, w.flag(there), epoch, results=[w.int_type()] * 4)
+def load_words(base: Value, offset: Value, need: Value, old: Sequence[Value]) -> list[Value]:
+    """Four words, past any cache of this core, or the old ones where there is no need."""
+    code = w.at_offset("$8", "$9") + _read_if("$10", 4)
+    return w.ptx(code, *old, base, offset, w.flag(need), results=[w.int_type()] * 4)
 
 
-def load_part(first: Value, part: int, step: Value | int, there: Value, epoch: Value) -> list[Value]:
-    """The same of the ``part``-th of several, ``step`` bytes apart from the address ``first`` on, if that bit of ``there`` is set.
+def load_part(first: Value, part: int, step: Value | int, some: Value, old: Sequence[Value]) -> list[Value]:
+    """The same of the ``part``-th of several, ``step`` bytes apart from the address ``first`` on, if that bit of ``some`` is set.
 
-    Where it lies, and whether it is there, is found out anew with every attempt: registers are for words.
+    Where it lies is found out anew with every attempt: registers are for words.
     """
-    loaded = ", ".join(f"v{i}" for i in range(4))
-    at = f"mad.wide.u32 a, $7, {part}, $4;" if not isinstance(step, int) else f"add.u64 a, $4, {part * step};"
-    code = f"{{ .reg .u64 a; .reg .u32 m; {at} and.b32 m, $5, {1 << part}; "
-    code += _unless(4, "m", "$6") + f"@q ld.relaxed.gpu.global.v4.u32 {{{loaded}}}, [a]; "
-    code += " ".join(f"mov.b32 ${i}, v{i};" for i in range(4)) + " }"
+    at = f"mad.wide.u32 a, $10, {part}, $8;" if not isinstance(step, int) else f"add.u64 a, $8, {part * step};"
+    code = f"{{ .reg .u64 a; .reg .u32 m; {at} and.b32 m, $9, {1 << part}; "
     varying = [] if isinstance(step, int) else [step]
-    return w.ptx(code, first, there, epoch, *varying, results=[w.int_type()] * 4)
+    return w.ptx(code + _read_if("m", 4), *old, first, some, *varying, results=[w.int_type()] * 4)
 
 
-def load_run(base: Value, first: Value, count: int, there: Value, epoch: Value) -> list[Value]:
-    """``count`` words from the ``first`` on, likewise; that is a multiple of 4 if the count is."""
-    if count % 4 == 0:
-        fours = [w.mul(w.add(first, w.integer(begin)), w.integer(4)) for begin in range(0, count, 4)]
-        return [word for at in fours for word in load_words(base, at, there, epoch)]
-    return [_load_word(base, w.mul(w.add(first, w.integer(i)), w.integer(4)), there, epoch) for i in range(count)]
+def _read_if(need: str, count: int) -> str:
+    """The end of PTX that reads 1 or 4 words at ``a`` where there is need, and else gives its first arguments."""
+    keep = " ".join(f"mov.b32 ${i}, ${count + i};" for i in range(count))
+    kind, to = ("v4.u32", "{$0, $1, $2, $3}") if count == 4 else ("u32", "$0")
+    return f".reg .pred q; setp.ne.u32 q, {need}, 0; {keep} @q ld.relaxed.gpu.global.{kind} {to}, [a]; }}"
 
 
-def _load_word(base: Value, offset: Value, there: Value, epoch: Value) -> Value:
-    code = _unless(1, "$3", "$4") + "@q ld.relaxed.gpu.global.u32 v0, [a]; mov.b32 $0, v0; }"
-    return w.ptx(w.at_offset("$1", "$2") + code, base, offset, w.flag(there), epoch, results=[w.int_type()])[0]
+def load_run(base: Value, first: Value, need: Value, old: Sequence[Value]) -> list[Value]:
+    """As many words as the old ones, from the ``first`` on, likewise; that is a multiple of 4 if their number is."""
+    if len(old) % 4 == 0:
+        found = []
+        for i, four in enumerate(in_fours(old)):
+            found += load_words(base, w.mul(w.add(first, w.integer(4 * i)), w.integer(4)), need, four)
+        return found
+    return [_load_word(base, w.mul(w.add(first, w.integer(i)), w.integer(4)), need, word) for i, word in enumerate(old)]
 
 
-def _unless(words: int, there: str, epoch: str) -> str:
-    """The begin of PTX that loads words v0.. where q holds."""
-    zeros = " ".join(f"mov.b32 v{i}, {epoch};" for i in range(words))
-    return f".reg .pred q; .reg .b32 v<{words}>; setp.ne.u32 q, {there}, 0; {zeros} "
+def _load_word(base: Value, offset: Value, need: Value, old: Value) -> Value:
+    code = w.at_offset("$2", "$3") + _read_if("$4", 1)
+    return w.ptx(code, old, base, offset, w.flag(need), results=[w.int_type()])[0]
 
 
 def store_word(base: Value, offset: Value, value: Value, epoch: Value, condition: Value) -> None:
@@ -92,44 +90,49 @@ class Patience:
 
     Attributes:
       attempts: byte address in shared memory of the number of attempts.
-      stall: address of an integer in GPU memory.
+      said: that of what is said.
       step, epoch: what is waited for; the step as a number among `stalls.STEPS`.
     """
 
     attempts: Value
-    stall: Value
+    said: Value
     step: int
     epoch: Value
 
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What is read of words: ``count`` floats, and the words they are made of, by ``load(need, epoch)``.
+    """What is read of words, until they are there.
 
-    That reads nothing, and may give any floats, where there is no need.
+    Attributes:
+      epoch: that they are of.
+      words: as they are before any attempt: not of that epoch, but for those that are not waited for.
+      load: reads them if there is need: ``load(need, old words)``.
+      values: what they stand for.
     """
 
-    count: int
-    load: Callable[[Value, Value], tuple[list[Value], list[Value]]]
     epoch: Value
+    words: list[Value]
+    load: Callable[[Value, list[Value]], list[Value]]
+    values: Callable[[list[Value]], list[Value]]
 
 
 def until_written(reads: Sequence[Read], patience: Patience) -> list[list[Value]]:
     """The floats of every read, once the words that they are made of are there.
 
     What has been found is not read again: polls of many programs would crowd out the weights, and each other.
-    After too many attempts it gives NaN, and so does all that depends on it, says so in ``patience.stall`` and makes all later
+    After too many attempts it gives NaN, and so does all that depends on it, says so in ``patience.said`` and makes all later
     waits of this program short, which then say nothing: a kernel that spins must end, and never with a wrong number.
     """
-    counts = [read.count for read in reads]
-    types = [*[w.float_type()] * sum(counts), *[w.int_type()] * (len(reads) + 1)]
+    counts = [len(read.words) for read in reads]
+    types = [w.int_type()] * (sum(counts) + len(reads) + 1)
     limit = w.load_shared_integer(patience.attempts)
-    start = [w.number(0.0)] * sum(counts) + [w.integer(1)] * len(reads) + [w.integer(0)]
+    start = [word for read in reads for word in read.words] + [w.integer(1)] * len(reads) + [w.integer(0)]
     loop = scf.WhileOp(types, start)
     before = loop.before.blocks.append(*types)
     with ir.InsertionPoint(before):
         *carried, attempts = before.arguments
-        found, missing = _attempt(reads, carried[: sum(counts)], carried[sum(counts) :])
+        found, missing = _attempt(reads, _divided(carried, counts), carried[sum(counts) :])
         attempts = w.add(attempts, w.integer(1))
         again = w.both(w.below(w.integer(0), functools.reduce(w.either, missing)), w.below(attempts, limit))
         scf.condition(again, [*found, *missing, attempts])
@@ -137,30 +140,55 @@ def until_written(reads: Sequence[Read], patience: Patience) -> list[list[Value]
     with ir.InsertionPoint(after):
         scf.yield_(list(after.arguments))
     *results, _ = loop.results
-    found, late = results[: sum(counts)], functools.reduce(w.either, results[sum(counts) :])
+    late = functools.reduce(w.either, results[sum(counts) :])
     _give_up(late, limit, patience)
     nan = w.select(w.below(w.integer(0), late), w.number(math.nan), w.number(0.0))
-    numbers = iter([w.add_f(value, nan) for value in found])
-    return [list(itertools.islice(numbers, count)) for count in counts]
+    words = _divided(results, counts)
+    values = [read.values(own) for read, own in zip(reads, words, strict=True)]
+    return [[w.add_f(first, nan), *others] for first, *others in values]
+
+
+def in_fours(words: Sequence[Value]) -> list[list[Value]]:
+    """Four by four."""
+    return [list(words[begin : begin + 4]) for begin in range(0, len(words), 4)]
+
+
+def _divided(values: Sequence[Value], counts: Sequence[int]) -> list[list[Value]]:
+    rest = iter(values)
+    return [list(itertools.islice(rest, count)) for count in counts]
 
 
 def _attempt(
-    reads: Sequence[Read], found: Sequence[Value], missing: Sequence[Value]
+    reads: Sequence[Read], found: Sequence[list[Value]], missing: Sequence[Value]
 ) -> tuple[list[Value], list[Value]]:
-    """Reads what is missing. Gives all floats anew, and for each read whether it is still missing."""
-    values, late, old = [], [], iter(found)
-    for read, was_missing in zip(reads, missing, strict=True):
-        need = w.below(w.integer(0), was_missing)
-        new, words = read.load(need, read.epoch)
-        values += [w.select(need, value, next(old)) for value in new]
-        late.append(w.both(differ(words, read.epoch), w.integer(255)))
-    return values, late
+    """Reads what is missing. Gives all words anew, and for each read whether it is still missing."""
+    new = [
+        read.load(w.below(w.integer(0), was_missing), old)
+        for read, old, was_missing in zip(reads, found, missing, strict=True)
+    ]
+    late = [w.both(differ(words, read.epoch), w.integer(255)) for read, words in zip(reads, new, strict=True)]
+    return [word for words in new for word in words], late
 
 
 def _give_up(late: Value, limit: Value, patience: Patience) -> None:
-    """Says where a wait was in vain, if it was the first of this program, and that it need not wait any more."""
+    """Says where a wait was in vain, if it was the first of this program, and that it need not wait any more.
+
+    In shared memory: each wait has code for this, and atomic additions to GPU memory are a dozen instructions.
+    """
     said = w.mul(w.sub(w.integer(stalls.LAST), patience.epoch), w.integer(1 << stalls.LAYER_BITS))
     said = w.either(said, w.integer(stalls.LAST - patience.step << stalls.STEP_BITS))
     code = "{ .reg .pred q; setp.ne.u32 q, $0, 0; @q st.shared.u32 [$1], 1; setp.ne.and.u32 q, $2, 1, q; "
-    code += "@q red.relaxed.gpu.global.max.u32 [$3], $4; }"
-    w.ptx(code, late, patience.attempts, limit, patience.stall, w.either(said, w.program()))
+    w.ptx(
+        code + "@q st.shared.u32 [$3], $4; }",
+        late,
+        patience.attempts,
+        limit,
+        patience.said,
+        w.either(said, w.program()),
+    )
+
+
+def tell(said: Value, stall: Value) -> None:
+    """Has what this program said, if anything, stay in GPU memory if no other says of an earlier wait."""
+    code = "{ .reg .pred q; .reg .u32 v; ld.shared.u32 v, [$0]; setp.ne.u32 q, v, 0; "
+    w.ptx(code + "@q red.relaxed.gpu.global.max.u32 [$1], v; }", said, stall)

@@ -1,17 +1,24 @@
 """The op `feed_forward` in Pallas-Triton: low-rank layers, with nothing of the inner width in memory."""
 
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.products import SUPPORTED_DTYPES, project, rows, unsuited
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import target
+from pallas_kernels.triton import stream_costs
 from pallas_kernels.triton.call import Launch
-from pallas_kernels.triton.feed_forward_program import FeedForwardPlan, Inner, feed_forward_program
+from pallas_kernels.triton.feed_forward_program import (
+    TOKENS,
+    FeedForwardPlan,
+    Inner,
+    feed_forward_program,
+    inner_splits,
+)
 from pallas_kernels.triton.flash_programs import pieces
-
-TOKENS = 128
-"""Of a program. With fewer, it waits for the factors more than it multiplies: 0.76 and 1.0 ms with 64, 0.47 with 128 (BERT-base,
-64 x 512 tokens, rank 307, H200); so ranks that need more registers or shared memory are left to products."""
+from pallas_kernels.triton.stream_costs import FeedForwardCall
 
 WARPS = 8
 
@@ -32,6 +39,11 @@ def refuses(
     return None
 
 
+def slower(x: jax.Array, up: PackedProjection, down: PackedProjection, **options: Any) -> str | None:
+    """Why products would serve a call sooner, or None."""
+    return stream_costs.slower(FeedForwardCall.of(rows(x), up, down)) if x.dtype.itemsize == 2 else None
+
+
 def feed_forward(
     x: jax.Array, up: PackedProjection, down: PackedProjection, *, activation: str, residual: jax.Array | None = None
 ) -> jax.Array:
@@ -44,14 +56,17 @@ def feed_forward(
         feed_forward_program,
         (("plan", plan),),
         name="feed_forward",
-        grid=(-(-plan.tokens // plan.token_tile),),
-        outputs=(jax.ShapeDtypeStruct((plan.tokens, plan.rank), x.dtype),),
+        grid=(-(-plan.tokens // plan.token_tile), plan.splits),
+        outputs=(
+            jax.ShapeDtypeStruct((plan.splits, plan.tokens, plan.rank), jnp.float32 if plan.splits > 1 else x.dtype),
+        ),
         warps=warps,
         stages=stages,
     )(latents.reshape(plan.tokens, -1), *ups, first, *(b for b in up.biases if b is not None))
     assert down.ups[0] is not None
     last = PackedProjection(down.ups[0], (None,), (bias,), (0,), (down.ups[0].shape[0],))
-    return project(sums.reshape(*x.shape[:-1], -1), last, residual=residual)[0]
+    whole = sums[0] if plan.splits == 1 else sums.sum(0).astype(x.dtype)
+    return project(whole.reshape(*x.shape[:-1], -1), last, residual=residual)[0]
 
 
 def _plan(
@@ -64,7 +79,9 @@ def _plan(
     sizes = _sizes(up, down, x.dtype.itemsize)
     assert sizes is not None
     inner_tile, stages = sizes
-    plan = FeedForwardPlan(members, activation, rows(x), up.d_outs[0], down.widths[0], TOKENS, inner_tile)
+    tokens, inner = rows(x), up.d_outs[0]
+    splits = inner_splits(tokens, inner, target().cores)
+    plan = FeedForwardPlan(members, activation, tokens, inner, down.widths[0], TOKENS, inner_tile, splits)
     return plan, WARPS, stages
 
 

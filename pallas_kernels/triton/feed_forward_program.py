@@ -4,8 +4,9 @@
                                 [tokens, inner], a few columns of it at a time, on chip
 
 A program holds one tile of tokens with the latents that it reads and those that it adds up, and goes through the inner columns.
-This is FlashSVD's feed-forward kernel V1 (Shao et al. 2025) with every latent of a token in one program, so that nothing is
-computed twice. A gate has latents and a factor of its own, of another rank if need be.
+Where there are fewer tiles than cores, several programs share one, each with a part of the inner columns; their sums are added up
+outside. This is FlashSVD's feed-forward kernel V1 (Shao et al. 2025) with every latent of a token in one program, so that nothing
+is computed twice. A gate has latents and a factor of its own, of another rank if need be.
 """
 
 import dataclasses
@@ -17,8 +18,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.activations import activation_for
+from pallas_kernels.rounding import power_of_two_within
 from pallas_kernels.triton.call import load, store
 from pallas_kernels.triton.flash_programs import Piece, Tiles, pieces, tile_mask
+
+TOKENS = 128
+"""Of a program. With fewer, it waits for the factors more than it multiplies: 0.76 and 1.0 ms with 64, 0.47 with 128 (BERT-base,
+64 x 512 tokens, rank 307, H200); so ranks that need more registers or shared memory are left to products."""
+
+FEWEST_COLUMNS = 192
+"""Inner columns of a program: a few steps, beside which reading its latents and writing its sums is little."""
+
+
+def inner_splits(tokens: int, inner: int, cores: int) -> int:
+    """Programs that share a tile of tokens: a power of two, so that as many cores as possible have one."""
+    return power_of_two_within(max(1, min(cores // -(-tokens // TOKENS), inner // FEWEST_COLUMNS)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +57,7 @@ class FeedForwardPlan:
       activation: its name.
       tokens, inner, rank: rows, inner columns, and latents of the result.
       token_tile, inner_tile: how many a program holds at once.
+      splits: programs of a tile of tokens, each with its share of the inner columns.
     """
 
     members: tuple[Inner, ...]
@@ -52,10 +67,16 @@ class FeedForwardPlan:
     rank: int
     token_tile: int
     inner_tile: int
+    splits: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Of a program's loop."""
+        return -(-self.inner // (self.inner_tile * self.splits))
 
 
 def feed_forward_program(*refs: Any, plan: FeedForwardPlan) -> None:
-    """See the module's text; for `Launch` with one program a tile of tokens."""
+    """See the module's text; for `Launch` with programs [tiles of tokens, splits], the output [splits, tokens, rank]."""
     latents, *rest = refs
     ups = tuple(rest.pop(0) for _ in plan.members)
     down = rest.pop(0)
@@ -72,9 +93,11 @@ def feed_forward_program(*refs: Any, plan: FeedForwardPlan) -> None:
 
     given = tuple(_read(latents, rows, existing, member.start, member.pieces) for member in plan.members)
 
+    first = pl.program_id(1) * plan.steps
+
     def step(i: jax.Array, sums: Tiles) -> Tiles:
-        inner = i * plan.inner_tile + jnp.arange(plan.inner_tile)
-        within = inner < plan.inner if plan.inner % plan.inner_tile else None
+        inner = (first + i) * plan.inner_tile + jnp.arange(plan.inner_tile)
+        within = inner < plan.inner if plan.inner % (plan.inner_tile * plan.splits) else None
         lifted = []
         for member, x, up, bias in zip(plan.members, given, ups, biases, strict=True):
             total = jnp.zeros((plan.token_tile, plan.inner_tile), jnp.float32)
@@ -92,10 +115,10 @@ def feed_forward_program(*refs: Any, plan: FeedForwardPlan) -> None:
         )
 
     nothing = tuple(jnp.zeros((plan.token_tile, piece.tile), jnp.float32) for piece in pieces(plan.rank))
-    sums = lax.fori_loop(0, pl.cdiv(plan.inner, plan.inner_tile), step, nothing)
+    sums = lax.fori_loop(0, plan.steps, step, nothing)
     for total, piece in zip(sums, pieces(plan.rank), strict=True):
         mask = tile_mask(existing, piece.inside, total.shape)
-        store(out, total, rows[:, None], piece.columns[None], mask=mask)
+        store(out, total, pl.program_id(1), rows[:, None], piece.columns[None], mask=mask)
 
 
 def _read(ref: Any, rows: jax.Array, existing: jax.Array | None, start: int, of: tuple[Piece, ...]) -> Tiles:

@@ -6,13 +6,15 @@ from pallas_kernels.attention import Visible
 from pallas_kernels.products import SUPPORTED_DTYPES, project
 from pallas_kernels.projection import PackedProjection, groups_of
 from pallas_kernels.target import target
+from pallas_kernels.triton import stream_costs
 from pallas_kernels.triton.call import Launch
 from pallas_kernels.triton.flash import flash_plan, visibility
 from pallas_kernels.triton.flash_programs import pieces
+from pallas_kernels.triton.stream_costs import AttentionCall
 from pallas_kernels.triton.streaming_programs import Latent, StreamingPlan, streaming_program
 
 LARGEST_RANK = 128
-"""Of a head. Beyond, a tile of rank space is no smaller than one of the head, and rebuilding once is cheaper than in every tile."""
+"""Of a head. Beyond, a tile of rank space is no smaller than one of the head, and a program's registers no longer hold its sums."""
 
 Tables = tuple[jax.Array, jax.Array]
 
@@ -37,6 +39,15 @@ def refuses(
         if up is not None and up.ndim == 3 and groups_of(up) != count:
             return f"a second factor of {groups_of(up)} groups for {count} heads"
     return None
+
+
+def slower(
+    x: jax.Array, qkv: PackedProjection, visible: Visible, *, head_dim: int, tables: Tables | None = None
+) -> str | None:
+    """Why products would serve a call sooner, or None."""
+    batch, tokens, width = x.shape
+    call = AttentionCall.of((batch, tokens, width), qkv, visible, head_dim, tables is not None)
+    return stream_costs.slower(call) if x.dtype.itemsize == 2 else None
 
 
 def attend_padded(

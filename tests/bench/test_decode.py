@@ -83,7 +83,7 @@ def test_the_plan_has_every_case_of_every_implementation_once() -> None:
     found = [(job.impl, case) for job in todo for case in job.cases]
     assert len(found) == len(set(found))
     for case in CASES:
-        ours = set(decode.OURS) - ({"flashsvd_jax-persistent"} if case.batch > 4 else set())
+        ours = set(decode.OURS) - ({"flashsvd_jax-persistent"} if case.batch > decode.PERSISTENT_BATCH else set())
         assert {impl for impl, c in found if c == case} == {*ours, *(f"torch-{peer}" for peer in case.peers)}
     assert all(len({case.weights for case in job.cases}) == 1 for job in todo)
     assert [job.impl for job in todo[:3]] == ["flashsvd_jax-persistent", "flashsvd_jax-products", "flashsvd_jax-xla"]

@@ -73,6 +73,13 @@ CASES = {
     "tanh gelu and biases of low rank": DecoderCase(
         3, 512, 1024, 4, 2, (128, 256), (5,), biases=True, more_biases=True, gate="gelu_tanh"
     ),
+    "eight sequences": DecoderCase(
+        2, 1024, 2048, 8, 2, (256, 400), (0, 1, 63, 64, 100, 255, 3, 127), qk_norm=True, biases=True
+    ),
+    "five sequences, ranks that differ": DecoderCase(
+        3, 1024, 2048, 8, 2, (256, 400), (63, 64, 0, 5, 127), slots=128, varied=True, dense=("0.q", "1.down", "2.v")
+    ),
+    "7b, eight sequences": DecoderCase(2, 4096, 11008, 32, 32, (1024, 1488), (511,) * 8, slots=576, vocab=32000),
     "dense attention": DecoderCase(
         3, 2048, 5632, 16, 8, (None, 800), (4000, 17, 4095), slots=4096, varied=True, biases=True
     ),

@@ -1,12 +1,24 @@
 """The kernels of prompts and encoders on a GPU, against PyTorch in float64 on the CPU; twice, for the same bits."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_cases import (
+    GATED,
+    HEADS,
+    GatedCase,
+    HeadsCase,
+    gated_call,
+    gated_exact,
+    heads_call,
+    heads_exact,
+    products_exact,
+)
 from kernel_cases import relative_error
 from prompt_kernel_cases import (
     ATTENDED,
@@ -23,7 +35,28 @@ from prompt_kernel_cases import (
     streamed_exact,
 )
 
-from pallas_kernels import LayerNorm, Norm, Op, add_norm, attend, attend_padded, feed_forward
+from flashsvd_jax.benchmark import arrays_of_the_host
+from flashsvd_jax.encoder_config import EncoderConfig
+from flashsvd_jax.factorization import Factorization
+from flashsvd_jax.models.encoder import hidden_states
+from flashsvd_jax.models.encoder_weights import build_encoder_weights
+from flashsvd_jax.models.sequence_blocks import in_blocks
+from flashsvd_jax.shapes import layer_sites, uniform_rank
+from pallas_kernels import (
+    LayerNorm,
+    Norm,
+    Op,
+    Projection,
+    add_norm,
+    attend,
+    attend_padded,
+    feed_forward,
+    hardware_rank,
+    pack,
+    prefer,
+    project,
+    project_heads,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -85,10 +118,34 @@ def test_attend_padded(name: str, dtype: str) -> None:
 @kinds
 def test_feed_forward(name: str, dtype: str) -> None:
     args, options = feed_forward_call(FEED_FORWARDS_HERE[name], dtype)
-    chosen, refusals = feed_forward.choose(*args, **options)
+    with prefer("stream"):
+        chosen, refusals = feed_forward.choose(*args, **options)
     if chosen.name != "stream":
         pytest.skip(refusals["stream"])
     compare(feed_forward, "stream", args, options, feed_forward_exact(*args, **options), dtype)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5])
+def test_a_pass_in_blocks(ratio: float | None) -> None:
+    """Two layers of BERT-base, five sequences in blocks of two."""
+    hf = {
+        "model_type": "bert",
+        "hidden_size": 768,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    }
+    hf |= {"vocab_size": 1000, "max_position_embeddings": 512}
+    dense = EncoderConfig.from_hf(hf)
+    ranks = {site.name: uniform_rank(site, ratio) for site in layer_sites(dense)} if ratio else {}
+    config = EncoderConfig.from_hf(hf, Factorization.of(ranks))
+    weights = jax.device_put(build_encoder_weights(config, arrays_of_the_host(config), hardware_rank))
+    tokens = np.random.default_rng(0).integers(0, 1000, (5, 512))
+    lengths = np.array([512, 300, 0, 512, 1])
+    run = partial(hidden_states, config, weights)
+    whole, blocks = (jax.jit(partial(in_blocks, run, n))(tokens, lengths) for n in (None, 1024))
+    real = np.arange(512) < lengths[:, None]
+    assert relative_error(blocks[real], np.asarray(whole[real], np.float64)) <= 1e-2
 
 
 @pytest.mark.parametrize("width", [768, 4096, 5120])
@@ -101,3 +158,51 @@ def test_add_norm(width: int, dtype: str) -> None:
         total, normed = jax.jit(lambda *args: add_norm(*args, implementation="triton"))(x, added, norm)
         np.testing.assert_array_equal(total, x + added)
         assert relative_error(normed, norm_exact(x, norm, added)) <= TOLERANCE[dtype]
+
+
+GATED_HERE = GATED | {
+    "7b, one prompt": GatedCase(512, 4096, 11008, (1536, 1536)),
+    "7b, eight": GatedCase(4096, 1024, 11008, (1536, 1536)),
+    "8b": GatedCase(1152, 1024, 14336, (1920, 1856), "gelu_tanh"),
+}
+HEADS_HERE = HEADS | {
+    "7b, one prompt": HeadsCase(1, 512, 4096, 32, 32, 128, (1024, 1024, 1024)),
+    "7b, eight": HeadsCase(8, 512, 1024, 32, 32, 128, (1024, 1024, 1024)),
+    "8b": HeadsCase(3, 384, 1024, 32, 8, 128, (1280, 512, 448)),
+}
+rounded = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+@pytest.mark.parametrize("name", GATED_HERE)
+@rounded
+def test_gated_products(name: str, dtype: str) -> None:
+    args, options = gated_call(GATED_HERE[name], dtype), {"gate": GATED_HERE[name].activation}
+    run = jax.jit(lambda args: project(*args, implementation="hopper", **options))
+    (got,) = run(args)
+    assert relative_error(got, gated_exact(*args, options["gate"])) <= TOLERANCE[dtype]
+    for _ in range(20):  # a race would show
+        np.testing.assert_array_equal(got, run(args)[0])
+
+
+@pytest.mark.parametrize("rows", [128, 512, 4096])
+@rounded
+def test_second_factors(rows: int, dtype: str) -> None:
+    x, both = gated_call(GatedCase(rows, 1024, 4096, (1024, 1536)), dtype)
+    one = pack([Projection(down=both.first[1024:], up=both.ups[1])])
+    run = jax.jit(lambda args: project(*args, implementation="hopper"))
+    (got,) = run((x, one))
+    assert relative_error(got, products_exact(x, both)[1].numpy()) <= TOLERANCE[dtype]
+    for _ in range(20):
+        np.testing.assert_array_equal(got, run((x, one))[0])
+
+
+@pytest.mark.parametrize("name", HEADS_HERE)
+@rounded
+def test_project_heads(name: str, dtype: str) -> None:
+    *arrays, head_dim = heads_call(HEADS_HERE[name], dtype)
+    run = jax.jit(lambda arrays: project_heads(*arrays, head_dim, implementation="hopper"))
+    got = run(arrays)
+    for one, want in zip(got, heads_exact(*arrays, head_dim), strict=True):
+        assert relative_error(one, want) <= TOLERANCE[dtype]
+    for _ in range(20):
+        jax.tree.map(np.testing.assert_array_equal, got, run(arrays))

@@ -66,7 +66,7 @@ class Model:
             values,
             jnp.cos(angles),
             jnp.sin(angles),
-            jnp.asarray([self.slots - 1, 70, 0, 128, 5][: self.batch], jnp.int32),
+            jnp.asarray([self.slots - 1, 70, 0, 128, 5, 64, 63, 1][: self.batch], jnp.int32),
         )
 
     def layer(self, draw: Draw, index: int) -> DecoderLayer:
@@ -197,7 +197,7 @@ MODELS = {
     "norms and biases": Model(LOW_RANK[:2], LOW_RANK[1:], kv_heads=1, norms=True, biases="qkv", windows=(65, 1)),
     "norms and biases of dense ones": Model(DENSE[:2], DENSE[:2], head=64, batch=3, heads=4, norms=True, biases="qkv"),
     "one first factor for gate and up": Model(LOW_RANK, LOW_RANK, batch=1, kv_heads=1, shared=(0, 2)),
-    "split inputs": Model((136, 72), DENSE[:2], batch=3, heads=8, width=1024),
+    "split inputs": Model((136, 72), DENSE[:2], batch=6, heads=8, width=1024),
     "many rows": Model(DENSE[:2], LOW_RANK[:2], batch=1, vocab=8200),
     "dense among low rank": Model(
         ((None, 72, 40, 136), (136, None, 40, None), (None, None, None, 64)),
@@ -233,7 +233,7 @@ def models(draw: st.DrawFn) -> Model:
     kv_heads = draw(st.sampled_from([1, 2, 8]))
     everywhere, gates = ["", "qkv", "all"], ["silu", "gelu", "gelu_tanh"]
     return Model(
-        attention=draw(ranks(4)), mlp=draw(ranks(3)), head=draw(st.none() | eighths(80)), batch=draw(st.integers(1, 4)),
+        attention=draw(ranks(4)), mlp=draw(ranks(3)), head=draw(st.none() | eighths(80)), batch=draw(st.integers(1, 8)),
         head_dim=draw(st.sampled_from([32, 64, 128])),
         heads=kv_heads * draw(st.integers(1, 8)), kv_heads=kv_heads, width=draw(eighths(200)), ff=draw(eighths(300)),
         vocab=draw(st.integers(1, 700)), windows=draw(st.tuples(*[st.none() | st.integers(1, 300)] * count)),

@@ -151,6 +151,8 @@ FEED_FORWARDS = {
     "gelu": FeedForwardCase(133, 40, 104, (24,), 40, "gelu", bias=True, residual=True),
     "gated": FeedForwardCase(200, 64, 256, (40, 72), 88, "silu"),
     "gated gelu": FeedForwardCase(128, 64, 200, (32, 8), 24, "gelu", bias=True),
+    "programs that share tokens": FeedForwardCase(133, 40, 1000, (24,), 40, "gelu", bias=True),
+    "gated, programs that share tokens": FeedForwardCase(200, 64, 400, (40, 24), 88, "silu", residual=True),
     "tanh": FeedForwardCase(260, 64, 200, (16,), 24, "gelu_tanh", residual=True),
 }
 

@@ -171,7 +171,7 @@ def check_input(machine: Recorded, number: int, layer: int, program: int, found:
     plan, team, split = machine.plan, int(found.team.number), int(found.split)
     phase = plan.steps[number]
     assert isinstance(phase, Phase)
-    threads = Threads(machine, program)
+    threads = Threads(machine, program, lanes=THREADS * plan.tuning.readers)
     with running(threads):
         e = threads.emitter(number, layer, EPS)
         given = (split, int(found.is_first), *(int(n) for n in (found.team.k_tiles, found.team.x_start, found.team.k)))

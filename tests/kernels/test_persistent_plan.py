@@ -303,6 +303,7 @@ def test_problems_are_told() -> None:
         (with_first(k=1020), "multiple of 8"),
         (with_first(x_start=2), "multiple of 4"),
         (dataclasses.replace(plan, layers=251), "250 layers"),
+        (dataclasses.replace(plan, batch=9), "9 sequences for 8 warps"),
         (with_first(k=2**20), "no shared memory"),
     ):
         assert reason in str(changed.problems())
@@ -327,7 +328,8 @@ def test_row_tiles_are_whole_where_shares_stay_nearly_even() -> None:
 
 
 def test_sizes_of_a_device_are_data() -> None:
-    measured = [tuning_for("NVIDIA H200", batch) for batch in (1, 2, 3, 4)]
+    measured = [tuning_for("NVIDIA H200", batch) for batch in (1, 2, 3, 8)]
     assert measured[0] != measured[1] == measured[2] == measured[3]
+    assert measured[3].readers == TUNING.readers == 2
     assert all(1 <= sizes.tiles_in_flight < 8 and sizes.words_at_once % 4 == 0 for sizes in measured)
     assert tuning_for("NVIDIA of another kind", 4) == tuning_for("", 1) == TUNING

@@ -21,7 +21,7 @@ from pallas_kernels.target import H200, Target
 
 BFLOAT16 = Model(LOW_RANK[:2], LOW_RANK[:2], norms=True, dtype=jnp.bfloat16)
 REFUSED = [
-    (dict(batch=5), "5 sequences of 1 tokens"),
+    (dict(batch=9), "9 sequences of 1 tokens"),
     (dict(dtype=jnp.float32), "other than bfloat16"),
     (dict(head_dim=96), "heads of 96 columns"),
     (dict(slots=160), "160 slots, no multiple of 64"),

@@ -115,6 +115,16 @@ def test_one_on_request_serves_only_calls_that_name_or_prefer_it(op: Op) -> None
         op.register(implementation("example"), on_request=True)
 
 
+def test_one_that_would_be_slower_serves_only_calls_that_name_or_prefer_it(op: Op) -> None:
+    slower = Implementation("kernel", lambda x: ("kernel", x), slower=lambda x: "2 ms, others 1" if x > 5 else None)
+    op.register(slower)
+    assert op(3) == ("kernel", 3) and op(6) == ("xla", 6)
+    assert op.choose(6)[1] == {"kernel": "2 ms, others 1"}
+    assert op(6, implementation="kernel") == ("kernel", 6)
+    with prefer("kernel"):
+        assert op(6) == ("kernel", 6)
+
+
 def test_one_that_is_whole_gives_way_to_kernels_of_other_ops(op: Op) -> None:
     op.register(Implementation("parts", lambda x: x + 1))
     op.register(Implementation("one_kernel", lambda x: x + 2, whole=True))

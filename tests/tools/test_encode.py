@@ -142,13 +142,15 @@ def test_each_kind_of_model_has_its_own_loader(tiny_encoder: TinyEncoder, tiny: 
         encode(tiny.model, ["a"])
     with pytest.raises(RequestError, match="made without a tokenizer: give the texts as token ids"):
         encode(EncoderModel(tiny_encoder.model.config, tiny_encoder.model.weights), ["a"])
-    for options in ({"dtype": "int8"}, {"kernels": "none such"}, {"materialize": "some"}):
-        with pytest.raises(FlashSVDError, match=r"is not one of|no kernels named"):
+    for options in ({"dtype": "int8"}, {"kernels": "none such"}, {"materialize": "some"}, {"block_tokens": 0}):
+        with pytest.raises(FlashSVDError, match=r"is not one of|no kernels named|must be at least 1, not 0"):
             load_encoder(tiny_encoder.folder, progress=False, **options)
 
 
-@pytest.mark.parametrize("options", [{"materialize": "always"}, {"materialize": "never"}, {"kernels": "xla"}])
-def test_vectors_do_not_depend_on_how_the_model_is_loaded(tiny_encoder: TinyEncoder, options: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"materialize": "always"}, {"materialize": "never"}, {"kernels": "xla"}, {"block_tokens": 32}]
+)
+def test_vectors_do_not_depend_on_how_the_model_is_loaded(tiny_encoder: TinyEncoder, options: dict[str, Any]) -> None:
     model = load_encoder(tiny_encoder.folder, progress=False, **options)
     got = encode(model, TEXTS[:3])
     np.testing.assert_allclose(got, tiny_encoder.vectors(TEXTS[:3]), rtol=0, atol=1e-4)
@@ -192,7 +194,16 @@ def test_inspection_of_an_encoder(
 
 def test_command_writes_an_array(tiny_encoder: TinyEncoder, tmp_path: Path) -> None:
     (tmp_path / "texts").write_text("a cat\r\n\nthe second line\n")
-    arguments = ["encode", str(tiny_encoder.folder), str(tmp_path / "texts"), "--pooling", "cls", "-o"]
+    arguments = [
+        "encode",
+        str(tiny_encoder.folder),
+        str(tmp_path / "texts"),
+        "--pooling",
+        "cls",
+        "--block-tokens",
+        "16",
+        "-o",
+    ]
     assert main([*arguments, str(tmp_path / "vectors.npy")]) == 0
     want = tiny_encoder.vectors(["a cat", "", "the second line"], "cls")
     np.testing.assert_allclose(np.load(tmp_path / "vectors.npy"), want, rtol=0, atol=1e-4)

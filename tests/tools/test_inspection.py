@@ -236,10 +236,10 @@ def test_it_says_how_a_step_is_computed_here(tmp_path: Path) -> None:
     assert (here.decode_kernel, here.decode_workspace) == ("products", None)
     assert "not persistent: written for Hopper" in str(here)
     with assume_target(H200):
-        there, more = inspect(folder), inspect(folder, batch=5)
+        there, more = inspect(folder), inspect(folder, batch=9)
     assert there.decode_kernel == "persistent" and there.decode_refusals == {}
     assert 2**14 < (there.decode_workspace or 0) < 2**18 and "of memory for itself" in str(there)
-    assert more.decode_kernel == "products" and "5 sequences" in more.decode_refusals["persistent"]
+    assert more.decode_kernel == "products" and "9 sequences" in more.decode_refusals["persistent"]
 
 
 def test_it_says_how_an_encoder_computes_here(tmp_path: Path) -> None:

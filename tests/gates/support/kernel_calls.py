@@ -15,6 +15,9 @@ from decoder_cases import DecoderCase
 from pallas_kernels import LayerNorm, Norm, PackedProjection, Projection, Visible, hardware_rank, ops, pack
 from pallas_kernels.triton.blocks import MATVEC_BATCH
 
+THIRD_OF_REGISTERS = 168
+"""What a thread starts with where three warpgroups have all registers of a multiprocessor, before they share them out anew."""
+
 Member = tuple[int, int | None]
 """d_out, and the rank or None."""
 
@@ -121,8 +124,8 @@ def _stream(label: str, rank: int, tables: bool = False, **fields: Any) -> Kerne
     return KernelCall(f"stream-{label}", "attend_padded", "stream", args, arrays, {"head_dim": 64}, max_registers=192)
 
 
-def _feed_forward(label: str, inner: int, ranks: tuple[int, ...], down_rank: int) -> KernelCall:
-    args = (array(8, 512, 768), packed(768, *[(inner, rank) for rank in ranks]), packed(inner, (768, down_rank)))
+def _feed_forward(label: str, inner: int, ranks: tuple[int, ...], down_rank: int, batch: int = 8) -> KernelCall:
+    args = (array(batch, 512, 768), packed(768, *[(inner, rank) for rank in ranks]), packed(inner, (768, down_rank)))
     options = {"activation": "gelu"}
     return KernelCall(f"feed-forward-{label}", "feed_forward", "stream", args, {}, options, max_registers=255)
 
@@ -136,6 +139,26 @@ def _norms() -> list[KernelCall]:
         KernelCall("add-norm", "add_norm", "triton", (x, x, root)),
         KernelCall("add-norm-alone", "add_norm", "triton", (*[array(512, 768)] * 2, layer), {}, {"keep_sum": False}),
     ]
+
+
+def _hopper(label: str, rows: int, d_out: int, rank: int, gate: str | None) -> KernelCall:
+    args = (array(1, rows, 4096), packed(4096, *[(d_out, rank)] * (1 if gate is None else 2)))
+    return KernelCall(
+        f"hopper-{label}-{rows}", "project", "hopper", args, options={"gate": gate}, max_registers=THIRD_OF_REGISTERS
+    )
+
+
+def _heads(
+    label: str, batch: int, kv_heads: int, ranks: tuple[int, int, int], implementation: str = "hopper"
+) -> KernelCall:
+    counts = (4096, *[kv_heads * 128] * 2)
+    tokens = 512 if implementation == "hopper" else 16
+    tables = [array(batch, tokens, 64, dtype=jnp.float32)] * 2
+    args = (array(batch, tokens, 4096), packed(4096, *zip(counts, ranks, strict=True)), *tables)
+    name = f"heads-{label}-{batch * tokens}"
+    return KernelCall(
+        name, "project_heads", implementation, args, options={"head_dim": 128}, max_registers=THIRD_OF_REGISTERS
+    )
 
 
 def _encoder(tokens: int = 16) -> list[KernelCall]:
@@ -188,7 +211,7 @@ KERNEL_CALLS: list[KernelCall] = [
     _decode("7b", replace(LLAMA_7B, starts=(0,))),
     _decode("7b", replace(LLAMA_7B, starts=(0,) * 4)),
     _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None))),
-    _decode("8b-ranks-that-differ", replace(LLAMA_8B, ranks=(1024, 1592), varied=True, starts=(0,) * 2)),
+    _decode("8b-ranks-that-differ", replace(LLAMA_8B, ranks=(1024, 1592), varied=True, starts=(0,) * 8)),
     _decode("8b-dense-attention", replace(LLAMA_8B, qk_norm=True, biases=True, window=4096)),
     _decode(
         "heads-of-64", DecoderCase(2, 896, 4864, 14, 2, (None, 400), starts=(0,), slots=8192, biases=True, head_dim=64)
@@ -219,8 +242,18 @@ KERNEL_CALLS: list[KernelCall] = [
     _stream("32", 29),
     _stream("48-padded-left", 44, tokens=512),
     _stream("modernbert", 44, tables=True, window=65),
-    _feed_forward("bert", 3072, (307,), 307),
+    _feed_forward("bert", 3072, (307,), 307, batch=64),
+    _feed_forward("bert-programs-that-share-tokens", 3072, (307,), 307),
     _feed_forward("bert-narrow", 3072, (192,), 192),
     _feed_forward("modernbert", 1152, (240, 240), 240),
     *_norms(),
+    _hopper("gated", 512, 11008, 1492, "silu"),
+    _hopper("gated", 4096, 11008, 1492, "silu"),
+    _hopper("gated-8b", 512, 14336, 1911, "gelu_tanh"),
+    _hopper("up", 512, 4096, 1492, None),
+    _hopper("up", 4096, 4096, 1024, None),
+    _heads("7b", 1, 32, (1024, 1024, 1024)),
+    _heads("7b", 8, 32, (1024, 1024, 1024)),
+    _heads("8b-ranks-that-differ", 2, 8, (1228, 491, 491)),
+    _heads("by-products", 1, 8, (1024, 409, 409), "products"),
 ]

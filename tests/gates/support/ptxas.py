@@ -15,12 +15,13 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one thread of a kernel takes: registers, and bytes of stack and of spilled registers."""
+    """What one thread of a kernel takes: registers, and bytes of stack and of spilled registers; and what ptxas warned of."""
 
     registers: int
     stack: int
     spill_stores: int
     spill_loads: int
+    warnings: tuple[str, ...] = ()
 
 
 def entry_name(ptx: str) -> str | None:
@@ -47,4 +48,7 @@ def _assemble(ptxas: Path, ptx: str) -> Resources:
     frame, registers = _FRAME.search(run.stderr), _REGISTERS.search(run.stderr)
     if run.returncode or frame is None or registers is None:
         raise RuntimeError(f"ptxas {entry_name(ptx)}: {run.stderr.strip()}")
-    return Resources(int(registers[1]), *map(int, frame.groups()))
+    warnings = tuple(
+        line.strip() for line in run.stderr.splitlines() if "Performance Loss" in line or "warning" in line
+    )
+    return Resources(int(registers[1]), *map(int, frame.groups()), warnings)
