@@ -4,11 +4,12 @@ import jax
 import prompt_kernels
 import pytest
 from prefill_cases import PrefillCase
-from prefill_ours import compile_prompt
+from prefill_ours import lower_prompt
 
 
 def test_host_times_of_a_tiny_model() -> None:
-    times = prompt_kernels.host_times(*compile_prompt(PrefillCase("flashsvd_jax", "tiny", 0.5, 1, 16).config, 1, 16))
+    lowered, draw = lower_prompt(PrefillCase("flashsvd_jax", "tiny", 0.5, 1, 16).config, 1, 16)
+    times = prompt_kernels.host_times(lowered.compile(), draw())
     assert times["nothing, waited for"] < times["waited for"] and times["until sent"] <= times["waited for"]
 
 
