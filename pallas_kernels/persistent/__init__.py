@@ -36,7 +36,7 @@ has no rows in the second, and who reads it takes its columns from the first: wh
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given
     columns      of an output, from words     inputs      from columns to activations       outputs  from sums to words
-    heads, attend     attention               ahead       what a step needs beside its tiles
+    heads, attend, attended     attention     ahead       what a step needs beside its tiles
     words, copies, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.

@@ -130,9 +130,13 @@ def meet() -> None:
 
 
 def meet_readers(count: int) -> None:
-    """Waits for all who put inputs together. What they have stored in shared memory can be multiplied then."""
-    ptx("fence.proxy.async.shared::cta;")
+    """Waits for all who put inputs together."""
     ptx(f"bar.sync {_READERS}, {count};")
+
+
+def let_be_multiplied() -> None:
+    """Before the next such meeting: what this thread has stored in shared memory can be multiplied after it."""
+    ptx("fence.proxy.async.shared::cta;")
 
 
 _READERS = 8  # a barrier of the hardware that is nobody else's: JAX counts its own from 1, one for each warpgroup

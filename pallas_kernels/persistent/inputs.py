@@ -6,19 +6,19 @@ together. What it finds is added up, divided by the norm's divisor where that is
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent.attended import read_attended
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.columns import Columns, biased
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
-from pallas_kernels.persistent.words import Read, in_fours, load_run, load_words, store_word, store_words
+from pallas_kernels.persistent.words import Read, load_words, store_word, store_words
 from pallas_kernels.rounding import power_of_two
 
 _WORDS_OF_VARYING = 96
@@ -135,7 +135,9 @@ class _Loader:
 
         squares = w.repeat(rounds, none, body)
         for square in squares:
-            self._keep_squares(square)
+            with w.when(self.publishing):
+                self._keep_squares(square)
+        w.let_be_multiplied()
         w.meet_readers(self.threads)
         if self.is_stream:
             with w.when(self.publishing):
@@ -194,7 +196,7 @@ class _Loader:
     def _reads(self, chunk: _Chunk) -> list[Read]:
         """Of a chunk: its columns, and where there is a gate what it gates."""
         if self.source.kind == "attended":
-            return [self._read_attended(chunk)]
+            return [read_attended(self.e, self.source.attention, self.base, self.row, chunk.column)]
         reads = [output.read(self.row, chunk.column) for output in self.outputs]
         return [self._with_stream(reads[0], chunk)] if self.is_stream else reads
 
@@ -210,38 +212,6 @@ class _Loader:
             return [w.add_f(s, v) for s, v in zip(w.floats(words[count:]), added.values(words[:count]), strict=True)]
 
         return Read(self.told, added.words + [w.integer(0)] * CHUNK, load, values)
-
-    def _read_attended(self, chunk: _Chunk) -> Read:
-        """Parts of the positions, weighed by what each has of the softmax."""
-        of = self._attention
-        sums, weights = (self.plan.offset(kind, self.source.attention) for kind in ("sums", "weights"))
-        head = w.add(w.mul(self.row, w.integer(of.heads)), w.quotient(chunk.column, of.head_dim))
-        first = w.add(w.mul(head, w.integer(of.parts)), w.integer(weights))
-
-        def load(need: Value, old: list[Value]) -> list[Value]:
-            found = load_run(self.base, first, need, old[: of.parts])
-            for part, four in enumerate(in_fours(old[of.parts :])):
-                row = w.mul(w.add(w.integer(part * self.plan.batch), self.row), w.integer(of.heads * of.head_dim))
-                at = w.mul(w.add(w.add(row, chunk.column), w.integer(sums)), w.integer(4))
-                found += load_words(self.base, at, need, four)
-            return found
-
-        count = of.parts * (1 + CHUNK)
-        return Read(self.told, [w.integer(0)] * count, load, self._weighed)
-
-    def _weighed(self, words: list[Value]) -> list[Value]:
-        """Four columns from the logarithms of all parts' weights and their columns."""
-        parts = self._attention.parts
-        logs, fours = w.floats(words[:parts]), [w.floats(four) for four in in_fours(words[parts:])]
-        if parts == 1:
-            return fours[0]
-        largest = functools.reduce(w.max_f, logs)
-        shares = [w.power_of_two(w.sub_f(log, largest)) for log in logs]
-        whole = w.total(shares)
-        return [
-            w.div_f(w.total([w.mul_f(s, v) for s, v in zip(shares, column, strict=True)]), whole)
-            for column in zip(*fours, strict=True)
-        ]
 
     def _combine(self, parts: list[list[Value]], biases: list[list[Value]], root: Value | None) -> list[Value]:
         if self.source.kind == "attended":

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 from persistent_machine import ACTIVATIONS, Machine
 
-from pallas_kernels.persistent import code, columns, inputs, launch, words
+from pallas_kernels.persistent import attended, code, columns, inputs, launch, words
 from pallas_kernels.persistent.launch import Emitter, Launch
 from pallas_kernels.persistent.steps import THREADS
 
@@ -141,7 +141,8 @@ def running(threads: Threads) -> Iterator[None]:
         "add_f": np.add, "sub_f": np.subtract, "mul_f": np.multiply, "div_f": np.divide, "max_f": np.maximum,
         "select": np.where, "integer": lambda v: v & MASK, "number": float, "equal": lambda a, b: np.equal(a, b),
         "below": lambda a, b: np.less(a, b), "thread": lambda: lanes,
-        "reader": lambda: lanes, "meet_readers": lambda count: None, "program": lambda: threads.program,
+        "reader": lambda: lanes, "meet_readers": lambda count: None, "let_be_multiplied": lambda: None,
+        "program": lambda: threads.program,
         "meet": lambda: None, "when": threads.when, "repeat": threads.repeat, "load_pointer": threads.load_pointer,
         "load_integer": threads.load_integer, "load_bf16": threads.load_bf16, "floats": list,
         "total": lambda values: sum(values), "offset_pointer": base, "activation_offset": lambda k, row, start: 8 * k + row,
@@ -159,7 +160,7 @@ def running(threads: Threads) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in emitted.items():
             stack.enter_context(mock.patch.object(code, name, value))
-        for module in (words, columns, inputs, launch):
+        for module in (words, columns, attended, inputs, launch):
             for name, value in loads.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))
