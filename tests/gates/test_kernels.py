@@ -31,5 +31,6 @@ def test_it_compiles_within_limits(call: KernelCall) -> None:
         assert (used.spill_stores, used.spill_loads) == (0, 0), name
         assert used.registers <= call.max_registers, name
         assert not used.warnings, name  # of wgmma that are kept apart, for one
+        assert 0 < used.code_bytes <= call.max_code, name
     for kernel in compiled.kernels:
         assert kernel.shared_memory <= call.max_shared_memory, kernel.name

@@ -30,6 +30,8 @@ class KernelCall:
       options: static arguments.
       max_registers: of a thread; above 128, fewer than four blocks of 128 threads fit a multiprocessor with any of them.
       max_shared_memory: of a block, in bytes; an H200 has 227 KiB for all blocks of a multiprocessor.
+      max_code: bytes of machine code. What runs once a layer is read anew each time where it is more than the cache for
+        instructions holds.
     """
 
     label: str
@@ -40,6 +42,7 @@ class KernelCall:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_registers: int = 128
     max_shared_memory: int = 227 * 1024
+    max_code: int = 256 * 1024
 
     def function(self) -> partial[Any]:
         """What to lower, with `args` and `arrays` as its two arguments."""
@@ -87,11 +90,11 @@ def _attend(
     return KernelCall(f"attend-{label}-{rows}", "attend_cached", "triton", args, options=options, max_registers=192)
 
 
-def _decode(label: str, case: DecoderCase, implementation: str = "persistent") -> KernelCall:
-    """A call of `decode_layers`. One block a multiprocessor has all registers."""
+def _decode(label: str, case: DecoderCase, implementation: str = "persistent", code: int = 192) -> KernelCall:
+    """A call of `decode_layers`. One block a multiprocessor has all registers. ``code`` is KiB that its kernel may have."""
     args = jax.eval_shape(case.arguments)
     name = f"decode-{implementation}-{label}-{len(case.starts)}"
-    return KernelCall(name, "decode_layers", implementation, args, max_registers=255)
+    return KernelCall(name, "decode_layers", implementation, args, max_registers=255, max_code=1024 * code)
 
 
 def _own_heads(width: int, heads: int, head_dim: int, rank: int) -> PackedProjection:
@@ -185,9 +188,9 @@ KERNEL_CALLS: list[KernelCall] = [
     _attend("gqa", 8, 32, 8),
     _attend("head-256-bounded", 1, 16, 8, head_dim=256, softcap=50.0),
     _attend("head-64", 1, 14, 2, head_dim=64),
-    _decode("7b", replace(LLAMA_7B, starts=(0,))),
-    _decode("7b", replace(LLAMA_7B, starts=(0,) * 4)),
-    _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None))),
+    _decode("7b", replace(LLAMA_7B, starts=(0,)), code=128),
+    _decode("7b", replace(LLAMA_7B, starts=(0,) * 4), code=140),
+    _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None)), code=96),
     _decode("8b-ranks-that-differ", replace(LLAMA_8B, ranks=(1024, 1592), varied=True, starts=(0,) * 8)),
     _decode("8b-dense-attention", replace(LLAMA_8B, qk_norm=True, biases=True, window=4096)),
     _decode(

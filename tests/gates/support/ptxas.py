@@ -1,8 +1,10 @@
-"""Registers, spills and stack of kernels, from assembling their PTX."""
+"""Registers, spills, stack and code of kernels, from assembling their PTX."""
 
 import dataclasses
 import re
+import struct
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,12 +17,14 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one thread of a kernel takes: registers, and bytes of stack and of spilled registers; and what ptxas warned of."""
+    """What one thread of a kernel takes: registers, and bytes of stack and of spilled registers; bytes of machine code of them
+    all; and what ptxas warned of."""
 
     registers: int
     stack: int
     spill_stores: int
     spill_loads: int
+    code_bytes: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -43,12 +47,22 @@ def measure(ptxas: Path, sources: Mapping[str, str]) -> dict[str, Resources]:
 
 
 def _assemble(ptxas: Path, ptx: str) -> Resources:
-    command = [str(ptxas), "-arch", ARCHITECTURE, "-v", "-", "-o", "/dev/null"]
-    run = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as out:
+        command = [str(ptxas), "-arch", ARCHITECTURE, "-v", "-", "-o", out.name]
+        run = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
+        assembled = out.read()
     frame, registers = _FRAME.search(run.stderr), _REGISTERS.search(run.stderr)
     if run.returncode or frame is None or registers is None:
         raise RuntimeError(f"ptxas {entry_name(ptx)}: {run.stderr.strip()}")
     warnings = tuple(
         line.strip() for line in run.stderr.splitlines() if "Performance Loss" in line or "warning" in line
     )
-    return Resources(int(registers[1]), *map(int, frame.groups()), warnings)
+    return Resources(int(registers[1]), *map(int, frame.groups()), _code_bytes(assembled), warnings)
+
+
+def _code_bytes(elf: bytes) -> int:
+    """Of the sections of an ELF file that are executed."""
+    (headers,), (size, count) = struct.unpack_from("<Q", elf, 0x28), struct.unpack_from("<HH", elf, 0x3A)
+    sections = (struct.unpack_from("<IIQQQQ", elf, headers + size * i) for i in range(count))
+    executed = 4  # SHF_EXECINSTR
+    return sum(length for _, _, flags, _, _, length in sections if flags & executed)
