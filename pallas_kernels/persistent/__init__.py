@@ -1,7 +1,7 @@
 """A persistent kernel for Hopper: a step of decoding, all layers and the head, in one launch whose weight stream does not stop.
 
-One program lives on each core for the whole launch. One of its warpgroups loads, one multiplies, and one helps that to put inputs
-together:
+One program lives on each core for the whole launch. One of its warpgroups loads, one multiplies, and where there are several
+sequences a third helps that to put inputs together:
 
     loading       w w w w w w k v w w w w w w ...     tiles of 16 KiB, weights and the cache's keys and values alike, in the order
                       |                                 in which they will be used; no input is waited for, so they come early
