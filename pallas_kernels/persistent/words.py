@@ -121,8 +121,9 @@ def until_written(reads: Sequence[Read], patience: Patience) -> list[list[Value]
     """The floats of every read, once the words that they are made of are there.
 
     What has been found is not read again: polls of many programs would crowd out the weights, and each other.
-    After too many attempts it gives NaN, and so does all that depends on it, says so in ``patience.said`` and makes all later
-    waits of this program short, which then say nothing: a kernel that spins must end, and never with a wrong number.
+    After too many attempts the first float of each read is NaN, and so is every product that it is in; that is told in
+    ``patience.said``, by which the host learns that the results mean nothing, and all later waits of this program are short and say
+    nothing: a kernel that spins must end, and never with a number that is taken for right.
     """
     counts = [len(read.words) for read in reads]
     types = [w.int_type()] * (sum(counts) + len(reads) + 1)
