@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import transformers
-from case_process import gpu_alone
 from encoder_cases import SHAPES, EncoderCase
-from prompt_cases import median_seconds, row_of
+
+from peers.pass_timing import timed_row
 
 ATTENTION = {"torch-eager": "eager", "torch-sdpa": "sdpa", "torch-compile": "sdpa"}
 
@@ -49,24 +49,8 @@ def main(case: EncoderCase) -> dict[str, Any]:
 
     def once() -> None:
         run(input_ids=tokens, attention_mask=mask)
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    if run is not model:
-        once()  # compiles for long, and uses the GPU for one pass alone
-    held = peak = None
-    with gpu_alone():
-        for _ in range(2):
-            once()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        latency = median_seconds(once, case.repeats)
-        if held is not None:
-            peak = torch.cuda.max_memory_allocated() - held
-    row = row_of(case, latency, [ATTENTION[case.impl]], peak_activation_bytes=peak)
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    return {**row, "matmul_tflops": None, "device": name, "torch": torch.__version__}
+    return timed_row(case, once, warm_ups=2, attention=[ATTENTION[case.impl]])
 
 
 if __name__ == "__main__":

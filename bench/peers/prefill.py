@@ -5,11 +5,10 @@ import sys
 from typing import Any
 
 import torch
-from case_process import gpu_alone
 from prefill_cases import PrefillCase
-from prompt_cases import median_seconds, row_of
 
 from peers.model import PeerModel
+from peers.pass_timing import timed_row
 from peers.run import random_tensors, rounded_ranks
 
 
@@ -23,25 +22,7 @@ def main(case: PrefillCase) -> dict[str, Any]:
     prompt = torch.ones((case.batch, case.length), dtype=torch.long, device=device)
     prefill = torch.compile(model.prefill) if case.impl == "torch-compile" else model.prefill
 
-    def run() -> None:
-        prefill(prompt)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    if case.impl == "torch-compile":
-        run()  # compiles for long, and uses the GPU for one pass alone
-    held = peak = None
-    with gpu_alone():
-        run()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        latency = median_seconds(run, case.repeats)
-        if held is not None:
-            peak = torch.cuda.max_memory_allocated() - held
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    row = row_of(case, latency, ["sdpa"], peak_activation_bytes=peak)
-    return {**row, "matmul_tflops": None, "device": name, "torch": torch.__version__}
+    return timed_row(case, lambda: prefill(prompt), warm_ups=1, attention=["sdpa"])
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class DenseLayers:
             return
         kept = work and work.load("fisher")
         if kept is None:
-            assert isinstance(self._config, ModelConfig)  # as above
+            assert isinstance(self._config, ModelConfig)  # an encoder has no loss of its own
             names = list(self._sites)
             self._fisher = fisher_statistics(self._config, self._folder.get, names, self._tokens, self._progress)
             if work is not None:
@@ -140,7 +140,7 @@ class DenseLayers:
     def sensitivity(self) -> dict[str, list[float]]:
         """The model's loss with each site alone compressed at each of `SENSITIVITY_RATIOS`, on the first windows of the text."""
         found: dict[str, list[float]] = {}
-        assert isinstance(self._config, ModelConfig)  # an encoder has no loss of its own
+        assert isinstance(self._config, ModelConfig)  # as above
         stream = self.stream(self.method.needs)
         model = Sensitivity(self._config, self._folder.get, self._tokens[:SENSITIVITY_WINDOWS])
         for (index,) in self._pass("measuring sensitivity"):  # a basis of several layers has none

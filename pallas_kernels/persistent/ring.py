@@ -91,13 +91,13 @@ class Ring:
         @w.emitted(plgpu.RefType(), plgpu.RefType(w.TILED), plgpu.RefType(), *[w.SCALAR(())] * 4)
         def emit(context: Any, maps: Any, slots: Any, barriers: Any, *numbers: Any) -> None:
             index, row, column, tile = map(w.scalar, numbers)
-            filled, freed, _ = self._barriers(barriers, tile)
+            filled, freed, slot = self._barriers(barriers, tile)
             copies.pass_barrier(*freed, w.below(w.integer(self.stages - 1), tile))
             earlier = w.sub(tile, w.integer(self.in_flight))
             landed, _, _ = self._barriers(barriers, earlier)
             copies.pass_barrier(*landed, w.below(w.integer(self.in_flight - 1), tile))
             at = w.offset_pointer(w.address(maps), w.mul(index, w.integer(128)))
-            to = w.add(w.shared_address(slots), w.mul(w.remainder(tile, self.stages), w.integer(TILE_BYTES)))
+            to = w.add(w.shared_address(slots), w.mul(slot, w.integer(TILE_BYTES)))
             copies.copy_tile(to, filled[0], at, row, column, w.equal(w.thread(), w.integer(0)))
 
         emit(self.maps, self.slots, self.barriers, operand, row, column, tiles)

@@ -11,10 +11,12 @@ from pallas_kernels.triton.call import unavailable
 
 project.register(Implementation("triton", products.project, products.refuses, unavailable))
 attend_cached.register(Implementation("triton", attention.attend_cached, attention.refuses, unavailable))
-for _op, _kernel in ((attend_padded, streaming), (feed_forward_op, feed_forward)):
-    _op.register(
-        Implementation("stream", getattr(_kernel, _op.name), _kernel.refuses, unavailable, slower=_kernel.slower)
-    )
+attend_padded.register(
+    Implementation("stream", streaming.attend_padded, streaming.refuses, unavailable, slower=streaming.slower)
+)
+feed_forward_op.register(
+    Implementation("stream", feed_forward.feed_forward, feed_forward.refuses, unavailable, slower=feed_forward.slower)
+)
 attend.register(Implementation("triton", flash.attend, flash.refuses, unavailable))
 for _op in (rms_norm, layer_norm):
     _op.register(Implementation("triton", norms.run, norms.refuses, unavailable))

@@ -14,6 +14,8 @@ import torch
 from hf_encoders import build_encoder
 from interruptions import content, interrupt_at
 from letter_tokenizer import letter_tokenizer
+from module_inputs import decoder_linears as linears
+from module_inputs import module_inputs
 from torch import nn
 from truncation import draw_inputs, draw_weight
 
@@ -73,25 +75,9 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Deep:
     return Deep(model, place / "ours")
 
 
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """The layers' projections by site."""
-    named = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {n.removeprefix("model.").replace("layers.", "layers_", 1): m for n, m in named if ".layers." in n}
-
-
 def inputs(model: nn.Module, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The inputs [tokens, d_in] of every projection, float64."""
-    found: dict[str, np.ndarray] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _module, given: found.__setitem__(name, given[0].flatten(0, -2).double().numpy())
-
-    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in linears(model).items()]
-    with torch.no_grad():
-        model(torch.tensor(tokens).long())
-    for hook in hooks:
-        hook.remove()
-    return found
+    return module_inputs(model, linears(model), tokens)
 
 
 def published(weights: list[np.ndarray], moment: np.ndarray, rank: int) -> list[np.ndarray]:

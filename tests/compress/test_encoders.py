@@ -13,6 +13,7 @@ from converted_encoders import folder_outputs
 from hf_encoders import ARCHITECTURES, EncoderReference, build_encoder, canonical_name, encoder_reference
 from interruptions import content, interrupt_at
 from letter_tokenizer import letter_tokenizer
+from module_inputs import module_inputs
 from torch import nn
 from truncation import best
 
@@ -73,17 +74,7 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 def inputs(model: nn.Module, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The inputs [tokens, d_in] of each projection, float64."""
-    found: dict[str, np.ndarray] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _module, given: found.__setitem__(name, given[0].flatten(0, -2).double().numpy())
-
-    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in linears(model).items()]
-    with torch.no_grad():
-        model(torch.tensor(tokens).long())
-    for hook in hooks:
-        hook.remove()
-    return found
+    return module_inputs(model, linears(model), tokens)
 
 
 def windows(tiny: Tiny) -> np.ndarray:

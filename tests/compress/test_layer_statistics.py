@@ -7,6 +7,7 @@ import hf_models
 import numpy as np
 import pytest
 import torch
+from module_inputs import module_inputs
 from torch import nn
 
 from flashsvd_jax.compress.fisher import fisher_statistics
@@ -18,18 +19,7 @@ TOKENS = np.random.default_rng(0).integers(1, 50, (6, 20)).astype(np.int32)
 
 def torch_inputs(reference: hf_models.Reference) -> dict[str, np.ndarray]:
     """The inputs [tokens, d_in] of each projection of the layers, as float64."""
-    found: dict[str, np.ndarray] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _module, inputs: found.__setitem__(name, inputs[0].flatten(0, -2).double().numpy())
-
-    modules = projections(reference)
-    hooks = [module.register_forward_pre_hook(keep(name)) for name, module in modules.items()]
-    with torch.no_grad():
-        reference.model(torch.tensor(TOKENS).long())
-    for hook in hooks:
-        hook.remove()
-    return found
+    return module_inputs(reference.model, projections(reference), TOKENS)
 
 
 def projections(reference: hf_models.Reference) -> dict[str, nn.Module]:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from module_inputs import decoder_linears as weights
+from module_inputs import module_inputs
 from torch import nn
 
 from flashsvd_jax import bundled
@@ -38,21 +40,9 @@ def products(folder: Path) -> dict[str, np.ndarray]:
         }
 
 
-def weights(model: nn.Module) -> dict[str, nn.Linear]:
-    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {n.removeprefix("model.").replace("layers.", "layers_", 1): m for n, m in linears if ".layers." in n}
-
-
 def inputs(model: nn.Module, tokens: np.ndarray, site: str) -> np.ndarray:
     """The inputs [tokens, d_in] of a site."""
-    found: list[np.ndarray] = []
-    hook = weights(model)[site].register_forward_pre_hook(
-        lambda _, x: found.append(x[0].flatten(0, -2).double().numpy())
-    )
-    with torch.no_grad():
-        model(torch.tensor(tokens).long())
-    hook.remove()
-    return found[0]
+    return module_inputs(model, {site: weights(model)[site]}, tokens)[site]
 
 
 def whitened(weight: np.ndarray, x: np.ndarray, rank: int) -> np.ndarray:
