@@ -2,21 +2,33 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from jobs import results_folder
+from cases import Case
+from jobs import config_of, results_folder
+
+from flashsvd_jax.config import ModelConfig
+
+RANKS = ("uniform", "mixed", "partly dense", "allocated")
 
 
-def options(description: str | None) -> argparse.ArgumentParser:
-    """Of a shape, and of the file for rows."""
+def options(description: str | None, ranks: Sequence[str] = ("uniform",)) -> argparse.ArgumentParser:
+    """Of a shape, whose ranks may be spread in these ways, and of the file for rows."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", default="llama-2-7b")
     parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--ranks", choices=ranks, default="uniform", help="how they are spread")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--out", type=Path, help="bench/results/<device>/kernels.jsonl if not given")
     return parser
+
+
+def shape_of(parsed: argparse.Namespace) -> ModelConfig:
+    """The model that the options name."""
+    return config_of(Case("", parsed.model, parsed.ratio, ranks=parsed.ranks))
 
 
 def rows_file(out: Path | None) -> Path | None:

@@ -17,7 +17,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jobs import append_row
-from one_shape import options, rows_file
+from one_shape import RANKS, options, rows_file, shape_of
 
 from flashsvd_jax.benchmark import bytes_per_token, provenance, random_weights, read_bandwidth
 from flashsvd_jax.config import ModelConfig
@@ -25,7 +25,6 @@ from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.kv_cache import KVCache, empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
-from flashsvd_jax.shapes import shape_config
 from pallas_kernels import prefer
 from pallas_kernels.persistent import building, code, copies, launch, layers, loading, plan, tuning, words
 
@@ -125,20 +124,21 @@ def microseconds(step: Any, weights: DecoderWeights, cache: KVCache, position: i
 
 def main() -> int:
     """Runs the measurement."""
-    parser = options(__doc__)
+    parser = options(__doc__, RANKS)
     parser.add_argument("--variants", default=",".join(VARIANTS), metavar="NAME,..", help="all if not given")
     parsed = parser.parse_args()
     out = rows_file(parsed.out)
     if out is None:
         return 1
-    config = shape_config(parsed.model, parsed.ratio)
+    config = shape_of(parsed)
     weights, bandwidth = random_weights(config), read_bandwidth()
     cache = empty_cache(
         config, parsed.batch, -(-(parsed.context + 1) // CACHE_UNIT) * CACHE_UNIT, jnp.dtype(jnp.bfloat16)
     )
     floor = 1e6 * bytes_per_token(config, weights, parsed.batch, parsed.context) / bandwidth
-    common = {"suite": "persistent", "model": parsed.model, "ratio": parsed.ratio, "batch": parsed.batch}
-    common |= {"context": parsed.context, "floor_us": round(floor, 1), "jax": jax.__version__} | provenance()
+    common = {"suite": "persistent", "model": parsed.model, "ratio": parsed.ratio, "ranks": parsed.ranks}
+    common |= {"batch": parsed.batch, "context": parsed.context, "floor_us": round(floor, 1)}
+    common |= {"jax": jax.__version__, **provenance()}
     for name in parsed.variants.split(","):
         step = compile_step(config, weights, cache, VARIANTS[name])
         us, cache = microseconds(step, weights, cache, parsed.context - 1)

@@ -15,13 +15,12 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from one_shape import options
+from one_shape import RANKS, options, shape_of
 from persistent_times import compile_step
 
 from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.shapes import shape_config
 from pallas_kernels import stall_reason
 from pallas_kernels.persistent import building, code, kernel, multiplying
 from pallas_kernels.persistent.plan import Plan
@@ -108,10 +107,10 @@ def table(plan: Plan, clocks: np.ndarray) -> list[str]:
 
 def main() -> int:
     """Runs the trace."""
-    parser = options(__doc__)
+    parser = options(__doc__, RANKS)
     parser.add_argument("--raw", type=Path, help="file for the clocks")
     parsed = parser.parse_args()
-    config = shape_config(parsed.model, parsed.ratio)
+    config = shape_of(parsed)
     weights = random_weights(config)
     slots = -(-(parsed.context + 1) // CACHE_UNIT) * CACHE_UNIT
     cache = empty_cache(config, parsed.batch, slots, jnp.dtype(jnp.bfloat16))

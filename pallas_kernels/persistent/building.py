@@ -9,7 +9,7 @@ from pallas_kernels.decode import DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import Plan, parts_for, splits_for
 from pallas_kernels.persistent.sources import Output, Source
-from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Group, Phase, Step
+from pallas_kernels.persistent.steps import MOST_PARTS, TILE_ROWS, Attention, Collect, Group, Phase, Step
 from pallas_kernels.persistent.tuning import Tuning
 from pallas_kernels.projection import PackedProjection
 
@@ -37,8 +37,10 @@ class _Builder:
             operands.append(array)
         return len(self.operands[0]) - 1
 
-    def project(self, name: str, packed: Sequence[PackedProjection], source: Source) -> tuple[Output, ...]:
-        """Adds the phases of a projection; gives what its members put out.
+    def project(
+        self, name: str, packed: Sequence[PackedProjection], source: Source, together: int = 1
+    ) -> tuple[Output, ...]:
+        """Adds the phases of a projection, so many of whose members are read together; gives what its members put out.
 
         One phase if all members are dense in every layer. Else two: in a layer in which a member is dense it has no rows in the
         second, and is read from the first.
@@ -52,9 +54,9 @@ class _Builder:
                 ]
                 for p in packed
             ]
-            return self._outputs(packed, [self._add(name, groups, source, name != "qkv")])
+            return self._outputs(packed, [self._add(name, groups, source, together)])
         groups = [[Group(first, *p.first.shape)] for p in packed]
-        down = self._add(f"{name} down", groups, source)
+        down = self._add(f"{name} down", groups, source, together)
         count = range(len(packed[0].ups))
         # A dense member names an operand all the same, of which it has no rows.
         ups = [self.operand([p.first if p.ups[i] is None else p.ups[i] for p in packed]) for i in count]  # pyright: ignore
@@ -68,7 +70,7 @@ class _Builder:
             for p in packed
         ]
         latent = Output((down,) * len(packed), (0,) * len(packed), (0,) * len(packed))
-        up = self._add(f"{name} up", groups, Source("sum", (latent,)), name != "qkv")
+        up = self._add(f"{name} up", groups, Source("sum", (latent,)), together)
         return self._outputs(packed, [down, up])
 
     def _outputs(self, packed: Sequence[PackedProjection], phases: Sequence[int]) -> tuple[Output, ...]:
@@ -84,9 +86,10 @@ class _Builder:
             found.append(Output(steps, groups, begins, number))
         return tuple(found)
 
-    def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source, for_all: bool = True) -> int:
-        """Adds a phase, of whose output all programs read a part if it is ``for_all``: attention reads a few columns at most."""
-        phase = Phase(name, tuple(map(tuple, groups)), source)
+    def _add(self, name: str, groups: Sequence[Sequence[Group]], source: Source, together: int) -> int:
+        """Adds a phase. All programs read a part of its output, but where that is attention, which reads a few columns at most."""
+        for_all = name not in ("qkv", "qkv up")
+        phase = Phase(name, tuple(map(tuple, groups)), source, most_parts=MOST_PARTS // together)
         longest = max(group.k for layer in groups for group in layer)
         splits = splits_for(phase.padded_rows, longest, self.programs, self.tuning)
         phase = dataclasses.replace(phase, splits=splits)
@@ -136,7 +139,7 @@ def _layer_steps(
     build.steps.append(_attention(build, layers, keys, values, batch, (q, k, v)))
     o = build.project("o", [layer.o for layer in layers], Source("attended", attention=len(build.steps) - 1))
     scale, middle = build.operand([layer.mlp_norm.scale for layer in layers]), len(build.steps)
-    gated = build.project("gate_up", [layer.gate_up for layer in layers], Source("stream", o, stream=0, scale=scale))
+    gated = build.project("gate_up", [layer.gate_up for layer in layers], Source("stream", o, stream=0, scale=scale), 2)
     source = Source("gated", gated, activation=layers[0].gate)
     mlp = build.project("down", [layer.down for layer in layers], source)
     first = build.phase(0)

@@ -139,7 +139,8 @@ def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
     device = target()
     leaves, tree = jax.tree.flatten(arguments)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    tuning = tuning_for(device.kind, arguments[0].shape[0])
+    of_layers = {tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in arguments[1]}
+    tuning = tuning_for(device.kind, arguments[0].shape[0], len(of_layers) > 1)
     plan, operands = _plan_of_shapes(tree, shapes, device.cores, tuning)
     return plan, [leaves[number] for number in operands]
 

@@ -18,8 +18,8 @@ CHUNK = 4
 HALF_TILE = 64
 """Columns of half a tile: what 128 bytes, the widest swizzle of a bulk copy, hold."""
 
-MOST_PARTS = 24
-"""Partial sums of a column: more words than these would have a thread wait for them one after the other."""
+MOST_PARTS = 16
+"""Partial sums of columns that are read together: more words than these would have a thread wait for them one after the other."""
 
 HEAD_DIMS = (32, 64, 128)
 """That attention can have: halves that are a power of two of lanes, and no more than a tile has columns."""
@@ -84,6 +84,7 @@ class Phase:
       splits: of the contraction axis.
       whole: whether no row tile is divided into pieces.
       pieces: the most that a row tile of a split has.
+      most_parts: partial sums that a column should have, at the most.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Phase:
     splits: int = 1
     whole: bool = False
     pieces: int = 1
+    most_parts: int = MOST_PARTS
 
     @property
     def parts(self) -> int:
@@ -148,10 +150,15 @@ class Phase:
         return self._found[key]
 
     def _sharers(self, team: int, layer: int, size: int) -> int:
-        """As many as there are, but for those who would divide row tiles into too many pieces."""
+        """As many as there are, but for those without whom row tiles come in fewer pieces and no share is longer, and those with
+        whom there would be too many pieces."""
         tiles, k_tiles, unit = self.team_tiles(team, layer), self.k_tiles(team, layer), self.unit(team, layer)
         found = min(size // self.splits, tiles // unit)
-        while found > 1 and unit == 1 and most_pieces(tiles, k_tiles, found) * self.splits > MOST_PARTS:
+        if unit > 1 or not found:
+            return found
+        longest = -(-tiles // found)
+        found = min(range(-(-tiles // longest), found + 1), key=lambda n: (most_pieces(tiles, k_tiles, n), -n))
+        while found > 1 and most_pieces(tiles, k_tiles, found) * self.splits > self.most_parts:
             found -= 1
         return found
 
@@ -165,11 +172,11 @@ class Phase:
         units = share(self.team_tiles(team, layer) // unit, sharers, index)
         return range(units.start * unit, units.stop * unit)
 
-    def longer_if_whole(self, programs: int) -> int:
-        """By how many tiles the longest share grows if no row tile is divided."""
-        even = max(max(self.work(layer, programs)) for layer in range(len(self.layers)))
+    def longer_if_whole(self, programs: int) -> float:
+        """By how many tiles a layer's longest share grows, on average, if no row tile is divided."""
         whole = dataclasses.replace(self, whole=True)
-        return max(max(whole.work(layer, programs)) for layer in range(len(self.layers))) - even
+        grown = [max(whole.work(i, programs)) - max(self.work(i, programs)) for i in range(len(self.layers))]
+        return sum(grown) / len(grown)
 
     def row_tiles_each(self, programs: int) -> float:
         """Row tiles that a program has, where it has fewest."""

@@ -1,8 +1,8 @@
 """Sizes of the persistent kernel that are found by measurement, not by thought.
 
 What was measured on a device is data, `tuned/<device>.json`, each figure with what it was chosen by; `bench/persistent_times.py`
-measures again. What serves larger batches better is told there by the batch from which on it holds. Where there is none, the
-defaults below serve.
+measures again. What serves larger batches better is told there by the batch from which on it holds, and what serves layers whose
+ranks differ apart. Where there is no table, the defaults below serve.
 """
 
 import dataclasses
@@ -38,12 +38,13 @@ class Tuning:
 
 
 @functools.cache
-def tuning_for(device: str, batch: int) -> Tuning:
-    """For a device, by the name that it gives itself, and a number of sequences."""
+def tuning_for(device: str, batch: int, differ: bool) -> Tuning:
+    """For a device, by the name that it gives itself, a number of sequences, and whether layers differ in ranks."""
     found = table("pallas_kernels.persistent", device)
     if not found:
         return Tuning()
     sizes = dict(found["tuning"])
     for least, others in sorted(found["from_batch"].items(), key=lambda item: int(item[0])):
         sizes |= others if batch >= int(least) else {}
+    sizes |= found["where_layers_differ"] if differ else {}
     return Tuning(**sizes)

@@ -25,13 +25,12 @@ from persistent_models import (
     shapes_of,
 )
 
-from pallas_kernels.persistent import attend, building
+from pallas_kernels.persistent import attend, building, layers
 from pallas_kernels.persistent.launch import SMALL_FLOATS
 from pallas_kernels.persistent.numbers import outputs_of
 from pallas_kernels.persistent.plan import SHARED_MEMORY, Plan, parts_for, splits_for
 from pallas_kernels.persistent.sources import Output, Source
 from pallas_kernels.persistent.steps import (
-    MOST_PARTS,
     TILE_BYTES,
     TILE_K,
     TILE_ROWS,
@@ -43,6 +42,7 @@ from pallas_kernels.persistent.steps import (
     sharer,
 )
 from pallas_kernels.persistent.tuning import Tuning, tuning_for
+from pallas_kernels.target import H200, assume_target
 
 TUNING = Tuning()
 
@@ -106,9 +106,13 @@ def check_teams(phase: Phase, layer: int, programs: int, taken: list[Item]) -> N
         in_all, sharers = rows[number] * k_tiles, phase.sharers(layer, programs)[number]
         assert phase.team_tiles(number, layer) == in_all
         most = min(sizes[number] // phase.splits, rows[number] * (1 if phase.whole else k_tiles))
-        # Fewer only where one more would divide row tiles into too many pieces.
-        fewer = sharers < most and most_pieces(in_all, k_tiles, sharers + 1) * phase.splits > MOST_PARTS
-        assert sharers == most or fewer
+        if not phase.whole and sharers < most:
+            # Fewer only where all others of as short shares would divide row tiles into more pieces, or into too many.
+            pieces = {n: most_pieces(in_all, k_tiles, n) for n in range(sharers, most + 1)}
+            too_many = min(pieces[n] for n in pieces if n > sharers) * phase.splits > phase.most_parts
+            same = -(-in_all // sharers) == -(-in_all // most)
+            assert too_many or (same and all(pieces[n] > pieces[sharers] for n in pieces if n > sharers))
+        assert not phase.whole or sharers == most
     assert sorted(tiles) == sorted(wanted)
     busy = [team for team, size in enumerate(sizes) if size]
     shares = {team: phase.team_tiles(team, layer) / sizes[team] for team in busy}
@@ -127,7 +131,7 @@ def check_pieces(plan: Plan, number: int, layer: int) -> None:
         assert many or phase.longer_if_whole(plan.programs) <= plan.tuning.uneven_tiles
         assert set(pieces) - {0} <= {phase.pieces} == {1}
         return
-    assert max(pieces) <= phase.pieces and phase.parts == phase.splits * phase.pieces <= MOST_PARTS
+    assert max(pieces) <= phase.pieces and phase.parts == phase.splits * phase.pieces <= phase.most_parts
     row_tile = 0
     for i, group in enumerate(phase.layers[layer]):
         (team,) = (t for t, groups in enumerate(phase.teams) if i in groups)
@@ -328,8 +332,16 @@ def test_row_tiles_are_whole_where_shares_stay_nearly_even() -> None:
 
 
 def test_sizes_of_a_device_are_data() -> None:
-    measured = [tuning_for("NVIDIA H200", batch) for batch in (1, 2, 3, 8)]
+    measured = [tuning_for("NVIDIA H200", batch, False) for batch in (1, 2, 3, 8)]
     assert measured[0] != measured[1] == measured[2] == measured[3]
     assert measured[3].readers == TUNING.readers == 2
     assert all(1 <= sizes.tiles_in_flight < 8 and sizes.words_at_once % 4 == 0 for sizes in measured)
-    assert tuning_for("NVIDIA of another kind", 4) == tuning_for("", 1) == TUNING
+    assert tuning_for("NVIDIA of another kind", 4, True) == tuning_for("", 1, False) == TUNING
+
+
+def test_layers_that_differ_have_more_readers() -> None:
+    with assume_target(H200):
+        alike, differ = (
+            layers.plan_here(*shapes_of(Model(ranks, ranks, batch=1))[:6])[0] for ranks in ((72, 72), (72, 136))
+        )
+    assert (alike.tuning.readers, differ.tuning.readers) == (1, 2)

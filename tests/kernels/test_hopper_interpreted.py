@@ -1,0 +1,85 @@
+"""Hopper's kernels of prompts, run by Pallas' interpreter for Mosaic GPU, against PyTorch in float64."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hopper_cases import GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact, products_exact
+from kernel_cases import relative_error
+
+from pallas_kernels import Norm, Op, Projection, assume_target, pack, project, project_heads
+from pallas_kernels.hopper.ring import tiling
+from pallas_kernels.target import H200, Target
+
+INTERPRETED = dataclasses.replace(H200, cores=3, interpret=True)  # few, so that each program has several tiles
+TOLERANCE = 1e-2
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_products(name: str) -> None:
+    case = GATED[name]
+    args = gated_call(case, "bfloat16")
+    with assume_target(INTERPRETED):
+        (got,) = jax.jit(lambda args: project(*args, gate=case.activation, implementation="hopper"))(args)
+    assert got.dtype == jnp.bfloat16
+    assert relative_error(got, gated_exact(*args, case.activation)) <= TOLERANCE
+
+
+def test_one_product_that_ends_within_a_tile() -> None:
+    x, both = gated_call(GATED["ranks that differ"], "bfloat16")
+    with assume_target(INTERPRETED):
+        one = pack([Projection(down=both.first[128:], up=both.ups[1])])
+        (got,) = jax.jit(lambda args: project(*args, implementation="hopper"))((x, one))
+    assert relative_error(got, products_exact(x, both)[1].numpy()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(name: str) -> None:
+    *arrays, head_dim = heads_call(HEADS[name], "bfloat16")
+    with assume_target(INTERPRETED):
+        got = jax.jit(lambda arrays: project_heads(*arrays, head_dim, implementation="hopper"))(arrays)
+    for one, want in zip(got, heads_exact(*arrays, head_dim), strict=True):
+        assert one.dtype == jnp.bfloat16 and one.shape == want.shape
+        assert relative_error(one, want) <= TOLERANCE
+
+
+def test_tiles_leave_little_of_the_device_idle() -> None:
+    with assume_target(H200):
+        few, many = (tiling(rows, [11008], range(128, 209, 16)) for rows in (512, 4096))
+    assert 4 * -(-11008 // few.columns) <= 2 * H200.cores  # two rounds
+    assert many.columns == 208  # the last round of many is no matter
+
+
+def test_refusals_say_why() -> None:
+    def low(rank: int, d_out: int = 128, bias: bool = False) -> Projection:
+        given = jnp.zeros(d_out, jnp.bfloat16) if bias else None
+        return Projection(
+            down=jnp.zeros((rank, 40), jnp.bfloat16), up=jnp.zeros((d_out, rank), jnp.bfloat16), bias=given
+        )
+
+    x, dense = jnp.zeros((1, 128, 40), jnp.bfloat16), Projection(weight=jnp.zeros((128, 40), jnp.bfloat16))
+    table, gate = jnp.zeros((1, 128, 64)), {"gate": "silu"}
+    pair, three = pack([low(64)] * 2), pack([low(64)] * 3)
+    norm = Norm(jnp.ones(128), 1e-5)
+    cases: list[tuple[Op, tuple[Any, ...], dict[str, Any], str]] = [
+        (project, (x, pair), {}, "2 members"),
+        (project, (x, pack([low(64, bias=True), low(64)])), gate, "biases"),
+        (project, (x, pack([low(64), dense])), gate, "dense member"),
+        (project, (x.astype(jnp.float32), pair), gate, "float32"),
+        (project, (x, pair), gate | {"dtype": jnp.float32}, "to float32"),
+        (project, (x[:, :100], pair), gate, "100 rows"),
+        (project, (x, pack([low(64), low(72)])), gate, "ranks (64, 72)"),
+        (project, (x, pack([low(64, 96)] * 2)), gate, "96 columns"),
+        (project_heads, (x, three, table, table, 128, norm), {}, "norms of heads"),
+        (project_heads, (x, three, table[..., :16], table[..., :16], 128), {}, "rotated in 32"),
+        (project_heads, (x[:, :64], three, table, table, 128), {}, "64 tokens"),
+        (project_heads, (x, pack([low(64, 128), low(64, 64), low(64, 64)]), table, table, 128), {}, "64 columns"),
+    ]
+    for op, args, options, reason in cases:
+        with assume_target(H200), pytest.raises(ValueError, match="hopper refuses") as refused:
+            op(*args, **options, implementation="hopper")
+        assert reason in str(refused.value)
+    with assume_target(Target("cuda", "NVIDIA A100", (8, 0), 108)), pytest.raises(ValueError, match="capability"):
+        project(x, pair, **gate, implementation="hopper")
