@@ -103,8 +103,9 @@ class Engine:
         self.cache_slots = -(-max_length // unit) * unit
         self.kernels_used: Record = {}
         self._preferred = None if kernels == "auto" else kernels
-        self._prefill = jax.jit(self._choosing(partial(prompt_steps.prefill, config, self.cache_slots)))
-        self._extend = jax.jit(self._choosing(partial(prompt_steps.extend, config)), donate_argnums=1)
+        prefill, extend = partial(prompt_steps.prefill, config, self.cache_slots), partial(prompt_steps.extend, config)
+        self._prefill = prompt_steps.compiled_by_tokens(self._choosing(prefill), 1)
+        self._extend = prompt_steps.compiled_by_tokens(self._choosing(extend), 2, donate_argnums=1)
         in_graph = partial(jax.jit, donate_argnums=1, compiler_options=decode_loop.loop_options())
         self._decode_greedily = in_graph(self._choosing(partial(decode_loop.decode_greedily, config, decode_chunk)))
         self._decode = in_graph(self._choosing(partial(decode_loop.decode, config, decode_chunk)))

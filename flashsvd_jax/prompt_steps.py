@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,27 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.counts import no_counts
 from flashsvd_jax.sampling.device import Sampled, sample
 from flashsvd_jax.sequences import NO_TOKEN, DecodeState, Requests
+from pallas_kernels import target
+
+_MANY_TOKENS = 512
+"""Of all prompts together, from which on a step's kernels take longer than the host takes to send them."""
+
+
+def compiled_by_tokens(step: Callable[..., Any], tokens: int, **options: Any) -> Callable[..., Any]:
+    """`jax.jit` of a step of prompts, whose argument number ``tokens`` [batch, bucket] says how it is compiled.
+
+    Where there are many tokens, kernels are sent one by one. As a CUDA graph they begin when the host has updated and sent all of
+    them, after 2 of the 9 ms that 512 tokens of Llama-2-7B take (H200, ratio 0.5; bench/NOTES.md).
+    """
+    few, many = jax.jit(step, **options), jax.jit(step, compiler_options=many_tokens_options(), **options)
+    return lambda *arguments: (many if arguments[tokens].size >= _MANY_TOKENS else few)(*arguments)
+
+
+def many_tokens_options() -> dict[str, Any] | None:
+    """XLA options by which nothing becomes part of a CUDA graph; None where there are none."""
+    if target().platform != "cuda" or target().interpret:
+        return None
+    return {"xla_gpu_graph_min_graph_size": 2**30}
 
 
 def prefill(

@@ -1,6 +1,7 @@
 """Operations of low-rank inference: what they compute, and the ways to compute them. Knows nothing of models."""
 
 from pallas_kernels import cudnn as _cudnn
+from pallas_kernels import hopper as _hopper
 from pallas_kernels import persistent as _persistent  # noqa: F401  (these register their implementations)
 from pallas_kernels import triton as _triton  # noqa: F401
 from pallas_kernels.activations import ACTIVATIONS
@@ -17,6 +18,7 @@ from pallas_kernels.attention import (
 )
 from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode_layers
 from pallas_kernels.feed_forward import feed_forward, feed_forward_by
+from pallas_kernels.heads import project_heads, project_heads_by
 from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, normed, rms_norm
 from pallas_kernels.padded_attention import attend_padded, attend_padded_by
 from pallas_kernels.persistent.stalls import stall_reason
@@ -27,6 +29,7 @@ from pallas_kernels.rounding import power_of_two
 from pallas_kernels.target import Target, assume_target, target
 
 _cudnn.register()  # after Triton's kernels, so that it is tried before them
+_hopper.register()
 
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 
@@ -62,6 +65,8 @@ __all__ = [
     "power_of_two",
     "prefer",
     "project",
+    "project_heads",
+    "project_heads_by",
     "record",
     "rms_norm",
     "rotate",

@@ -51,4 +51,4 @@ def project_heads_by(
 
 
 project_heads = Op("project_heads", project_heads_reference)
-project_heads.register(Implementation("products", partial(project_heads_by, project)))
+project_heads.register(Implementation("separate", partial(project_heads_by, project)))

@@ -107,13 +107,13 @@ def _rounded(
         for start, width in parts:
             # With one x for all of them, XLA would join these products to one, and copy slices of its result.
             x = lax.optimization_barrier(x)
-            latents[start] = _rounded_product(x, lax.slice_in_dim(packed.first, start, start + width))
+            latents[start] = rounded_product(x, lax.slice_in_dim(packed.first, start, start + width))
     else:
-        latent = _rounded_product(x, packed.first)
+        latent = rounded_product(x, packed.first)
         latents = {start: lax.slice_in_dim(latent, start, start + width, axis=-1) for start, width in parts}
     outputs = []
     for up, bias, start in zip(packed.ups, packed.biases, packed.starts, strict=True):
-        y = latents[start] if up is None else _lifted(latents[start], up, _rounded_product)
+        y = latents[start] if up is None else _lifted(latents[start], up, rounded_product)
         outputs.append(y if bias is None else y + bias)
     if gate is not None:
         gating, gated = (y.astype(jnp.float32) for y in outputs)
@@ -125,7 +125,8 @@ SEPARATE_ROWS = 2048
 """From here on, first factors that stand in one array fill a GPU one by one as well as all together."""
 
 
-def _rounded_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def rounded_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., i] times weight [o, i] by XLA, summed in float32 and rounded to x's dtype at once: [..., o]."""
     return jnp.einsum("...i,oi->...o", x, weight, preferred_element_type=x.dtype)
 
 

@@ -32,9 +32,9 @@ from pallas_kernels import (
     normed,
     pack,
     project,
-    rotated_heads,
+    project_heads,
+    project_heads_by,
     soft_cap,
-    split_heads,
 )
 
 
@@ -65,9 +65,10 @@ def full_logits(
     tables = _tables(config, positions, lengths)
     x = embed(config, weights.embedding, weights.positions, tokens, positions)
 
-    def attention(index: int, *projected: jax.Array) -> jax.Array:
+    def attention(index: int, x: jax.Array) -> jax.Array:
         window = config.windows[index]
-        return _attend(config, *_heads(config, weights.layers[index], window, tables, *projected), seen[window])
+        q, k, v, *_ = project_heads(x, *_heads(config, weights.layers[index], window, tables))
+        return _attend(config, q, k, v, seen[window])
 
     return head_logits(config, weights, _through_layers(config, weights, x, attention))
 
@@ -94,8 +95,9 @@ def through_layer(
     lengths = jnp.full(batch, tokens, jnp.int32)
     tables = _tables(config, positions, lengths)
     layer = _layer(config, weights, window)
-    heads = _heads(config, weights, window, tables, *product(x, layer.qkv, norm=layer.input_norm))
-    return after_attention(product, x, _attend(config, *heads, Visible(lengths, window=window)), layer)
+    of = _heads(config, weights, window, tables)
+    q, k, v, *_ = project_heads_by(partial(product, norm=layer.input_norm), x, *of)
+    return after_attention(product, x, _attend(config, q, k, v, Visible(lengths, window=window)), layer)
 
 
 def prefill(
@@ -118,11 +120,11 @@ def prefill(
     ends = jnp.minimum(lengths, tokens.shape[1])
     x = embed(config, weights.embedding, weights.positions, tokens, positions)
 
-    def attention(index: int, *projected: jax.Array) -> jax.Array:
+    def attention(index: int, x: jax.Array) -> jax.Array:
         nonlocal cache
         window = config.windows[index]
-        q, k, v = _heads(config, weights.layers[index], window, tables, *projected)
-        cache = write(cache, index, k, v, start)
+        q, k, v, keys, values = project_heads(x, *_heads(config, weights.layers[index], window, tables))
+        cache = write(cache, index, keys, values, start)
         return _attend(config, q, k, v, Visible(ends, window=window, padding="ignored"))
 
     x = _through_layers(config, weights, x, attention)
@@ -157,9 +159,10 @@ def extend(
 
     layers = _layers(config, weights)
 
-    def attention(index: int, *projected: jax.Array) -> jax.Array:
+    def attention(index: int, x: jax.Array) -> jax.Array:
         nonlocal cache
         layer = layers[index]
+        projected = project(x, layer.qkv)
         with jax.named_scope("attention"):
             attended, keys, values = attend_cached(
                 *projected, cache.keys[index], cache.values[index], *tables[layer.rotation], start, lengths,
@@ -261,14 +264,13 @@ def _through_layers(
 ) -> jax.Array:
     """The residual stream x [batch, tokens, embed] after all layers.
 
-    ``attention(index, q, k, v)`` takes what is projected, each [batch, tokens, heads * head_dim], and gives q's shape.
+    ``attention(index, x)`` takes what is to be projected, and gives [batch, tokens, heads * head_dim].
     """
     added = jnp.zeros((), x.dtype)
     for index, layer in enumerate(_layers(config, weights)):
         with jax.named_scope("qkv"):
             x, inner = (x, normed(x, layer.input_norm)) if index == 0 else add_norm(x, added, layer.input_norm)
-            projected = project(inner, layer.qkv)
-        attended = attention(index, *projected)
+        attended = attention(index, inner)
         with jax.named_scope("attention_out"):
             added = _out_norm(project(attended, layer.o)[0], layer.attention_out_norm)
         with jax.named_scope("mlp"):
@@ -309,12 +311,10 @@ def _layer(config: ModelConfig, weights: LayerWeights, window: int | None) -> De
 
 
 def _heads(
-    config: ModelConfig, layer: LayerWeights, window: int | None, tables: list[tuple[jax.Array, jax.Array]],
-    q: jax.Array, k: jax.Array, v: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """What is projected as heads [batch, heads, tokens, head_dim], q and k normed if the model does that, and rotated."""
-    table = tables[config.rotation(window)]
-    return *rotated_heads(q, k, *table, config.head_dim, layer.q_norm, layer.k_norm), split_heads(v, config.head_dim)
+    config: ModelConfig, layer: LayerWeights, window: int | None, tables: list[tuple[jax.Array, jax.Array]]
+) -> tuple[Any, ...]:
+    """What `project_heads` takes beside its input."""
+    return layer.qkv, *tables[config.rotation(window)], config.head_dim, layer.q_norm, layer.k_norm
 
 
 def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible) -> jax.Array:

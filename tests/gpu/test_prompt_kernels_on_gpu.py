@@ -8,6 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_cases import (
+    GATED,
+    HEADS,
+    GatedCase,
+    HeadsCase,
+    gated_call,
+    gated_exact,
+    heads_call,
+    heads_exact,
+    products_exact,
+)
 from kernel_cases import relative_error
 from prompt_kernel_cases import (
     ATTENDED,
@@ -31,7 +42,21 @@ from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import build_encoder_weights
 from flashsvd_jax.models.sequence_blocks import in_blocks
 from flashsvd_jax.shapes import layer_sites, uniform_rank
-from pallas_kernels import LayerNorm, Norm, Op, add_norm, attend, attend_padded, feed_forward, hardware_rank, prefer
+from pallas_kernels import (
+    LayerNorm,
+    Norm,
+    Op,
+    Projection,
+    add_norm,
+    attend,
+    attend_padded,
+    feed_forward,
+    hardware_rank,
+    pack,
+    prefer,
+    project,
+    project_heads,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -133,3 +158,51 @@ def test_add_norm(width: int, dtype: str) -> None:
         total, normed = jax.jit(lambda *args: add_norm(*args, implementation="triton"))(x, added, norm)
         np.testing.assert_array_equal(total, x + added)
         assert relative_error(normed, norm_exact(x, norm, added)) <= TOLERANCE[dtype]
+
+
+GATED_HERE = GATED | {
+    "7b, one prompt": GatedCase(512, 4096, 11008, (1536, 1536)),
+    "7b, eight": GatedCase(4096, 1024, 11008, (1536, 1536)),
+    "8b": GatedCase(1152, 1024, 14336, (1920, 1856), "gelu_tanh"),
+}
+HEADS_HERE = HEADS | {
+    "7b, one prompt": HeadsCase(1, 512, 4096, 32, 32, 128, (1024, 1024, 1024)),
+    "7b, eight": HeadsCase(8, 512, 1024, 32, 32, 128, (1024, 1024, 1024)),
+    "8b": HeadsCase(3, 384, 1024, 32, 8, 128, (1280, 512, 448)),
+}
+rounded = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+
+
+@pytest.mark.parametrize("name", GATED_HERE)
+@rounded
+def test_gated_products(name: str, dtype: str) -> None:
+    args, options = gated_call(GATED_HERE[name], dtype), {"gate": GATED_HERE[name].activation}
+    run = jax.jit(lambda args: project(*args, implementation="hopper", **options))
+    (got,) = run(args)
+    assert relative_error(got, gated_exact(*args, options["gate"])) <= TOLERANCE[dtype]
+    for _ in range(20):  # a race would show
+        np.testing.assert_array_equal(got, run(args)[0])
+
+
+@pytest.mark.parametrize("rows", [128, 512, 4096])
+@rounded
+def test_second_factors(rows: int, dtype: str) -> None:
+    x, both = gated_call(GatedCase(rows, 1024, 4096, (1024, 1536)), dtype)
+    one = pack([Projection(down=both.first[1024:], up=both.ups[1])])
+    run = jax.jit(lambda args: project(*args, implementation="hopper"))
+    (got,) = run((x, one))
+    assert relative_error(got, products_exact(x, both)[1].numpy()) <= TOLERANCE[dtype]
+    for _ in range(20):
+        np.testing.assert_array_equal(got, run((x, one))[0])
+
+
+@pytest.mark.parametrize("name", HEADS_HERE)
+@rounded
+def test_project_heads(name: str, dtype: str) -> None:
+    *arrays, head_dim = heads_call(HEADS_HERE[name], dtype)
+    run = jax.jit(lambda arrays: project_heads(*arrays, head_dim, implementation="hopper"))
+    got = run(arrays)
+    for one, want in zip(got, heads_exact(*arrays, head_dim), strict=True):
+        assert relative_error(one, want) <= TOLERANCE[dtype]
+    for _ in range(20):
+        jax.tree.map(np.testing.assert_array_equal, got, run(arrays))

@@ -46,8 +46,7 @@ def test_heads(name: str) -> None:
 
 
 def test_tiles_leave_little_of_the_device_idle() -> None:
-    with assume_target(H200):
-        few, many = (tiling(rows, [11008], range(128, 209, 16)) for rows in (512, 4096))
+    few, many = (tiling(H200, rows, [11008], range(128, 209, 16)) for rows in (512, 4096))
     assert 4 * -(-11008 // few.columns) <= 2 * H200.cores  # two rounds
     assert many.columns == 208  # the last round of many is no matter
 

@@ -15,6 +15,9 @@ from decoder_cases import DecoderCase
 from pallas_kernels import LayerNorm, Norm, PackedProjection, Projection, Visible, hardware_rank, ops, pack
 from pallas_kernels.triton.blocks import MATVEC_BATCH
 
+THIRD_OF_REGISTERS = 168
+"""What a thread starts with where three warpgroups have all registers of a multiprocessor, before they share them out anew."""
+
 Member = tuple[int, int | None]
 """d_out, and the rank or None."""
 
@@ -141,6 +144,26 @@ def _norms() -> list[KernelCall]:
     ]
 
 
+def _hopper(label: str, rows: int, d_out: int, rank: int, gate: str | None) -> KernelCall:
+    args = (array(1, rows, 4096), packed(4096, *[(d_out, rank)] * (1 if gate is None else 2)))
+    return KernelCall(
+        f"hopper-{label}-{rows}", "project", "hopper", args, options={"gate": gate}, max_registers=THIRD_OF_REGISTERS
+    )
+
+
+def _heads(
+    label: str, batch: int, kv_heads: int, ranks: tuple[int, int, int], implementation: str = "hopper"
+) -> KernelCall:
+    counts = (4096, *[kv_heads * 128] * 2)
+    tokens = 512 if implementation == "hopper" else 16
+    tables = [array(batch, tokens, 64, dtype=jnp.float32)] * 2
+    args = (array(batch, tokens, 4096), packed(4096, *zip(counts, ranks, strict=True)), *tables)
+    name = f"heads-{label}-{batch * tokens}"
+    return KernelCall(
+        name, "project_heads", implementation, args, options={"head_dim": 128}, max_registers=THIRD_OF_REGISTERS
+    )
+
+
 def _encoder(tokens: int = 16) -> list[KernelCall]:
     """The ops of an encoder of BERT-base's width, with few enough tokens for the kernels of single products."""
     x, qkv = array(1, tokens, 768), packed(768, *[(768, 200)] * 3)
@@ -227,4 +250,13 @@ KERNEL_CALLS: list[KernelCall] = [
     _feed_forward("bert-narrow", 3072, (192,), 192),
     _feed_forward("modernbert", 1152, (240, 240), 240),
     *_norms(),
+    _hopper("gated", 512, 11008, 1492, "silu"),
+    _hopper("gated", 4096, 11008, 1492, "silu"),
+    _hopper("gated-8b", 512, 14336, 1911, "gelu_tanh"),
+    _hopper("up", 512, 4096, 1492, None),
+    _hopper("up", 4096, 4096, 1024, None),
+    _heads("7b", 1, 32, (1024, 1024, 1024)),
+    _heads("7b", 8, 32, (1024, 1024, 1024)),
+    _heads("8b-ranks-that-differ", 2, 8, (1228, 491, 491)),
+    _heads("separate", 1, 8, (1024, 409, 409), "separate"),
 ]
