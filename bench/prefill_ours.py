@@ -16,7 +16,6 @@ from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
-from flashsvd_jax.prompt_steps import many_tokens_options
 from pallas_kernels import prefer, record
 from pallas_kernels.registry import Record
 
@@ -33,8 +32,7 @@ def lower_prompt(
 
     numbers = jnp.ones((batch, length), jnp.int32), jnp.full((batch,), length, jnp.int32)
     shapes = jax.eval_shape(lambda: random_weights(config))
-    step = jax.jit(prompt, compiler_options=many_tokens_options())
-    return step.lower(shapes, *numbers), lambda: (random_weights(config), *numbers)
+    return jax.jit(prompt).lower(shapes, *numbers), lambda: (random_weights(config), *numbers)
 
 
 def main(case: PrefillCase) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
-from flashsvd_jax.sampling.device import Sampled, best_token, sample_with_options
+from flashsvd_jax.sampling.device import Sampled, best_token, sample
 from flashsvd_jax.sequences import NO_TOKEN, DecodeState, Requests, wants_more
 from pallas_kernels import target
 from pallas_kernels.decode import STALL_INTEGERS
@@ -51,7 +51,7 @@ def decode(
 
     def choose(state: DecodeState, logits: jax.Array, active: jax.Array) -> Choice:
         generated = state.length + 1 - requests.prompt_length
-        sampled = sample_with_options(logits, requests.options, state.counts, generated)
+        sampled = sample(logits, requests.options, state.counts, generated)
         return sampled.token, sampled, state.counts.with_output(sampled.token, active)
 
     return _loop(config, steps, weights, state, requests, choose)

@@ -2,7 +2,7 @@
 
 Every shape is fixed: a batch size, a cache length, a few prompt lengths (buckets), and a number of tokens per dispatch. Prompts,
 lengths, positions and sampling options are arrays, so after one call of a bucket nothing is compiled again. Calls whose requests
-are all greedy decode with a step of their own, which is compiled when the first of them comes.
+are all greedy have steps of their own, which are compiled when the first of them comes.
 
     prompt  |--- chunk ---|--- chunk ---|- bucket -|        `prefill` from position 0, `extend` for what follows
     cache   |=============|=============|======....|        slots past a prompt's end hold padding, masked until overwritten
@@ -24,7 +24,7 @@ from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
-from flashsvd_jax.sequences import DecodeState, Requests
+from flashsvd_jax.sequences import Requests
 from pallas_kernels import implementation_names, keeps_scores, power_of_two, prefer, record, stall_reason
 from pallas_kernels.registry import Record
 
@@ -58,6 +58,15 @@ def check_stall(stall: np.ndarray) -> None:
     reason = stall_reason(stall.tolist())
     if reason is not None:
         raise KernelError(f"{reason}; kernels='products' does without that kernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """What an engine compiles for requests of one kind: see `prompt_steps.prefill` and `extend`, and `decode_loop`."""
+
+    prefill: Any
+    extend: Any
+    decode: Any
 
 
 class Engine:
@@ -103,12 +112,7 @@ class Engine:
         self.cache_slots = -(-max_length // unit) * unit
         self.kernels_used: Record = {}
         self._preferred = None if kernels == "auto" else kernels
-        prefill, extend = partial(prompt_steps.prefill, config, self.cache_slots), partial(prompt_steps.extend, config)
-        self._prefill = prompt_steps.compiled_by_tokens(self._choosing(prefill), 1)
-        self._extend = prompt_steps.compiled_by_tokens(self._choosing(extend), 2, donate_argnums=1)
-        in_graph = partial(jax.jit, donate_argnums=1, compiler_options=decode_loop.loop_options())
-        self._decode_greedily = in_graph(self._choosing(partial(decode_loop.decode_greedily, config, decode_chunk)))
-        self._decode = in_graph(self._choosing(partial(decode_loop.decode, config, decode_chunk)))
+        self._greedy_steps, self._steps = self._compiled(greedy=True), self._compiled(greedy=False)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
         """Yields the tokens of each dispatch, the first after the prompts are processed.
@@ -122,14 +126,15 @@ class Engine:
           KernelError: a kernel gave up waiting for other parts of itself.
         """
         requests = self._requests(prompts, params)
-        decode = self._decode if wants_more_than_greedy(requests.options) else self._decode_greedily
-        state, block = self._process_prompts(prompts, requests)
-        pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(*block, None)]
+        steps = self._steps if wants_more_than_greedy(requests.options) else self._greedy_steps
         steps_left = int(np.max(requests.max_tokens)) - 1
+        requests = jax.device_put(requests)  # once, not with every dispatch
+        state, first, sampled = self._process_prompts(steps, prompts, requests)
+        pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending:
             # The next dispatch goes out before the last is read, so that the device never waits for the host.
             if steps_left > 0:
-                state, *ahead = decode(self.weights, state, requests)
+                state, *ahead = steps.decode(self.weights, state, requests)
                 steps_left -= self.decode_chunk
                 pending.append(tuple(ahead))
             tokens, sampled, stall = pending.pop(0)
@@ -151,10 +156,20 @@ class Engine:
         zeros = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
         requests = zeros(self._requests([[0]], [SamplingParams(max_tokens=1)]))
         tokens = jax.ShapeDtypeStruct((self.batch, self.buckets(1)[0]), jnp.int32)
-        prefill = partial(prompt_steps.prefill, self.config, self.cache_slots)
+        steps = self._greedy_steps if greedy else self._steps
+        prefill = partial(prompt_steps.prefill, self.config, self.cache_slots, greedy)
         state, _, _ = jax.eval_shape(prefill, self.weights, tokens, requests)
-        decode = self._decode_greedily if greedy else self._decode
-        return decode.lower(self.weights, state, requests)
+        return steps.decode.lower(self.weights, state, requests)
+
+    def _compiled(self, *, greedy: bool) -> "_Steps":
+        """The steps of requests, when they are used."""
+        jit = lambda step, *given, **options: jax.jit(self._choosing(partial(step, *given)), **options)  # noqa: E731
+        decode = decode_loop.decode_greedily if greedy else decode_loop.decode
+        return _Steps(
+            jit(prompt_steps.prefill, self.config, self.cache_slots, greedy),
+            jit(prompt_steps.extend, self.config, greedy, donate_argnums=1),
+            jit(decode, self.config, self.decode_chunk, donate_argnums=1, compiler_options=decode_loop.loop_options()),
+        )
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""
@@ -197,18 +212,18 @@ class Engine:
         return Requests(**arrays)
 
     def _process_prompts(
-        self, prompts: Sequence[Sequence[int]], requests: Requests
-    ) -> tuple[DecodeState, tuple[jax.Array, Sampled]]:
+        self, steps: "_Steps", prompts: Sequence[Sequence[int]], requests: Requests
+    ) -> prompt_steps.Step:
         buckets = self.buckets(max(map(len, prompts)))
         padded = np.zeros((self.batch, sum(buckets)), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
-        state, tokens, sampled = self._prefill(self.weights, padded[:, : buckets[0]], requests)
+        state, tokens, sampled = steps.prefill(self.weights, padded[:, : buckets[0]], requests)
         start = buckets[0]
         for bucket in buckets[1:]:
             chunk = padded[:, start : start + bucket]
-            state, tokens, sampled = self._extend(
+            state, tokens, sampled = steps.extend(
                 self.weights, state, chunk, np.int32(start), requests, tokens, sampled
             )
             start += bucket
-        return state, (tokens, sampled)
+        return state, tokens, sampled

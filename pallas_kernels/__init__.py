@@ -24,7 +24,7 @@ from pallas_kernels.padded_attention import attend_padded, attend_padded_by
 from pallas_kernels.persistent.stalls import stall_reason
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
-from pallas_kernels.registry import Implementation, Op, implementation_names, ops, prefer, record
+from pallas_kernels.registry import Implementation, Op, implementation_names, of_kinds, ops, prefer, record
 from pallas_kernels.rounding import power_of_two
 from pallas_kernels.target import Target, assume_target, target
 
@@ -60,6 +60,7 @@ __all__ = [
     "keeps_scores",
     "layer_norm",
     "normed",
+    "of_kinds",
     "ops",
     "pack",
     "power_of_two",

@@ -15,6 +15,7 @@ from pallas_kernels.target import Target, setting, target
 
 _OPS: dict[str, "Op"] = {}
 _PREFERRED: ContextVar[str | None] = ContextVar("preferred implementation", default=None)
+_KINDS: ContextVar[int] = ContextVar("kinds of layers", default=1)
 _RECORD: ContextVar["Record | None"] = ContextVar("record of choices", default=None)
 
 Record = dict[str, dict[str, set[str]]]
@@ -34,6 +35,7 @@ class Implementation:
       unavailable: gives the reason why it can serve no call at all on a device, or None.
       workspace: bytes of GPU memory that a call takes beside its arguments and results; None where nobody has counted them.
       whole: computes what other ops would; passed over where an implementation of those is preferred that this op has none of.
+      most_kinds: of layers, see `of_kinds`, beyond which it is passed over where it is neither named nor preferred.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Implementation:
     whole: bool = False
     workspace: Callable[..., int] | None = None
     slower: Callable[..., str | None] = lambda *args, **kwargs: None
+    most_kinds: int | None = None
 
 
 class Op:
@@ -100,7 +103,9 @@ class Op:
         raise ValueError(f"{self.name}: {implementation} refuses: {refusals[implementation or '']}")
 
     def _passed_over(self, candidate: Implementation, implementation: str | None) -> str | None:
-        preferred = _PREFERRED.get()
+        preferred, kinds = _PREFERRED.get(), _KINDS.get()
+        if kinds > (candidate.most_kinds or kinds) and candidate.name not in (implementation, preferred):
+            return f"{kinds} kinds of layers, for each of which it would be compiled; at most {candidate.most_kinds} are worth it"
         if not candidate.whole or preferred is None or preferred in self.names or implementation is not None:
             return None
         return f"{preferred} is preferred, which is an implementation of other ops"
@@ -127,6 +132,11 @@ def implementation_names() -> set[str]:
 def prefer(name: str | None) -> AbstractContextManager[None]:
     """Tries the implementations of this name first, in every op that has one and where it does not refuse."""
     return setting(_PREFERRED, name)
+
+
+def of_kinds(count: int) -> AbstractContextManager[None]:
+    """Says that calls are of layers of so many kinds: what takes long to compile does so for each."""
+    return setting(_KINDS, count)
 
 
 def record(into: Record) -> AbstractContextManager[None]:

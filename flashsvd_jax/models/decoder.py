@@ -30,6 +30,7 @@ from pallas_kernels import (
     decode_layers,
     feed_forward,
     normed,
+    of_kinds,
     pack,
     project,
     project_heads,
@@ -267,16 +268,18 @@ def _through_layers(
     ``attention(index, x)`` takes what is to be projected, and gives [batch, tokens, heads * head_dim].
     """
     added = jnp.zeros((), x.dtype)
-    for index, layer in enumerate(_layers(config, weights)):
-        with jax.named_scope("qkv"):
-            x, inner = (x, normed(x, layer.input_norm)) if index == 0 else add_norm(x, added, layer.input_norm)
-        attended = attention(index, inner)
-        with jax.named_scope("attention_out"):
-            added = _out_norm(project(attended, layer.o)[0], layer.attention_out_norm)
-        with jax.named_scope("mlp"):
-            x, inner = add_norm(x, added, layer.mlp_norm)
-            added = feed_forward(inner, layer.gate_up, layer.down, activation=layer.gate)
-            added = _out_norm(added, layer.mlp_out_norm)
+    kinds = {tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in weights.layers}
+    with of_kinds(len(kinds)):
+        for index, layer in enumerate(_layers(config, weights)):
+            with jax.named_scope("qkv"):
+                x, inner = (x, normed(x, layer.input_norm)) if index == 0 else add_norm(x, added, layer.input_norm)
+            attended = attention(index, inner)
+            with jax.named_scope("attention_out"):
+                added = _out_norm(project(attended, layer.o)[0], layer.attention_out_norm)
+            with jax.named_scope("mlp"):
+                x, inner = add_norm(x, added, layer.mlp_norm)
+                added = feed_forward(inner, layer.gate_up, layer.down, activation=layer.gate)
+                added = _out_norm(added, layer.mlp_out_norm)
     return x + added
 
 

@@ -82,23 +82,6 @@ def sampling_arrays(
     return SamplingArrays(**arrays)
 
 
-def sample(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
-    """Chooses a token for each sequence.
-
-    Greedy batches pay for an argmax alone; an order of the tokens and log-probabilities are found only where some sequence wants
-    them.
-
-    Args:
-      logits: float32 [batch, vocab].
-      options: the sequences' options.
-      counts: tokens seen so far.
-      step: int32 [batch], how many tokens each sequence has generated; with the seed it determines the draw.
-    """
-    return jax.lax.cond(
-        wants_more_than_greedy(options), sample_with_options, _sample_greedily, logits, options, counts, step
-    )
-
-
 def wants_more_than_greedy(options: SamplingArrays) -> jax.Array:
     """bool []: whether some sequence wants a draw, a penalty or log-probabilities. Numpy's if the options are of numpy."""
     return ((options.temperature > 0) | _penalised(options) | options.wants_logprobs).any()
@@ -130,13 +113,15 @@ def _better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> t
     return jnp.where(first, value, other), jnp.where(first, index, at)
 
 
-def _sample_greedily(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
-    token = best_token(logits)
-    return Sampled(token, *_no_logprobs(logits, token))
+def sample(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
+    """Chooses a token for each sequence. Where all of them want the most likely one and no more, `best_token` is less work.
 
-
-def sample_with_options(logits: jax.Array, options: SamplingArrays, counts: TokenCounts, step: jax.Array) -> Sampled:
-    """As `sample`, for batches in which some sequence is known to want more than the most likely token."""
+    Args:
+      logits: float32 [batch, vocab].
+      options: the sequences' options.
+      counts: tokens seen so far.
+      step: int32 [batch], how many tokens each sequence has generated; with the seed it determines the draw.
+    """
     # Only what passes over the logits many times stands under a condition: a condition costs more than a pass or two.
     penalised = _penalise(logits, options, counts)
     token = jnp.where(options.temperature > 0, _draw(penalised, options, step), best_token(penalised))

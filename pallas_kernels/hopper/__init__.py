@@ -6,15 +6,18 @@ import jax
 
 from pallas_kernels.heads import project_heads
 from pallas_kernels.hopper import heads, products
-from pallas_kernels.products import project
+from pallas_kernels.products import project, rows
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import Implementation
 from pallas_kernels.target import Target, not_nvidia
 
 NAME = "hopper"
-_LEAST_RANK = 256
-"""With shorter sums the tensor cores wait for what is done with each; measured are ranks of 1024 and 1536, where a layer of
-Llama-2-7B takes 6 to 17 % less time (H200)."""
+_LEAST_RANK, _MOST_ROWS = 256, 4096
+"""With shorter sums the tensor cores wait for what is done with each. With more rows, cuBLAS's tiles of twice as many are as fast
+by themselves, and take less of the power that the whole chip shares. Measured are ranks of 1024 and 1536 on an H200, where a layer
+of Llama-2-7B takes 17 % less time at 512 rows and 6 % less at 4096; at 8192 plain JAX was faster (bench/NOTES.md)."""
+_MOST_KINDS = 4
+"""Of layers: each has four kernels of its own, which take a second or two to lower and compile."""
 
 
 def unavailable(device: Target) -> str | None:
@@ -28,6 +31,8 @@ def unavailable(device: Target) -> str | None:
 
 def slower(x: jax.Array, packed: PackedProjection, *rest: Any, **options: Any) -> str | None:
     """Why others are expected to serve a call sooner, or None."""
+    if rows(x) > _MOST_ROWS:
+        return f"{rows(x)} rows; above {_MOST_ROWS} products of larger tiles are faster"
     narrowest = min(packed.widths)
     return (
         f"ranks down to {narrowest}; below {_LEAST_RANK} others are taken to be faster"
@@ -38,5 +43,6 @@ def slower(x: jax.Array, packed: PackedProjection, *rest: Any, **options: Any) -
 
 def register() -> None:
     """Lets them serve calls, before those that are registered already."""
-    project.register(Implementation(NAME, products.project, products.refuses, unavailable, slower=slower))
-    project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, unavailable, slower=slower))
+    why = {"unavailable": unavailable, "slower": slower, "most_kinds": _MOST_KINDS}
+    project.register(Implementation(NAME, products.project, products.refuses, **why))
+    project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, **why))

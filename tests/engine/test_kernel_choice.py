@@ -78,13 +78,13 @@ def test_the_earliest_stall_comes_before_others() -> None:
 
 def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = tiny.new_engine()
-    decode = engine._decode_greedily
+    decode = engine._greedy_steps.decode
 
     def stalled(*arguments: Any) -> Any:
         *results, stall = decode(*arguments)
         return *results, stall.at[0].set(stalls.of_wait("qkv", 0, 0))
 
-    monkeypatch.setattr(engine, "_decode_greedily", stalled)
+    monkeypatch.setattr(engine, "_greedy_steps", dataclasses.replace(engine._greedy_steps, decode=stalled))
     with pytest.raises(KernelError, match="gave up waiting"):
         list(engine.generate([[1, 2, 3]], [SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)]))
 

@@ -9,7 +9,7 @@ import pytest
 from hopper_cases import GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact, products_exact
 from kernel_cases import relative_error
 
-from pallas_kernels import Norm, Op, Projection, assume_target, pack, project, project_heads
+from pallas_kernels import Norm, Op, Projection, assume_target, pack, prefer, project, project_heads
 from pallas_kernels.hopper.ring import tiling
 from pallas_kernels.target import H200, Target
 
@@ -82,3 +82,20 @@ def test_refusals_say_why() -> None:
         assert reason in str(refused.value)
     with assume_target(Target("cuda", "NVIDIA A100", (8, 0), 108)), pytest.raises(ValueError, match="capability"):
         project(x, pair, **gate, implementation="hopper")
+
+
+def test_others_serve_what_they_are_faster_at() -> None:
+    """Unless these are asked for."""
+    for rows, rank, chosen in (
+        (512, 1024, "hopper"),
+        (4096, 256, "hopper"),
+        (8192, 1024, "xla_rounded"),
+        (512, 192, "xla_rounded"),
+    ):
+        x, gate = jax.ShapeDtypeStruct((1, rows, 4096), jnp.bfloat16), jax.ShapeDtypeStruct((11008, rank), jnp.bfloat16)
+        down = jax.ShapeDtypeStruct((rank, 4096), jnp.bfloat16)
+        packed = jax.eval_shape(lambda down, up: pack([Projection(down=down, up=up)] * 2), down, gate)
+        with assume_target(H200):
+            assert project.choose(x, packed, gate="silu")[0].name == chosen
+            with prefer("hopper"):
+                assert project.choose(x, packed, gate="silu")[0].name == "hopper"

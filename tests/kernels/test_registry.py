@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from pallas_kernels import Implementation, Op, Target, assume_target, ops, prefer, record, registry, target
-from pallas_kernels.registry import Record
+from pallas_kernels.registry import Record, of_kinds
 
 
 @pytest.fixture
@@ -123,6 +123,18 @@ def test_one_that_would_be_slower_serves_only_calls_that_name_or_prefer_it(op: O
     assert op(6, implementation="kernel") == ("kernel", 6)
     with prefer("kernel"):
         assert op(6) == ("kernel", 6)
+
+
+def test_one_that_takes_long_to_compile_is_passed_over_where_layers_are_of_many_kinds(op: Op) -> None:
+    op.register(Implementation("kernel", lambda x: ("kernel", x), most_kinds=4))
+    with of_kinds(4):
+        assert op(3) == ("kernel", 3)
+    with of_kinds(5):
+        assert op(3) == ("xla", 3) and "5 kinds of layers" in op.choose(3)[1]["kernel"]
+        assert op(3, implementation="kernel") == ("kernel", 3)
+        with prefer("kernel"):
+            assert op(3) == ("kernel", 3)
+    assert op(3) == ("kernel", 3)
 
 
 def test_one_that_is_whole_gives_way_to_kernels_of_other_ops(op: Op) -> None:
