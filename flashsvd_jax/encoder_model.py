@@ -18,6 +18,7 @@ from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.loading import check_dtype, load_weights, place_params
 from flashsvd_jax.models.encoder import hidden_states, pooled, real_tokens
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
+from flashsvd_jax.models.layer_kinds import pass_options
 from flashsvd_jax.models.sequence_blocks import in_blocks
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels import prefer, record
@@ -51,7 +52,11 @@ class EncoderModel:
         self.block_tokens = block_tokens
         self.kernels_used: Record = {}
         # A function of its own: what is compiled depends on the kernels that this model prefers.
-        self._vectors = jax.jit(partial(_vectors, config, block_tokens), static_argnames=("pooling", "normalize"))
+        self._vectors = jax.jit(
+            partial(_vectors, config, block_tokens),
+            static_argnames=("pooling", "normalize"),
+            compiler_options=pass_options(weights.layers),
+        )
 
     @classmethod
     def from_params(

@@ -21,6 +21,7 @@ import numpy as np
 from flashsvd_jax import decode_loop, prompt_steps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
+from flashsvd_jax.models.layer_kinds import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
@@ -162,13 +163,14 @@ class Engine:
         return steps.decode.lower(self.weights, state, requests)
 
     def _compiled(self, *, greedy: bool) -> "_Steps":
-        """The steps of requests, when they are used."""
+        """The steps of requests, each compiled when it is first used."""
         jit = lambda step, *given, **options: jax.jit(self._choosing(partial(step, *given)), **options)  # noqa: E731
-        decode = decode_loop.decode_greedily if greedy else decode_loop.decode
+        of_prompts, config = {"compiler_options": pass_options(self.weights.layers)}, self.config
+        decode, loop = decode_loop.decode_greedily if greedy else decode_loop.decode, decode_loop.loop_options()
         return _Steps(
-            jit(prompt_steps.prefill, self.config, self.cache_slots, greedy),
-            jit(prompt_steps.extend, self.config, greedy, donate_argnums=1),
-            jit(decode, self.config, self.decode_chunk, donate_argnums=1, compiler_options=decode_loop.loop_options()),
+            jit(prompt_steps.prefill, config, self.cache_slots, greedy, **of_prompts),
+            jit(prompt_steps.extend, config, greedy, donate_argnums=1, **of_prompts),
+            jit(decode, config, self.decode_chunk, donate_argnums=1, compiler_options=loop),
         )
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:

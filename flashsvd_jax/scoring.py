@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens, and the perplexity of a text, through forward passes of a few fixed shapes."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.decoder import full_logits
+from flashsvd_jax.models.layer_kinds import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.progress import progress_bar
 
@@ -221,11 +223,17 @@ def _score_batch(model: Model, sequences: Sequence[Sequence[int]], bucket: int, 
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids) - 1
-    logprobs, greedy = map(np.asarray, _token_scores(model.config, model.weights, tokens, lengths))
+    scores = _compiled_scores(frozenset((pass_options(model.weights.layers) or {}).items()))
+    logprobs, greedy = map(np.asarray, scores(model.config, model.weights, tokens, lengths))
     return [TokenScores(logprobs[row, : lengths[row]], greedy[row, : lengths[row]]) for row in range(len(sequences))]
 
 
-@partial(jax.jit, static_argnums=0)
+@cache
+def _compiled_scores(options: frozenset[tuple[str, Any]]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`_token_scores`, compiled with these options of XLA."""
+    return jax.jit(_token_scores, static_argnums=0, compiler_options=dict(options))
+
+
 def _token_scores(
     config: ModelConfig, weights: DecoderWeights, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -24,7 +24,7 @@ from pallas_kernels.padded_attention import attend_padded, attend_padded_by
 from pallas_kernels.persistent.stalls import stall_reason
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
-from pallas_kernels.registry import Implementation, Op, implementation_names, of_kinds, ops, prefer, record
+from pallas_kernels.registry import MOST_KINDS, Implementation, Op, implementation_names, of_kinds, ops, prefer, record
 from pallas_kernels.rounding import power_of_two
 from pallas_kernels.target import Target, assume_target, target
 
@@ -35,6 +35,7 @@ __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._sibl
 
 __all__ = [
     "ACTIVATIONS",
+    "MOST_KINDS",
     "Decoded",
     "DecoderLayer",
     "Implementation",

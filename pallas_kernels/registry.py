@@ -18,6 +18,9 @@ _PREFERRED: ContextVar[str | None] = ContextVar("preferred implementation", defa
 _KINDS: ContextVar[int] = ContextVar("kinds of layers", default=1)
 _RECORD: ContextVar["Record | None"] = ContextVar("record of choices", default=None)
 
+MOST_KINDS = 4
+"""Of layers: as many as are worth compiling kernels for that take a second or more each."""
+
 Record = dict[str, dict[str, set[str]]]
 """Op name -> implementation name -> the reasons for which others refused the calls that it served."""
 

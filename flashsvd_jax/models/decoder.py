@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, empty_cache, write
 from flashsvd_jax.models.embedding import embed
+from flashsvd_jax.models.layer_kinds import layer_kinds
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from flashsvd_jax.rope import rotary_tables
 from pallas_kernels import (
@@ -268,8 +269,7 @@ def _through_layers(
     ``attention(index, x)`` takes what is to be projected, and gives [batch, tokens, heads * head_dim].
     """
     added = jnp.zeros((), x.dtype)
-    kinds = {tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in weights.layers}
-    with of_kinds(len(kinds)):
+    with of_kinds(layer_kinds(weights.layers)):
         for index, layer in enumerate(_layers(config, weights)):
             with jax.named_scope("qkv"):
                 x, inner = (x, normed(x, layer.input_norm)) if index == 0 else add_norm(x, added, layer.input_norm)

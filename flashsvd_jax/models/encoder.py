@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.models.encoder_weights import EncoderLayerWeights, EncoderWeights
+from flashsvd_jax.models.layer_kinds import layer_kinds
 from flashsvd_jax.rope import rotary_tables
 from flashsvd_jax.rope_config import RopeConfig
 from pallas_kernels import (
@@ -26,6 +27,7 @@ from pallas_kernels import (
     feed_forward,
     feed_forward_by,
     layer_norm,
+    of_kinds,
     pack,
     project,
     record,
@@ -72,8 +74,9 @@ def hidden_states(
         for rope in set(config.ropes)
     }
     visible = {window: _visible(real, attention_mask, window) for window in set(config.windows)}
-    for layer, window, rope in zip(weights.layers, config.windows, config.ropes, strict=True):
-        x = _layer(config, layer, x, visible[window], tables[rope])
+    with of_kinds(layer_kinds(weights.layers)):
+        for layer, window, rope in zip(weights.layers, config.windows, config.ropes, strict=True):
+            x = _layer(config, layer, x, visible[window], tables[rope])
     return x if weights.norm is None else layer_norm(x, weights.norm)
 
 

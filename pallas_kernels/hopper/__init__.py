@@ -8,7 +8,7 @@ from pallas_kernels.heads import project_heads
 from pallas_kernels.hopper import heads, products
 from pallas_kernels.products import project, rows
 from pallas_kernels.projection import PackedProjection
-from pallas_kernels.registry import Implementation
+from pallas_kernels.registry import MOST_KINDS, Implementation
 from pallas_kernels.target import Target, not_nvidia
 
 NAME = "hopper"
@@ -16,8 +16,6 @@ _LEAST_RANK, _MOST_ROWS = 256, 4096
 """With shorter sums the tensor cores wait for what is done with each. With more rows, cuBLAS's tiles of twice as many are as fast
 by themselves, and take less of the power that the whole chip shares. Measured are ranks of 1024 and 1536 on an H200, where a layer
 of Llama-2-7B takes 17 % less time at 512 rows and 6 % less at 4096; at 8192 plain JAX was faster (bench/NOTES.md)."""
-_MOST_KINDS = 4
-"""Of layers: each has four kernels of its own, which take a second or two to lower and compile."""
 
 
 def unavailable(device: Target) -> str | None:
@@ -43,6 +41,6 @@ def slower(x: jax.Array, packed: PackedProjection, *rest: Any, **options: Any) -
 
 def register() -> None:
     """Lets them serve calls, before those that are registered already."""
-    why = {"unavailable": unavailable, "slower": slower, "most_kinds": _MOST_KINDS}
+    why = {"unavailable": unavailable, "slower": slower, "most_kinds": MOST_KINDS}
     project.register(Implementation(NAME, products.project, products.refuses, **why))
     project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, **why))

@@ -1,0 +1,27 @@
+"""How many kinds of layers a model has, by the shapes of their weights, and how passes over many tokens are compiled for that.
+
+Methods that choose ranks by site leave no two layers alike. What is compiled for a shape is then compiled for every layer.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels import MOST_KINDS, target
+
+
+def layer_kinds(layers: Sequence[Any]) -> int:
+    """Of layers, how many differ in the shape of some array."""
+    return len({tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in layers})
+
+
+def pass_options(layers: Sequence[Any]) -> dict[str, Any] | None:
+    """XLA options for a pass over many tokens, None for the default ones.
+
+    Where layers are of more than `MOST_KINDS` kinds, products go to cuBLAS. XLA would else generate a kernel for the shape of each
+    and try it in a dozen forms: 280 of them for 32 layers of Llama-2-7B, without trials 39 s in place of 9 (bench/NOTES.md).
+    """
+    if target().platform != "cuda" or target().interpret or layer_kinds(layers) <= MOST_KINDS:
+        return None
+    return {"xla_gpu_enable_triton_gemm": False}
