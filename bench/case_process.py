@@ -1,6 +1,7 @@
 """Processes of cases, of which some may start before their turn, so that only what needs the GPU waits for it.
 
-Imports, tracing and weights drawn on the host need no GPU; what does, stands in the case's script inside `gpu_alone`.
+Imports, tracing and weights drawn on the host need no GPU; what does, stands in the case's script inside `gpu_alone` or, where
+nothing is timed, `gpu_beside_others`.
 """
 
 import contextlib
@@ -23,13 +24,26 @@ _LOCK = "FLASHSVD_BENCH_LOCK"
 
 @contextlib.contextmanager
 def gpu_alone() -> Iterator[None]:
-    """In a case's process: waits until no other case is inside; does nothing where none can be."""
+    """In a case's process: waits until no other case uses the GPU; does nothing where none can."""
+    with _held(fcntl.LOCK_EX):
+        yield
+
+
+@contextlib.contextmanager
+def gpu_beside_others() -> Iterator[None]:
+    """The same until none is alone on it: for what prepares a case, and only takes longer where others do so too."""
+    with _held(fcntl.LOCK_SH):
+        yield
+
+
+@contextlib.contextmanager
+def _held(kind: int) -> Iterator[None]:
     lock = os.environ.get(_LOCK)
     if lock is None:
         yield
         return
-    with Path(lock).open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, or the process ends
+    with Path(lock).open("rb") as file:
+        fcntl.flock(file, kind)  # until the file is closed, or the process ends
         yield
 
 

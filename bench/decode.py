@@ -6,19 +6,22 @@ device, which is measured first. Weights are random: the time does not depend on
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jobs
+from case_process import taking_turns
 from cases import ALL_PEERS, CASES, GROUPS, Case, processes, tiny
-from jobs import HERE, Job
+from jobs import HERE, Job, JobProcess
 
 from flashsvd_jax.benchmark import provenance
 from flashsvd_jax.errors import FlashSVDError, RequestError
@@ -38,6 +41,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--case-limit", type=float, default=150.0, metavar="S", help="a case that takes longer fails")
     parser.add_argument(
         "--no-autotune", action="store_true", help="decode with our kernels alone, started sooner: no times of prompts"
+    )
+    parser.add_argument(
+        "--ahead",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start so many processes before their turn; none runs while another is timed",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="bench/results/<device>/decode.jsonl if not given")
     return parser.parse_args(argv)
@@ -100,17 +110,28 @@ def probe() -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measured(todo: Sequence[Job], limit: float, backend: str, left_out: list[str]) -> Iterator[dict[str, Any]]:
-    """Rows of the jobs; fills ``left_out`` with the cases that the budget left no time for."""
-    start = time.time()
-    for number, job in enumerate(todo, 1):
-        rows = 0
-        if time.time() <= job.deadline:
-            print(f"[{time.time() - start:5.0f} s] {number}/{len(todo)} {job.impl}, {job.cases[0]}", flush=True)
-            for row in jobs.run(job, limit, environment(job.script, backend, job.autotune)):
-                rows += 1
-                yield row
-        left_out += [f"{job.impl}, {case}" for case in job.cases[rows:]]
+def measured(
+    todo: Sequence[Job], limit: float, backend: str, left_out: list[str], ahead: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Rows of the jobs, of which so many start before their turn; fills ``left_out`` with the cases that the budget left no time
+    for."""
+    start, waiting, running = time.time(), deque(enumerate(todo, 1)), deque[tuple[Job, JobProcess]]()
+    with taking_turns(ahead + 1) as turns, contextlib.ExitStack() as started:
+        while waiting or running:
+            while waiting and len(running) <= ahead:
+                number, job = waiting.popleft()
+                if time.time() > job.deadline:
+                    left_out += [f"{job.impl}, {case}" for case in job.cases]
+                    continue
+                print(f"[{time.time() - start:5.0f} s] {number}/{len(todo)} {job.impl}, {job.cases[0]}", flush=True)
+                env = environment(job.script, backend, job.autotune) | turns
+                running.append((job, started.enter_context(JobProcess(job, env))))
+            if running:
+                job, process = running.popleft()
+                done = 0
+                for done, row in enumerate(process.rows(limit), 1):  # noqa: B007 (also of use after the loop)
+                    yield row
+                left_out += [f"{job.impl}, {case}" for case in job.cases[done:]]
 
 
 def line(row: dict[str, Any]) -> str:
@@ -144,8 +165,8 @@ def main() -> int:
     todo = plan(cases, ours, peers, device, deadline)
     if parsed.no_autotune:
         todo = [dataclasses.replace(job, autotune=False) for job in todo]
-    for row in measured(todo, parsed.case_limit, device["backend"], left_out):
-        row = {"device": device["device"], **row}
+    for row in measured(todo, parsed.case_limit, device["backend"], left_out, parsed.ahead):
+        row = {"device": device["device"], **row} | ({"cold_start_s": None} if parsed.ahead else {})
         rows.append(row)
         jobs.append_row(out, row)
     print(*map(line, rows), sep="\n")

@@ -1,5 +1,6 @@
 """Jobs: cases of one model measured by one process, and how the parent starts, watches and ends that process."""
 
+import contextlib
 import dataclasses
 import json
 import queue
@@ -106,36 +107,47 @@ def serve(job: Job, measure: Callable[[Case], dict[str, Any]]) -> Iterator[dict[
         yield row
 
 
-def run(job: Job, limit: float, env: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """Starts the process and yields its rows as they come.
+class JobProcess(contextlib.AbstractContextManager["JobProcess"]):
+    """The process of a job, which runs from here on until the end of the context."""
 
-    A case that takes longer than ``limit`` seconds ends the process; it, or the case during which the process died, gives a
-    row with an `error`, and so does every later case of the job.
-    """
-    lines: queue.Queue[str | None] = queue.Queue()
-    with tempfile.TemporaryFile("w+") as log:
+    def __init__(self, job: Job, env: Mapping[str, str]):
+        self._job, self._lines, self._files = job, queue.Queue[str | None](), contextlib.ExitStack()
+        self._log = self._files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
         command = [sys.executable, str(HERE / job.script), job.to_json()]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=dict(env)) as process:
-            assert process.stdout is not None
-            threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
-            done, reason = 0, ""
-            while True:
-                try:
-                    line = lines.get(timeout=limit)
-                except queue.Empty:
-                    reason = f"no result after {limit:.0f} s"
-                    process.kill()
-                    break
-                if line is None:
-                    break
-                done += 1
-                yield json.loads(line)
-        if process.returncode and not reason:
-            log.seek(0)
-            reason = f"exit status {process.returncode}: {last_line(log.read())}"
-    if reason:
-        for case in job.cases[done:]:
-            yield {**described(job, case), "error": reason[:300]}
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True, env=dict(env))
+        assert self._process.stdout is not None
+        self._files.enter_context(self._process.stdout)
+        threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
+
+    def rows(self, limit: float) -> Iterator[dict[str, Any]]:
+        """Its rows as they come.
+
+        A case that takes longer than ``limit`` seconds ends the process; it, or the case during which the process died, gives a
+        row with an `error`, and so does every later case of the job.
+        """
+        done, reason = 0, ""
+        while True:
+            try:
+                line = self._lines.get(timeout=limit)
+            except queue.Empty:
+                reason = f"no result after {limit:.0f} s"
+                self._process.kill()
+                break
+            if line is None:
+                break
+            done += 1
+            yield json.loads(line)
+        if self._process.wait() and not reason:
+            self._log.seek(0)
+            reason = f"exit status {self._process.returncode}: {last_line(self._log.read())}"
+        if reason:
+            for case in self._job.cases[done:]:
+                yield {**described(self._job, case), "error": reason[:300]}
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._files.close()
 
 
 def _forward(source: IO[str], lines: "queue.Queue[str | None]") -> None:

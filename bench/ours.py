@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from case_process import gpu_alone, gpu_beside_others
 from cases import Case
 from jobs import Job, config_of, ranks_told, serve
 
@@ -30,13 +31,16 @@ def rows(job: Job) -> Iterator[dict[str, Any]]:
     """One row a case. Peak memory is the process's own, so that it stands in the first row alone."""
     enable_persistent_cache()
     config = config_of(job.cases[0])
-    weights = random_weights(config, job.dtype)
+    # What XLA tries out is timed, too.
+    preparing = gpu_alone if job.autotune else gpu_beside_others
+    with preparing():
+        weights = jax.block_until_ready(random_weights(config, job.dtype))
 
     def row(case: Case) -> dict[str, Any]:
         run = measure_end_to_end if case.suite == "end-to-end" else measure
         found = run(
             config, weights, name=case.model, batch=case.batch, context=case.context, new_tokens=case.new_tokens,
-            repeats=case.repeats, bandwidth=job.bandwidth, kernels=job.variant,
+            repeats=case.repeats, bandwidth=job.bandwidth, kernels=job.variant, turns=(preparing, gpu_alone),
         )[-1]  # fmt: skip
         peak = found.peak_bytes if case is job.cases[0] else None
         told = dataclasses.asdict(dataclasses.replace(found, peak_bytes=peak)) | {"ranks": ranks_told(case, config)}

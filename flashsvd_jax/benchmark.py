@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,10 @@ from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.schema import schema
 from flashsvd_jax.shapes import kept_share, rank_layout
 from pallas_kernels import hardware_rank
+
+Turns = tuple[Callable[[], AbstractContextManager[None]], Callable[[], AbstractContextManager[None]]]
+"""What the run that compiles stands in, and what the timed ones do, where several processes share a device."""
+NO_TURNS: Turns = (nullcontext, nullcontext)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +94,7 @@ class _Timings:
 
 def measure(
     config: ModelConfig, weights: DecoderWeights, *, name: str, batch: int, context: int, new_tokens: int, repeats: int,
-    bandwidth: float, decode_chunk: int = 8, kernels: str = "auto",
+    bandwidth: float, decode_chunk: int = 8, kernels: str = "auto", turns: Turns = NO_TURNS,
 ) -> list[Row]:  # fmt: skip
     """Processes random prompts of ``context`` tokens, then generates ``new_tokens`` greedily; end tokens do not end it.
 
@@ -104,13 +109,14 @@ def measure(
       bandwidth: bytes a second that the device reads, from `read_bandwidth`.
       decode_chunk: tokens per dispatch.
       kernels: as `Engine` takes it; "auto", or the name of an implementation that is tried first.
+      turns: what the run that compiles and the timed ones stand in, where several processes share the device.
 
     Returns:
       A ``pp`` row and a ``tg`` row.
     """
     length = context + new_tokens + 1
     engine = Engine(config, weights, batch=batch, max_length=length, decode_chunk=decode_chunk, kernels=kernels)
-    times = _time(engine, f"{name}, batch {batch}, context {context}", context, new_tokens, repeats)
+    times = _time(engine, f"{name}, batch {batch}, context {context}", context, new_tokens, repeats, turns)
     read = bytes_per_token(config, weights, batch, context + new_tokens // 2)
     common = {
         **_common(engine, times, kernels), "model": name, "context": context, "new_tokens": new_tokens,
@@ -134,7 +140,7 @@ def measure(
 
 def measure_end_to_end(
     config: ModelConfig, weights: DecoderWeights, *, name: str, batch: int, context: int, new_tokens: int, repeats: int,
-    bandwidth: float, decode_chunk: int = 8, kernels: str = "auto",
+    bandwidth: float, decode_chunk: int = 8, kernels: str = "auto", turns: Turns = NO_TURNS,
 ) -> list[Row]:  # fmt: skip
     """One request as a user waits for it: a prompt of ``context`` tokens and ``new_tokens`` (at least 2), the first included.
 
@@ -142,7 +148,7 @@ def measure_end_to_end(
     """
     length = context + new_tokens
     engine = Engine(config, weights, batch=batch, max_length=length, decode_chunk=decode_chunk, kernels=kernels)
-    times = _time(engine, f"{name}, {context} + {new_tokens} tokens", context, new_tokens - 1, repeats)
+    times = _time(engine, f"{name}, {context} + {new_tokens} tokens", context, new_tokens - 1, repeats, turns)
     total = times.total
     return [
         Row(
@@ -223,18 +229,21 @@ def read_bandwidth() -> float:
     return x.nbytes / best
 
 
-def _time(engine: Engine, what: str, context: int, steps: int, repeats: int) -> _Timings:
+def _time(engine: Engine, what: str, context: int, steps: int, repeats: int, turns: Turns) -> _Timings:
     """Runs random prompts of ``context`` tokens with ``steps`` decode steps: once to compile, then ``repeats`` times."""
     prompts = np.random.default_rng(0).integers(0, engine.config.vocab_size, (engine.batch, context)).tolist()
     with progress_bar(what, total=repeats + 1, unit=" runs") as bar:
-        compiled, hits, clock = compile_count(), cache_hits(), time.perf_counter()
-        _run(engine, prompts, steps)
-        cold = time.perf_counter() - clock
-        compiled, hits = compile_count() - compiled, cache_hits() - hits
+        preparing, timing = turns
+        with preparing():
+            compiled, hits, clock = compile_count(), cache_hits(), time.perf_counter()
+            _run(engine, prompts, steps)
+            cold = time.perf_counter() - clock
+            compiled, hits = compile_count() - compiled, cache_hits() - hits
         times = []
-        for _ in range(repeats):
-            bar.update()
-            times.append(_run(engine, prompts, steps))
+        with timing():
+            for _ in range(repeats):
+                bar.update()
+                times.append(_run(engine, prompts, steps))
     prefill, step, total = (list(column) for column in zip(*times, strict=True))
     return _Timings(prefill, step, total, cold, compiled, hits)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from case_process import gpu_alone, gpu_beside_others
 from cases import Case
 from jobs import Job, config_of, described, serve
 
@@ -74,17 +75,19 @@ def measure(job: Job, case: Case, device: str) -> dict[str, Any]:
     steps = case.new_tokens - 1 if is_request else case.new_tokens
     config, variant = rounded_ranks(config_of(case)), VARIANTS[job.variant]
     get = random_tensors(config, getattr(torch, job.dtype), device)
-    if device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    model = PeerModel(config, get, case.batch, case.context + steps + 1, variant.is_packed)
-    prompt = torch.randint(0, config.vocab_size, (case.batch, case.context), device=device)
-    step = variant.build(model)
-    clock = time.perf_counter()
-    timed(model, step, prompt, steps)
-    cold = time.perf_counter() - clock
-    timed(model, step, prompt, steps)
-    prefill, per_step, total = zip(*(timed(model, step, prompt, steps) for _ in range(case.repeats)), strict=True)
+    with gpu_beside_others():
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        model = PeerModel(config, get, case.batch, case.context + steps + 1, variant.is_packed)
+        prompt = torch.randint(0, config.vocab_size, (case.batch, case.context), device=device)
+        step = variant.build(model)
+        clock = time.perf_counter()
+        timed(model, step, prompt, steps)
+        cold = time.perf_counter() - clock
+    with gpu_alone():
+        timed(model, step, prompt, steps)
+        prefill, per_step, total = zip(*(timed(model, step, prompt, steps) for _ in range(case.repeats)), strict=True)
     read = bytes_per_token(config, model, case.context + case.new_tokens // 2)
     tokens = case.batch * (case.new_tokens if is_request else 1)
     waited = statistics.median(total if is_request else per_step)

@@ -36,6 +36,19 @@ print("a library says hello")
 for found in serve(job, row): print(json.dumps(found), flush=True)
 """
 
+TURNS = """
+import json, sys, time
+from case_process import gpu_alone, gpu_beside_others
+from jobs import Job
+spans = {}
+for name, turn, seconds in (("prepared", gpu_beside_others, 3.0), ("timed", gpu_alone, 0.2)):
+    with turn():
+        begin = time.time()
+        time.sleep(seconds)
+        spans[name] = [begin, time.time()]
+print(json.dumps({"impl": Job.from_json(sys.argv[1]).impl, **spans}), flush=True)
+"""
+
 
 def run_worker(tmp_path: Path, contexts: list[int], limit: float = 30, deadline: float = 1e12) -> list[dict[str, Any]]:
     """Rows of a job whose cases succeed, raise (context 1), hang (2) or end the process (3)."""
@@ -43,7 +56,8 @@ def run_worker(tmp_path: Path, contexts: list[int], limit: float = 30, deadline:
     script.write_text(WORKER)
     cases = tuple(Case("core", "tiny", 0.5, context=context) for context in contexts)
     job = jobs.Job(str(script), "eager", "torch-eager", cases, 1e9, deadline)
-    return list(jobs.run(job, limit, decode.environment("peers/run.py")))
+    with jobs.JobProcess(job, decode.environment("peers/run.py")) as process:
+        return list(process.rows(limit))
 
 
 def test_a_case_that_fails_is_a_row_and_the_next_is_measured(tmp_path: Path) -> None:
@@ -65,6 +79,22 @@ def test_a_process_that_dies_is_a_row_with_its_last_words(tmp_path: Path) -> Non
     rows = run_worker(tmp_path, [3])
     assert [row["error"] for row in rows] == ["exit status 1: the driver is gone"]
     assert rows[0].keys() >= {"suite", "impl", "model", "ratio", "ranks", "batch", "context", "commit", "date"}
+
+
+def test_jobs_started_ahead_are_not_timed_together(tmp_path: Path) -> None:
+    """Four processes: what they prepare may overlap, with what is timed nothing does."""
+    script = tmp_path / "turns.py"
+    script.write_text(TURNS)
+    todo = [jobs.Job(str(script), "eager", f"torch-{n}", (Case("core", "tiny", 0.5),), 1e9, 1e12) for n in range(4)]
+    rows = list(decode.measured(todo, 60, "gpu", [], ahead=3))
+    assert [row["impl"] for row in rows] == [job.impl for job in todo]
+    spans = [(*row[kind], kind, row["impl"]) for row in rows for kind in ("prepared", "timed")]
+    for begin, end, kind, impl in spans:
+        others = [(b, e) for b, e, other, name in spans if name != impl and "timed" in (kind, other)]
+        assert all(e <= begin or end <= b for b, e in others)
+    assert max(begin for begin, _, kind, _ in spans if kind == "prepared") < min(
+        end for _, end, kind, _ in spans if kind == "prepared"
+    )  # they did overlap
 
 
 def test_what_the_budget_leaves_no_time_for_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_the_logits_are_the_only_array_of_their_size() -> None:
     pair = reference_of(build_model("llama", vocab_size=5000))
     weights = weights_from_params(pair.config, pair.params)
     shapes = [jax.ShapeDtypeStruct((2, 33), np.int32), jax.ShapeDtypeStruct((2,), np.int32)]
-    compiled = scoring._token_scores.lower(pair.config, weights, *shapes).compile()
+    compiled = scoring._compiled_scores(frozenset()).lower(pair.config, weights, *shapes).compile()
     logits = 2 * 32 * 5000 * 4
     assert logits <= compiled.memory_analysis().temp_size_in_bytes < 1.5 * logits
 
