@@ -7,10 +7,11 @@ same time, or before. An operand that is elsewhere than was told comes before al
 
 from collections.abc import Sequence
 
+_PARTS = ("", " down", " sums", " up")
 STEPS = tuple(
-    name
+    product + part
     for product in ("qkv", "attention", "o", "gate_up", "down", "head", "logits")
-    for name in ([product] if product in ("attention", "logits") else [product, f"{product} down", f"{product} up"])
+    for part in (_PARTS if product not in ("attention", "logits") else ("",))
 )
 """Names of all steps there may be, in their order."""
 
