@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=Path, metavar="FILE", help="or: a rank of each projection, as JSON, or another model's manifest"
     )
     add("--alloc", choices=ALLOCATIONS, default="uniform", help="how ranks are chosen; README.md tells them apart")
+    add("--alike", action="store_true", help="greedy, fisher: one rank for each kind of projection, in all layers")
     add(
         "--costs",
         metavar="NAME",
@@ -87,7 +88,7 @@ def _recipe(parsed: argparse.Namespace) -> "Recipe":
     from flashsvd_jax.compress.decode_costs import COSTS_FILE, DEFAULT_COSTS, load_costs
 
     options = {"multiple": parsed.rank_multiple, "alpha": parsed.alpha, "update": parsed.update, "heads": parsed.heads}
-    options["layers_per_basis"] = parsed.layers_per_basis
+    options |= {"layers_per_basis": parsed.layers_per_basis, "alike": parsed.alike}
     if parsed.ranks is not None:
         if parsed.alloc != "uniform" or parsed.rank_multiple != 1:
             raise RequestError("--ranks says every rank: leave --alloc and --rank-multiple out")

@@ -1,5 +1,6 @@
 """Ranks by what each further one gains for what it costs, over all projections together."""
 
+import dataclasses
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -54,6 +55,33 @@ def greedy_ranks(sites: Sequence[Site], budget: Budget, gains: Mapping[str, np.n
                 offer(name)
     found = {name: ladder[at[name]].rank for name, ladder in ladders.items()}
     return {name: rank for name, rank in found.items() if rank is not None}
+
+
+def alike_ranks(sites: Sequence[Site], budget: Budget, gains: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The same with one rank for all projections of a kind, such as all query projections: they cost and gain together.
+
+    Arguments, and errors, are those of `greedy_ranks`.
+    """
+    kinds: dict[str, list[Site]] = {}
+    for site in sites:
+        kinds.setdefault(site.name.partition(".")[2], []).append(site)
+    # Bases of fewer layers than others are smaller, and so are the ranks that they can have.
+    smallest = {kind: min(members, key=lambda site: site.d_out * site.d_in) for kind, members in kinds.items()}
+    members = {site.name: kinds[kind] for kind, site in smallest.items()}
+    together = dataclasses.replace(
+        budget, cost=lambda site, rank: sum(budget.cost(member, rank) for member in members[site.name])
+    )
+    summed = {name: _summed([gains[site.name] for site in of_kind]) for name, of_kind in members.items()}
+    found = greedy_ranks(list(smallest.values()), together, summed)
+    return {site.name: rank for name, rank in found.items() for site in members[name]}
+
+
+def _summed(gains: Sequence[np.ndarray]) -> np.ndarray:
+    """Of what can have the fewest ranks, further ranks gain nothing."""
+    total = np.zeros(max(map(len, gains)))
+    for found in gains:
+        total[: len(found)] += found
+    return total
 
 
 def _ladder(site: Site, gains: np.ndarray, budget: Budget) -> list[_Point]:

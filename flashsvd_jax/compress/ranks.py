@@ -13,7 +13,7 @@ from flashsvd_jax.compress.allocation import (
     v2_ranks,
 )
 from flashsvd_jax.compress.budget import Target, budget_of
-from flashsvd_jax.compress.greedy import greedy_ranks
+from flashsvd_jax.compress.greedy import alike_ranks, greedy_ranks
 from flashsvd_jax.compress.heads import head_groups, ranked_parts
 from flashsvd_jax.compress.recipe import Recipe
 from flashsvd_jax.compress.shared_bases import bases_of, joined, joined_ranks
@@ -55,13 +55,14 @@ def choose_ranks(
     budget = budget_of(target, config, itemsize, recipe.multiple, groups)
     if recipe.alloc == "sensitivity":
         return sensitivity_ranks(sites, budget, sensitivity())
+    greedily = alike_ranks if recipe.alike else greedy_ranks
     if recipe.alloc == "fisher":
-        return greedy_ranks(sites, budget, gains())
+        return greedily(sites, budget, gains())
     if recipe.alloc == "greedy":
         # Losses of different projections have no unit in common; the shares of them that ranks take off have.
         measured = gains()
         shares = {first: len(bases[first]) * found / (found.sum() or 1.0) for first, found in measured.items()}
-        return greedy_ranks(sites, budget, shares)
+        return greedily(sites, budget, shares)
     measured = gains() if recipe.alloc == "v2" else {}
 
     def at(ratio: float) -> dict[str, int]:

@@ -31,6 +31,8 @@ class Recipe:
       heads: "own" for queries, keys and values with factors of single heads, whose rank is that of each, "whole" for factors of
         whole projections; None for what the kernels like best: "own" for encoders, "whole" for decoders, which take no other, and
         for bases that layers share.
+      alike: whether each kind of projection gets one rank, or none, for all layers, where "greedy" and "fisher" would choose one
+        for every layer: less freedom, for layers that decode faster and are compiled once.
       layers_per_basis: how many neighbouring layers share a basis, for the method that has them; None for two, as its paper does.
 
     Raises:
@@ -45,6 +47,7 @@ class Recipe:
     update: bool = False
     ranks: Mapping[str, int] | None = None
     heads: str | None = None
+    alike: bool = False
     layers_per_basis: int | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +62,8 @@ class Recipe:
             raise RequestError(f"alloc {self.alloc!r} is not one of {', '.join(ALLOCATIONS)}")
         if (self.alloc == "file") != (self.ranks is not None):
             raise RequestError("alloc is 'file' where ranks are given, and nowhere else")
+        if self.alike and self.alloc not in ("greedy", "fisher"):
+            raise RequestError(f"ranks are made alike by alloc greedy or fisher, not by {self.alloc}")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise RequestError(f"alpha must be above 0, not {self.alpha}")
         if self.heads is not None and self.heads not in HEADS:
@@ -144,4 +149,7 @@ class Recipe:
         if self.ranks is not None:
             return f"compressed by {self.method}{option} with given ranks{heads}{update}"
         rounded = f" in multiples of {self.multiple}" * (self.multiple > 1)
-        return f"compressed by {self.method}{option} to {self.target}, {self.alloc} ranks{rounded}{heads}{update}"
+        alike = ", alike in all layers" * self.alike
+        return (
+            f"compressed by {self.method}{option} to {self.target}, {self.alloc} ranks{alike}{rounded}{heads}{update}"
+        )

@@ -17,7 +17,7 @@ from flashsvd_jax.compress.allocation import (
     v2_ranks,
 )
 from flashsvd_jax.compress.budget import Budget, Target, budget_of
-from flashsvd_jax.compress.greedy import greedy_ranks
+from flashsvd_jax.compress.greedy import alike_ranks, greedy_ranks
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.shapes import SHAPES, kept_share, layer_sites, shape_config
@@ -90,6 +90,25 @@ def test_greedy_ranks_lose_least_of_all_of_that_size(ratio: float) -> None:
 def test_greedy_ranks_lose_less_than_uniform_ones() -> None:
     greedy, uniform = greedy_ranks(SITES, share(SITES, 0.5), GAINS), uniform_ranks(SITES, 0.5, share(SITES, 0.5))
     assert lost(GAINS, greedy) < 0.7 * lost(GAINS, uniform)
+
+
+def test_alike_ranks_are_the_best_of_those_that_are_the_same_in_all_layers() -> None:
+    sites = [site(f"layers_{i}.{kind}", 12, 18) for i in range(3) for kind in "ab"]
+    gains = {s.name: falling(12, i, 3.0**i) for i, s in enumerate(sites)}
+    ranks = alike_ranks(sites, share(sites, 0.5), gains)
+    assert all(ranks[f"layers_{i}.{kind}"] == ranks[f"layers_0.{kind}"] for i in range(3) for kind in "ab")
+    budget = 0.5 * sum(s.d_out * s.d_in for s in sites)
+    assert size(sites, ranks) <= budget
+    choices = ({s.name: pair[s.name[-1] == "b"] for s in sites} for pair in itertools.product(range(1, 8), repeat=2))
+    least = min(lost(gains, choice) for choice in choices if size(sites, choice) <= budget)
+    assert lost(gains, greedy_ranks(sites, share(sites, 0.5), gains)) < lost(gains, ranks) <= least + 1e-12
+
+
+def test_alike_ranks_are_those_that_the_smallest_of_a_kind_can_have() -> None:
+    """As the basis of a last block, which fewer layers share, is smaller."""
+    sites = [site("layers_0.q", 24, 24), site("layers_2.q", 12, 24)]
+    ranks = alike_ranks(sites, share(sites, 0.5), {"layers_0.q": falling(24, 0), "layers_2.q": falling(12, 1)})
+    assert len(set(ranks.values())) == 1 and 0 < ranks["layers_0.q"] <= 8
 
 
 def test_of_equal_gains_those_of_the_smaller_site_come_first() -> None:
