@@ -23,12 +23,15 @@ from flashsvd_jax.shapes import layer_sites, shape_config
 _ITEMSIZE = 2  # bfloat16
 _EXPONENTS = (0.5, 1.5)
 _STEPS = 12
-_TOLERANCE = 0.002
+_TOLERANCES = {False: 0.002, True: 0.01}
+"""Of parameters, by whether layers are alike, when a rank more is one in all of them."""
 
 
 @functools.cache
-def allocated_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
+def allocated_config(name: str, ratio: float, alike: bool = False, seed: int = 0) -> ModelConfig:
     """A published shape whose ranks the allocator has chosen by the costs of decoding, as many parameters as `shape_config` has.
+
+    They are ``alike`` in all layers, or as each layer's losses have them.
 
     Raises:
       RequestError: an unknown name, a ratio outside (0, 1), or no time leads to that many parameters, as
@@ -40,22 +43,25 @@ def allocated_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
     gains, wanted = _drawn_gains(dense, seed), count_params(uniform)
     longest = decode_milliseconds(uniform, _ITEMSIZE, costs)  # at which chosen ranks hold more
     times = [longest / 2, longest]
-    low, high = [_chosen(dense, gains, time, costs) for time in times]
+    chosen, tolerance = functools.partial(_chosen, dense, gains, costs, alike), _TOLERANCES[alike]
+    low, high = map(chosen, times)
     for _ in range(_STEPS):  # parameters rise nearly in proportion to time
         params = [count_params(config) for config in (low, high)]
-        middle = float(np.interp((1 - _TOLERANCE / 2) * wanted, params, times))
-        found = _chosen(dense, gains, middle, costs)
+        middle = float(np.interp((1 - tolerance / 2) * wanted, params, times))
+        found = chosen(middle)
         if count_params(found) > wanted:
             high, times[1] = found, middle
         else:
             low, times[0] = found, middle
-            if count_params(found) >= (1 - _TOLERANCE) * wanted:
+            if count_params(found) >= (1 - tolerance) * wanted:
                 return found
     raise RequestError(f"no time a token leads to the parameters of {name} at ratio {ratio}")
 
 
-def _chosen(dense: ModelConfig, gains: dict[str, np.ndarray], milliseconds: float, costs: DecodeCosts) -> ModelConfig:
-    recipe = Recipe("svd", Target("ms", milliseconds, costs), "greedy")
+def _chosen(
+    dense: ModelConfig, gains: dict[str, np.ndarray], costs: DecodeCosts, alike: bool, milliseconds: float
+) -> ModelConfig:
+    recipe = Recipe("svd", Target("ms", milliseconds, costs), "greedy", alike=alike)
     ranks = choose_ranks(recipe, dense, _ITEMSIZE, lambda: gains, dict)
     return dataclasses.replace(dense, factorization=Factorization.of(ranks))
 

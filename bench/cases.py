@@ -14,7 +14,7 @@ class Case:
     """One measurement, made with our kernels, with plain XLA and with the PyTorch variants that ``peers`` names.
 
     ``group`` is the name that ``--cases`` takes; ``ranks`` is "uniform", "mixed" or "partly dense" (see
-    `flashsvd_jax.shapes`), or "allocated" (see `allocated`).
+    `flashsvd_jax.shapes`), or "allocated" and "allocated alike" (see `allocated`).
     """
 
     group: str
@@ -63,7 +63,8 @@ CASES: tuple[Case, ...] = (
     Case("mixed", LLAMA, 0.5, ranks="mixed", peers=QUICK_PEERS),
     Case("mixed", LLAMA, 0.5, ranks="partly dense", peers=QUICK_PEERS),
     # Beside uniform ranks of the same parameters: those of "core" and "ratios".
-    *(Case("allocated", LLAMA, ratio, ranks="allocated", peers=()) for ratio in (0.5, 0.6, 0.8, 0.4)),
+    *(Case("allocated", LLAMA, ratio, ranks="allocated alike", peers=()) for ratio in (0.5, 0.4, 0.6, 0.8)),
+    *(Case("allocated", LLAMA, ratio, ranks="allocated", peers=()) for ratio in (0.5, 0.6)),
 )
 
 GROUPS = tuple(dict.fromkeys(case.group for case in CASES))
@@ -82,7 +83,7 @@ def tiny(cases: Iterable[Case]) -> list[Case]:
             context=case.context // 32,
             new_tokens=8,
             repeats=1,
-            ranks="mixed" if case.ranks == "allocated" else case.ranks,
+            ranks="mixed" if case.group == "allocated" else case.ranks,
             peers=("eager",),
         )
         for case in cases

@@ -30,7 +30,7 @@ from flashsvd_jax.evaluation import evaluate
 from flashsvd_jax.finetune import Settings, finetune
 
 RATIOS = (0.8, 0.6, 0.4)
-ALLOCATIONS = ("uniform", "greedy", "v2", "fisher")
+ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "fisher")
 SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
 FINETUNE = {"steps": 60, "batch": 4, "length": 512, "lr": 5e-4, "dtype": "float32"}
 Row = dict[str, Any]
@@ -38,7 +38,8 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """What a row is of; method "dense" at ratio 1 for the model as it is, ``finetune`` the options where factors are trained."""
+    """What a row is of; method "dense" at ratio 1 for the model as it is, ``alloc`` with " alike" behind it where layers have the
+    same ranks, ``finetune`` the options where factors are trained."""
 
     method: str
     ratio: float
@@ -58,6 +59,8 @@ def cells() -> Iterator[Cell]:
         yield Cell("drone", ratio, "uniform", update=True)
     for method, ratio in itertools.product(("asvd", "drone"), RATIOS):
         yield Cell(method, ratio, "sensitivity")
+    for ratio in RATIOS:
+        yield Cell("drone", ratio, "fisher alike")
 
 
 def settings(cell: Cell, options: argparse.Namespace) -> Row:
@@ -73,7 +76,8 @@ def measure(cell: Cell, dense: Path, folder: Path, options: argparse.Namespace) 
     begin, model = time.monotonic(), dense
     if cell.method != "dense":
         model = folder / "compressed"
-        recipe = Recipe(cell.method, cell.ratio, cell.alloc, update=cell.update)
+        alloc, _, alike = cell.alloc.partition(" ")
+        recipe = Recipe(cell.method, cell.ratio, alloc, update=cell.update, alike=bool(alike))
         if cell.alloc == "sensitivity":
             recipe = by_sensitivity(recipe, dense, text)
         compress(dense, model, recipe, text, dtype="float32", progress=False)

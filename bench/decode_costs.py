@@ -21,7 +21,7 @@ KERNELS = {"persistent": "flashsvd_jax-persistent", "products": "flashsvd_jax-pr
 PACKED_GROUPS = 4
 """Of a layer: queries, keys and values; the attention's output; gate and up; down."""
 FEWEST_ROWS = 4
-UNCOUNTED = ("partly dense", "allocated")
+UNCOUNTED = ("partly dense", "allocated", "allocated alike")
 """Ranks of which some are none, so that how many products there are does not follow."""
 
 

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,12 +78,13 @@ class Job:
 def config_of(case: Case) -> ModelConfig:
     """The model of a case."""
     build = {"mixed": mixed_config, "partly dense": partly_dense_config, "allocated": allocated_config}
+    build |= {"allocated alike": partial(allocated_config, alike=True)}
     return build.get(case.ranks, shape_config)(case.model, case.ratio)
 
 
 def ranks_told(case: Case, config: ModelConfig) -> str:
     """The ``ranks`` of a case's rows: how they are spread, or that they were chosen by time."""
-    return case.ranks if case.ranks == "allocated" else rank_layout(config)
+    return case.ranks if case.ranks.startswith("allocated") else rank_layout(config)
 
 
 def described(job: Job, case: Case) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from jobs import config_of, results_folder
 
 from flashsvd_jax.config import ModelConfig
 
-RANKS = ("uniform", "mixed", "partly dense", "allocated")
+RANKS = ("uniform", "mixed", "partly dense", "allocated", "allocated alike")
 
 
 def options(description: str | None, ranks: Sequence[str] = ("uniform",)) -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from flashsvd_jax.scoring import Perplexity
 from reporting.tables import markdown
 
 Row = dict[str, Any]
-ALLOCATIONS = ("uniform", "greedy", "v2", "fisher")
+ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "fisher")
 BEYOND_CHANCE = 2.0
 """Standard errors that a ratio of perplexities must differ from 1 by."""
 
@@ -111,6 +111,7 @@ def _further(rows: Rows) -> str:
         ("`svdllm`, fine-tuned", "svdllm", "uniform", "tuned"),
         ("`asvd`, ranks by sensitivity", "asvd", "sensitivity", ""),
         ("`drone`, ranks by sensitivity", "drone", "sensitivity", ""),
+        ("`drone`, `fisher` ranks, `--alike`", "drone", "fisher alike", ""),
     )
     lines = []
     for text, method, alloc, kind in kinds:

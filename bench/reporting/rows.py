@@ -36,7 +36,7 @@ class Setting:
     @property
     def place(self) -> tuple[Any, ...]:
         """To sort by: dense models first, then most kept to least."""
-        order = ("dense", "uniform", "mixed", "partly dense", "allocated").index(self.ranks)
+        order = ("dense", "uniform", "mixed", "partly dense", "allocated", "allocated alike").index(self.ranks)
         return self.suite, self.model, self.batch, self.context, order, -self.kept
 
     @property

@@ -56,14 +56,14 @@ def allocated_against_uniform(results: Results) -> str:
     pairs = []
     for setting in results.settings():
         uniform = dataclasses.replace(setting, ranks="uniform")
-        if setting.ranks == "allocated" and uniform in results.by_setting:
+        if setting.ranks.startswith("allocated") and uniform in results.by_setting:
             pairs.append((setting, uniform))
     impls = [impl for impl in OURS if any(results.value(s, impl) and results.value(u, impl) for s, u in pairs)]
     lines = []
     for setting, uniform in pairs:
         cells = [_beside(results, setting, uniform, impl) for impl in impls]
         if any(cell != "-" for cell in cells):
-            lines.append([setting.model, f"{setting.kept:.2f}", str(setting.batch), str(setting.context), *cells])
+            lines.append([setting.model, setting.kept_text, str(setting.batch), str(setting.context), *cells])
     return markdown(["model", "kept", "batch", "context", *(IMPLEMENTATIONS[impl] for impl in impls)], lines)
 
 

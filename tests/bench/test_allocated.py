@@ -9,7 +9,7 @@ from flashsvd_jax.compress.budget import decode_milliseconds
 from flashsvd_jax.compress.decode_costs import load_costs
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.schema import count_params
-from flashsvd_jax.shapes import shape_config
+from flashsvd_jax.shapes import layer_sites, shape_config
 
 
 def test_it_has_as_many_parameters_as_uniform_ranks_and_takes_less_time() -> None:
@@ -26,4 +26,18 @@ def test_it_has_as_many_parameters_as_uniform_ranks_and_takes_less_time() -> Non
 def test_small_models_are_fastest_dense() -> None:
     with pytest.raises(RequestError, match=r"does not suffice for the lowest ranks|nothing to compress"):
         allocated_config("tiny", 0.5)
-    assert all(case.ranks != "allocated" for case in tiny(CASES))
+    assert not any(case.ranks.startswith("allocated") for case in tiny(CASES))
+
+
+def test_alike_ranks_leave_whole_projections_dense() -> None:
+    """In all layers, so that each of those is one product of the kernels, not two."""
+    case = next(case for case in CASES if case.ranks == "allocated alike")
+    found, uniform = jobs.config_of(case), shape_config(case.model, case.ratio)
+    assert 0.99 * count_params(uniform) <= count_params(found) <= count_params(uniform)
+    by_kind: dict[str, set[int | None]] = {}
+    for site in layer_sites(found):
+        by_kind.setdefault(site.name.partition(".")[2], set()).add(found.factorization.rank(site.name))
+    assert all(len(ranks) == 1 for ranks in by_kind.values()) and {None} in by_kind.values()
+    times = [decode_milliseconds(config, 2, load_costs()) for config in (found, uniform)]
+    assert times[0] < 0.98 * times[1]
+    assert jobs.ranks_told(case, found) == "allocated alike"
