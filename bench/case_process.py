@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +56,25 @@ def taking_turns(together: int) -> Iterator[dict[str, str]]:
         return
     with tempfile.NamedTemporaryFile() as lock:
         yield {_LOCK: lock.name, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def in_turn[Case, Process: contextlib.AbstractContextManager[Any]](
+    todo: Iterable[Case], ahead: int, start: Callable[[int, Case, dict[str, str]], Process | None]
+) -> Iterator[tuple[Case, Process]]:
+    """What is to be done with its processes, in order, so many of which start before their turn.
+
+    ``start(number, case, turns)`` starts one, with what `taking_turns` gives, or gives None where the case is left out.
+    """
+    waiting, running = deque(enumerate(todo, 1)), deque[tuple[Case, Process]]()
+    with taking_turns(ahead + 1) as turns, contextlib.ExitStack() as started:
+        while waiting or running:
+            while waiting and len(running) <= ahead:
+                number, case = waiting.popleft()
+                process = start(number, case, turns)
+                if process is not None:
+                    running.append((case, started.enter_context(process)))
+            if running:
+                yield running.popleft()
 
 
 class CaseProcess(contextlib.AbstractContextManager["CaseProcess"]):

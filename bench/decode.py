@@ -6,20 +6,18 @@ device, which is measured first. Weights are random: the time does not depend on
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jobs
-from case_process import taking_turns
+from case_process import in_turn
 from cases import ALL_PEERS, CASES, GROUPS, Case, processes, tiny
 from jobs import HERE, Job, JobProcess
 
@@ -115,23 +113,20 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """Rows of the jobs, of which so many start before their turn; fills ``left_out`` with the cases that the budget left no time
     for."""
-    start, waiting, running = time.time(), deque(enumerate(todo, 1)), deque[tuple[Job, JobProcess]]()
-    with taking_turns(ahead + 1) as turns, contextlib.ExitStack() as started:
-        while waiting or running:
-            while waiting and len(running) <= ahead:
-                number, job = waiting.popleft()
-                if time.time() > job.deadline:
-                    left_out += [f"{job.impl}, {case}" for case in job.cases]
-                    continue
-                print(f"[{time.time() - start:5.0f} s] {number}/{len(todo)} {job.impl}, {job.cases[0]}", flush=True)
-                env = environment(job.script, backend, job.autotune) | turns
-                running.append((job, started.enter_context(JobProcess(job, env))))
-            if running:
-                job, process = running.popleft()
-                done = 0
-                for done, row in enumerate(process.rows(limit), 1):  # noqa: B007 (also of use after the loop)
-                    yield row
-                left_out += [f"{job.impl}, {case}" for case in job.cases[done:]]
+    begin = time.time()
+
+    def start(number: int, job: Job, turns: dict[str, str]) -> JobProcess | None:
+        if time.time() > job.deadline:
+            left_out.extend(f"{job.impl}, {case}" for case in job.cases)
+            return None
+        print(f"[{time.time() - begin:5.0f} s] {number}/{len(todo)} {job.impl}, {job.cases[0]}", flush=True)
+        return JobProcess(job, environment(job.script, backend, job.autotune) | turns)
+
+    for job, process in in_turn(todo, ahead, start):
+        done = 0
+        for done, row in enumerate(process.rows(limit), 1):  # noqa: B007 (also of use after the loop)
+            yield row
+        left_out += [f"{job.impl}, {case}" for case in job.cases[done:]]
 
 
 def line(row: dict[str, Any]) -> str:

@@ -1,17 +1,15 @@
 """What the benchmarks of encoders and of prompts have in common: a case in a process of its own, and its row."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from case_process import CaseProcess, taking_turns
+from case_process import CaseProcess, in_turn
 from decode import environment
 from jobs import HERE, append_row, results_folder
 
@@ -118,21 +116,18 @@ def measured(cases: Sequence[PromptCase], limit: float, budget: float, ahead: in
 
     ``limit`` counts the seconds after the case before has ended; cases that were started ahead may have the GPU meanwhile.
     """
-    start, waiting, running = time.time(), deque(enumerate(cases, 1)), deque[tuple[PromptCase, CaseProcess]]()
-    with taking_turns(ahead + 1) as turns, contextlib.ExitStack() as started:
-        while waiting or running:
-            while waiting and len(running) <= ahead:
-                number, case = waiting.popleft()
-                if time.time() - start > budget:
-                    print(f"left out, {budget:.0f} s were spent: {case}")
-                    continue
-                print(f"[{time.time() - start:5.0f} s] {number}/{len(cases)} {case}", flush=True)
-                env = environment("peers" if "torch" in case.impl else "ours.py") | turns
-                process = started.enter_context(CaseProcess(HERE / case.script, case.to_json(), env))
-                running.append((case, process))
-            if running:
-                case, process = running.popleft()
-                yield {**case.described(), **process.row(limit), **provenance()}
+    begin = time.time()
+
+    def start(number: int, case: PromptCase, turns: dict[str, str]) -> CaseProcess | None:
+        if time.time() - begin > budget:
+            print(f"left out, {budget:.0f} s were spent: {case}")
+            return None
+        print(f"[{time.time() - begin:5.0f} s] {number}/{len(cases)} {case}", flush=True)
+        env = environment("peers" if "torch" in case.impl else "ours.py") | turns
+        return CaseProcess(HERE / case.script, case.to_json(), env)
+
+    for case, process in in_turn(cases, ahead, start):
+        yield {**case.described(), **process.row(limit), **provenance()}
 
 
 def measure_all(cases: Sequence[PromptCase], parsed: argparse.Namespace) -> None:

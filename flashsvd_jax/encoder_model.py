@@ -18,7 +18,7 @@ from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.loading import check_dtype, load_weights, place_params
 from flashsvd_jax.models.encoder import hidden_states, pooled, real_tokens
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.layer_kinds import pass_options
+from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.sequence_blocks import in_blocks
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels import prefer, record

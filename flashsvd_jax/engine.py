@@ -21,7 +21,7 @@ import numpy as np
 from flashsvd_jax import decode_loop, prompt_steps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
-from flashsvd_jax.models.layer_kinds import pass_options
+from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams

@@ -15,7 +15,7 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.decoder import full_logits
-from flashsvd_jax.models.layer_kinds import pass_options
+from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.progress import progress_bar
 
@@ -193,10 +193,11 @@ def _score(
     def batch_size(padded: int, count: int) -> int:
         return batch or _batch_size(model.config, padded, count)
 
+    scores = _compiled_scores(frozenset((pass_options(model.weights.layers) or {}).items()))
     with progress_bar("scoring", total=sum(lengths), unit=" tokens", enabled=progress) as bar:
         for padded, size, rows in length_batches(lengths, buckets, batch_size):
             pieces = [sequences[i] for i in rows]
-            found |= zip(rows, _score_batch(model, pieces, padded, size), strict=True)
+            found |= zip(rows, _score_batch(model, scores, pieces, padded, size), strict=True)
             bar.update(sum(map(len, pieces)))
     return [found[i] for i in range(len(sequences))]
 
@@ -217,13 +218,14 @@ def _batch_size(config: ModelConfig, padded: int, count: int) -> int:
     return batch_within_workspace(4 * padded * max(config.vocab_size, scores_held(config.num_heads, padded)), count)
 
 
-def _score_batch(model: Model, sequences: Sequence[Sequence[int]], bucket: int, batch: int) -> list[TokenScores]:
+def _score_batch(
+    model: Model, scores: Callable[..., Any], sequences: Sequence[Sequence[int]], bucket: int, batch: int
+) -> list[TokenScores]:
     tokens = np.zeros((batch, bucket + 1), np.int32)
     lengths = np.zeros(batch, np.int32)  # rows that only fill the batch read nothing
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)] = ids
         lengths[row] = len(ids) - 1
-    scores = _compiled_scores(frozenset((pass_options(model.weights.layers) or {}).items()))
     logprobs, greedy = map(np.asarray, scores(model.config, model.weights, tokens, lengths))
     return [TokenScores(logprobs[row, : lengths[row]], greedy[row, : lengths[row]]) for row in range(len(sequences))]
 

@@ -24,7 +24,17 @@ from pallas_kernels.padded_attention import attend_padded, attend_padded_by
 from pallas_kernels.persistent.stalls import stall_reason
 from pallas_kernels.products import project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
-from pallas_kernels.registry import MOST_KINDS, Implementation, Op, implementation_names, of_kinds, ops, prefer, record
+from pallas_kernels.registry import (
+    MOST_KINDS,
+    Implementation,
+    Op,
+    implementation_names,
+    layer_kinds,
+    of_kinds,
+    ops,
+    prefer,
+    record,
+)
 from pallas_kernels.rounding import power_of_two
 from pallas_kernels.target import Target, assume_target, target
 
@@ -59,6 +69,7 @@ __all__ = [
     "hardware_rank",
     "implementation_names",
     "keeps_scores",
+    "layer_kinds",
     "layer_norm",
     "normed",
     "of_kinds",

@@ -6,10 +6,12 @@ reference does: one product, a layer, or all of them.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
+
+import jax
 
 from pallas_kernels.target import Target, setting, target
 
@@ -99,16 +101,14 @@ class Op:
             reason = self._passed_over(candidate, implementation)
             reason = reason or candidate.unavailable(target()) or candidate.refuses(*args, **kwargs)
             if reason is None and candidate.name not in (implementation, _PREFERRED.get()):
-                reason = candidate.slower(*args, **kwargs)
+                reason = _takes_long_to_compile(candidate) or candidate.slower(*args, **kwargs)
             if reason is None:
                 return candidate, refusals
             refusals[candidate.name] = reason
         raise ValueError(f"{self.name}: {implementation} refuses: {refusals[implementation or '']}")
 
     def _passed_over(self, candidate: Implementation, implementation: str | None) -> str | None:
-        preferred, kinds = _PREFERRED.get(), _KINDS.get()
-        if kinds > (candidate.most_kinds or kinds) and candidate.name not in (implementation, preferred):
-            return f"{kinds} kinds of layers, for each of which it would be compiled; at most {candidate.most_kinds} are worth it"
+        preferred = _PREFERRED.get()
         if not candidate.whole or preferred is None or preferred in self.names or implementation is not None:
             return None
         return f"{preferred} is preferred, which is an implementation of other ops"
@@ -120,6 +120,13 @@ class Op:
             reasons = record.setdefault(self.name, {}).setdefault(chosen.name, set())
             reasons.update(f"{name}: {reason}" for name, reason in refusals.items())
         return chosen.run(*args, **kwargs)
+
+
+def _takes_long_to_compile(candidate: Implementation) -> str | None:
+    kinds, most = _KINDS.get(), candidate.most_kinds
+    if most is None or kinds <= most:
+        return None
+    return f"{kinds} kinds of layers, for each of which it would be compiled; at most {most} are worth it"
 
 
 def ops() -> dict[str, Op]:
@@ -135,6 +142,11 @@ def implementation_names() -> set[str]:
 def prefer(name: str | None) -> AbstractContextManager[None]:
     """Tries the implementations of this name first, in every op that has one and where it does not refuse."""
     return setting(_PREFERRED, name)
+
+
+def layer_kinds(layers: Iterable[Any]) -> int:
+    """Of layers, how many differ in the shape of some array; shapes suffice."""
+    return len({tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in layers})
 
 
 def of_kinds(count: int) -> AbstractContextManager[None]:

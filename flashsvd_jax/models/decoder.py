@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, empty_cache, write
 from flashsvd_jax.models.embedding import embed
-from flashsvd_jax.models.layer_kinds import layer_kinds
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from flashsvd_jax.rope import rotary_tables
 from pallas_kernels import (
@@ -30,6 +29,7 @@ from pallas_kernels import (
     attend_cached,
     decode_layers,
     feed_forward,
+    layer_kinds,
     normed,
     of_kinds,
     pack,

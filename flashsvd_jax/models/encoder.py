@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.models.encoder_weights import EncoderLayerWeights, EncoderWeights
-from flashsvd_jax.models.layer_kinds import layer_kinds
 from flashsvd_jax.rope import rotary_tables
 from flashsvd_jax.rope_config import RopeConfig
 from pallas_kernels import (
@@ -26,6 +25,7 @@ from pallas_kernels import (
     attend_padded_by,
     feed_forward,
     feed_forward_by,
+    layer_kinds,
     layer_norm,
     of_kinds,
     pack,

@@ -19,6 +19,7 @@ from pallas_kernels.persistent.tensor_maps import described_bytes
 from pallas_kernels.persistent.tuning import Tuning, tuning_for
 from pallas_kernels.products import BLOCK_DIAGONAL
 from pallas_kernels.projection import PackedProjection
+from pallas_kernels.registry import layer_kinds
 from pallas_kernels.target import Target, target
 
 LARGEST_BATCH = 8  # sequences that one tensor-core instruction takes
@@ -139,8 +140,7 @@ def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
     device = target()
     leaves, tree = jax.tree.flatten(arguments)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    of_layers = {tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in arguments[1]}
-    tuning = tuning_for(device.kind, arguments[0].shape[0], len(of_layers) > 1)
+    tuning = tuning_for(device.kind, arguments[0].shape[0], layer_kinds(arguments[1]) > 1)
     plan, operands = _plan_of_shapes(tree, shapes, device.cores, tuning)
     return plan, [leaves[number] for number in operands]
 

@@ -1,4 +1,4 @@
-"""How many kinds of layers a model has, by the shapes of their weights, and how passes over many tokens are compiled for that.
+"""How passes over many tokens are compiled for a model, by how many kinds of layers it has.
 
 Methods that choose ranks by site leave no two layers alike. What is compiled for a shape is then compiled for every layer.
 """
@@ -6,14 +6,7 @@ Methods that choose ranks by site leave no two layers alike. What is compiled fo
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from pallas_kernels import MOST_KINDS, target
-
-
-def layer_kinds(layers: Sequence[Any]) -> int:
-    """Of layers, how many differ in the shape of some array."""
-    return len({tuple(leaf.shape for leaf in jax.tree.leaves(layer)) for layer in layers})
+from pallas_kernels import MOST_KINDS, layer_kinds, target
 
 
 def pass_options(layers: Sequence[Any]) -> dict[str, Any] | None:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flashsvd_jax.models.layer_kinds import layer_kinds, pass_options
-from pallas_kernels import MOST_KINDS, Target, assume_target
+from flashsvd_jax.models.pass_options import pass_options
+from pallas_kernels import MOST_KINDS, Target, assume_target, layer_kinds
 from pallas_kernels.target import H200
 
 
