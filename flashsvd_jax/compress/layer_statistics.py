@@ -88,7 +88,11 @@ class LayerPass:
             yield self._stream[start : start + self._batch]
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
+# Large products alone, which cuBLAS serves well untried: to try others took 26 s on an H200 (bench/NOTES.md).
+_PLAIN = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=_PLAIN)
 def _measured_layer(
     layers: ModelLayers, layer: Hashable, kind: Statistic | None, weights: Any, x: jax.Array
 ) -> tuple[jax.Array, Sequence[jax.Array]]:

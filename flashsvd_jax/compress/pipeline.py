@@ -15,6 +15,7 @@ from flashsvd_jax.checkpoint import FolderWriter, Manifest, ModelFolder, WeightW
 from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.checkpoint.work_folder import WorkFolder, content_digest
+from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.compress.calibration import Calibration
 from flashsvd_jax.compress.layerwise import LayerwiseCompression
 from flashsvd_jax.compress.recipe import Recipe
@@ -59,6 +60,7 @@ def compress(
         raise CheckpointError(f"{dst} already exists; delete it or choose another destination")
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    enable_persistent_cache()
     with open_folder(src) as folder, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("error", WeightWarning)  # of no use to anybody, so nothing is written
         stored = dtype or folder.manifest.dtype
