@@ -78,8 +78,6 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "all row tiles whole": (_tuning(whole_row_tiles=0),),
     "one warpgroup reads": (_tuning(readers=1),),
     "two warpgroups read": (_tuning(readers=2),),
-    "latents above 26000 words added up": (_tuning(unsummed_words=26_000),),
-    "all latents added up": (_tuning(unsummed_words=0),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),

@@ -30,9 +30,6 @@ addresses, as they do not fit among a launch's parameters. What differs between 
 Two factors are two phases. A dense site among low-rank ones, in the same layer or in others, is a product of the first phase; it
 has no rows in the second, and who reads it takes its columns from the first: which of both it is, is a number of the table, too.
 
-Where all programs read many words, as of a latent of several sequences, a step of its own can add partial sums up first, so that
-one word a column is left to read.
-
     steps, sources, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
     numbers      what differs from layer to layer
     layers       the op `decode_layers`, and what it refuses       building   its plan

@@ -9,7 +9,7 @@ from pallas_kernels.decode import DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import Plan, parts_for, splits_for
 from pallas_kernels.persistent.sources import Output, Source
-from pallas_kernels.persistent.steps import MOST_PARTS, TILE_ROWS, Attention, Collect, Group, Phase, Step, Sum
+from pallas_kernels.persistent.steps import MOST_PARTS, TILE_ROWS, Attention, Collect, Group, Phase, Step
 from pallas_kernels.persistent.tuning import Tuning
 from pallas_kernels.projection import PackedProjection
 
@@ -27,7 +27,6 @@ class _Builder:
     """Phases so far, and the operands of every layer that they name by number."""
 
     programs: int
-    batch: int
     tuning: Tuning
     operands: list[list[jax.Array]]
     steps: list[Step] = dataclasses.field(default_factory=list)
@@ -71,19 +70,8 @@ class _Builder:
             for p in packed
         ]
         latent = Output((down,) * len(packed), (0,) * len(packed), (0,) * len(packed))
-        if all(up is not None for p in packed for up in p.ups):
-            latent = self._summed(f"{name} sums", latent)
         up = self._add(f"{name} up", groups, Source("sum", (latent,)), together)
         return self._outputs(packed, [down, up])
-
-    def _summed(self, name: str, latent: Output) -> Output:
-        """A phase's output, added up by a step of its own where it is of many words."""
-        phase = self.phase(latent.steps[0])
-        columns = tuple(group.rows for (group,) in phase.layers)
-        if max(columns) * phase.parts * self.batch <= self.tuning.unsummed_words:
-            return latent
-        self.steps.append(Sum(name, latent, columns))
-        return dataclasses.replace(latent, steps=(len(self.steps) - 1,) * len(columns))
 
     def _outputs(self, packed: Sequence[PackedProjection], phases: Sequence[int]) -> tuple[Output, ...]:
         """Of the members of a projection with these phases."""
@@ -127,7 +115,7 @@ def plan_of(
     Arguments are those of `decode_layers`; arrays may be shapes alone.
     """
     batch, _, width = x.shape
-    build = _Builder(cores // 8 * 8, batch, tuning, [[] for _ in layers])  # a multiple of every number of splits
+    build = _Builder(cores // 8 * 8, tuning, [[] for _ in layers])  # a multiple of every number of splits
     (mlp,), middle = _layer_steps(build, layers, keys, values, batch)
     in_layer, count = len(build.steps), len(build.operands[0])
     of_layers = [array for operands in build.operands for array in operands]

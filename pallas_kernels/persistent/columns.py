@@ -4,7 +4,7 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.launch import Emitter
 from pallas_kernels.persistent.sources import Output
-from pallas_kernels.persistent.steps import CHUNK, TILE_ROWS, Phase, Sum
+from pallas_kernels.persistent.steps import CHUNK, TILE_ROWS, Phase
 from pallas_kernels.persistent.words import Read, in_fours, load_part
 
 _WORD = 4  # bytes
@@ -21,7 +21,7 @@ class Columns:
         self.epoch = w.sub(e.epoch, w.integer(behind))
         self.normed_by = e.plan.normed_by(output)
         self._numbers = e.plan.numbers.of_output(output)
-        self._phases = [step for step in map(e.plan.steps.__getitem__, output.phases) if isinstance(step, Phase | Sum)]
+        self._phases = [step for step in map(e.plan.steps.__getitem__, output.phases) if isinstance(step, Phase)]
         self._second = e.number(self._numbers["second"], behind) if len(self._phases) > 1 else None
         self._begin, self._row = (e.number(self._numbers[name], behind) for name in ("begin", "row"))
         rows, of_column = set(self._numbers["row"]), _WORD * e.plan.batch

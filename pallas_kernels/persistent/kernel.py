@@ -17,10 +17,10 @@ from pallas_kernels.persistent.inputs import embed
 from pallas_kernels.persistent.launch import PATIENCE, SAID, SMALL_FLOATS, Launch, Place
 from pallas_kernels.persistent.loading import load_step
 from pallas_kernels.persistent.multiplying import attend_step, multiply_step
-from pallas_kernels.persistent.outputs import add_up, collect
+from pallas_kernels.persistent.outputs import collect
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
-from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase, Sum
+from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase
 from pallas_kernels.persistent.words import SPINS, tell
 
 
@@ -138,10 +138,7 @@ class _Program:
 
         @pl.when(multiplies)
         def _() -> None:
-            if isinstance(step, Sum):
-                add_up(place)
-            else:
-                collect(place, self.logits)
+            collect(place, self.logits)
 
         return tiles
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pallas_kernels.persistent.sources import Output
-from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Phase, Step, Sum
+from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Phase, Step
 
 if TYPE_CHECKING:
     from pallas_kernels.persistent.plan import Plan
@@ -39,10 +39,6 @@ class Numbers:
 
     def _of_output(self, output: Output) -> dict[str, OfLayers]:
         found: dict[str, list[int]] = {}
-        first = self._plan.steps[output.steps[0]]
-        if isinstance(first, Sum):
-            alike = {"begin": self._plan.offset("sums", output.steps[0]), "row": first.padded_rows, "second": 0}
-            return {name: (value,) * len(output.steps) for name, value in alike.items()}
         for layer, (step, group, start) in enumerate(zip(output.steps, output.groups, output.starts, strict=True)):
             phase, of_step = self._plan.steps[step], self.of_steps[step]
             assert isinstance(phase, Phase)
@@ -94,8 +90,6 @@ def _of_step(step: Step, programs: int) -> dict[str, OfLayers]:
         return {}
     if isinstance(step, Attention):
         return {"window": step.windows}
-    if isinstance(step, Sum):
-        return {"columns": step.columns}
     layers, found = range(len(step.layers)), {}
     sizes = [step.team_programs(layer, programs) for layer in layers]
     sharers = [step.sharers(layer, programs) for layer in layers]

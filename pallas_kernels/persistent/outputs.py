@@ -9,7 +9,7 @@ from pallas_kernels.persistent import words
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.launch import Emitter, Place
-from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase, Sum
+from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
 
 
 def store_words(place: Place, products: Any, part: jax.Array, row: jax.Array) -> None:
@@ -31,35 +31,6 @@ def store_words(place: Place, products: Any, part: jax.Array, row: jax.Array) ->
         arrays[0].foreach(one)
 
     place.emit(body, [part, row], arrays=[products])
-
-
-def add_up(place: Place) -> None:
-    """Emits the adding up of a phase's partial sums, for which programs take turns, two chunks each: those share what one load
-    brings."""
-    plan = place.launch.plan
-    step = plan.steps[place.step]
-    assert isinstance(step, Sum)
-    of_row = step.padded_rows // CHUNK
-
-    def body(e: Emitter, scalars: Any, refs: Any, arrays: Any) -> None:
-        of, own = Columns(e, step.of), e.number(plan.numbers.of_steps[place.step]["columns"])
-        pair = w.add(w.mul(w.quotient(w.thread(), 2), w.integer(plan.programs)), w.program())
-        mine = w.add(w.mul(pair, w.integer(2)), w.remainder(w.thread(), 2))
-
-        def turn(number: Value, _: Any) -> list[Value]:
-            chunk = w.add(mine, w.mul(number, w.integer(plan.programs * THREADS)))
-            row, column = w.quotient(chunk, of_row), w.mul(w.remainder(chunk, of_row), w.integer(CHUNK))
-            with w.when(w.both(w.below(row, w.integer(plan.batch)), w.below(column, own))):
-                at = w.add(
-                    w.add(w.mul(row, w.integer(step.padded_rows)), column), w.integer(plan.offset("sums", place.step))
-                )
-                found = columns(of, row, column)
-                words.store_words(e.base(place.step), w.mul(at, w.integer(4)), found, e.epoch, w.equal(row, row))
-            return []
-
-        w.repeat(w.integer(-(-plan.batch * of_row // (plan.programs * THREADS))), [], turn)
-
-    place.emit(body)
 
 
 def collect(place: Place, output: Any) -> None:

@@ -109,7 +109,7 @@ class Plan:
             found = {"sums": heads * step.head_dim, "weights": heads}
         else:
             found = {"sums": step.parts * self.batch * step.padded_rows}
-            if isinstance(step, Phase) and step.source.kind == "stream":
+            if step.source.kind == "stream":
                 found |= {"squares": self.batch * step.splits, "stream": self.batch * self.width}
         return {kind: -(-size // CHUNK) * CHUNK for kind, size in found.items()}
 

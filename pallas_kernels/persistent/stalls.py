@@ -7,11 +7,10 @@ same time, or before. An operand that is elsewhere than was told comes before al
 
 from collections.abc import Sequence
 
-_PARTS = ("", " down", " sums", " up")
 STEPS = tuple(
-    product + part
+    name
     for product in ("qkv", "attention", "o", "gate_up", "down", "head", "logits")
-    for part in (_PARTS if product not in ("attention", "logits") else ("",))
+    for name in ([product] if product in ("attention", "logits") else [product, f"{product} down", f"{product} up"])
 )
 """Names of all steps there may be, in their order."""
 

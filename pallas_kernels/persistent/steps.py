@@ -233,35 +233,6 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sum:
-    """A phase's output added up and normed, words again: whoever reads it has one to read where there were many partial sums.
-
-    All programs share the columns. It costs a wait of its own, and pays where many words would be read by every program.
-
-    Attributes:
-      of: the output, all columns of the phase.
-      columns: of each layer, a multiple of `CHUNK`.
-    """
-
-    name: str
-    of: Output
-    columns: tuple[int, ...]
-    parts: int = 1
-    pieces: int = 1
-    activation_tiles: int = 0
-
-    @property
-    def padded_rows(self) -> int:
-        """Columns of the output array, in every layer."""
-        return -(-max(self.columns) // TILE_ROWS) * TILE_ROWS
-
-    def work(self, layer: int, programs: int) -> list[int]:
-        """None that would come in tiles."""
-        del layer
-        return [0] * programs
-
-
-@dataclasses.dataclass(frozen=True)
 class Collect:
     """The end: an output, summed up, as the launch's, float32 [batch, columns]. All programs share the columns."""
 
@@ -317,4 +288,4 @@ class Attention:
     activation_tiles: int = 2  # queries, weights of the softmax
 
 
-Step = Phase | Sum | Attention | Collect
+Step = Phase | Attention | Collect

@@ -24,8 +24,6 @@ class Tuning:
       uneven_tiles: they are, too, where that makes no program's share longer by more tiles than this: who reads the output then has
         fewer words to read, one for each split.
       most_parts: of a sequence's positions.
-      unsummed_words: of a low-rank latent that every program reads, at the most; where its partial sums are more, a step of its own
-        adds them up.
       readers: warpgroups that put an input together: 1, the one that multiplies it, or 2, another beside it. Each serves four
         sequences.
     """
@@ -36,7 +34,6 @@ class Tuning:
     whole_row_tiles: int = 16
     uneven_tiles: int = 0
     most_parts: int = 16
-    unsummed_words: int = 2**30
     readers: int = 2
 
 

@@ -10,7 +10,7 @@ import pytest
 from cut_models import first_layers
 from decoder_cases import DecoderCase
 from kernel_cases import relative_error
-from persistent_faults import adding_up, forgetting, skip_unless_hopper
+from persistent_faults import forgetting, skip_unless_hopper
 
 from flashsvd_jax import SamplingParams, batch_generate
 from flashsvd_jax.benchmark import random_weights
@@ -93,17 +93,7 @@ def hopper() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_layers_against_float32(name: str) -> None:
-    check_layers(CASES[name])
-
-
-@pytest.mark.parametrize("name", ["low rank", "ranks that differ", "7b, eight sequences", "7b, some dense"])
-def test_partial_sums_that_are_added_up_first(name: str) -> None:
-    with adding_up():
-        check_layers(CASES[name])
-
-
-def check_layers(case: DecoderCase) -> None:
-    arguments = case.arguments()
+    arguments = CASES[name].arguments()
     run = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))
     wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, arguments)
     with jax.default_matmul_precision("highest"):

@@ -1,7 +1,6 @@
-"""A persistent kernel in which words are missing, or that is planned otherwise, and the GPU that a real one needs."""
+"""A persistent kernel in which words are missing, and the GPU that a real one needs."""
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -9,7 +8,7 @@ from unittest import mock
 import pytest
 
 from pallas_kernels import target
-from pallas_kernels.persistent import kernel, layers, multiplying, tuning
+from pallas_kernels.persistent import kernel, multiplying
 
 FEW_SPINS = 20_000
 
@@ -32,13 +31,3 @@ def forgetting(step: int | None) -> Iterator[None]:
     spins = mock.patch.object(kernel, "SPINS", FEW_SPINS)
     with mock.patch.object(multiplying, "store_words", store_others), spins:
         yield
-
-
-@contextlib.contextmanager
-def adding_up() -> Iterator[None]:
-    """Kernels traced meanwhile add up the partial sums of every latent by a step of its own."""
-    sizes = tuning.tuning_for
-    layers.forget_plans()
-    with mock.patch.object(layers, "tuning_for", lambda *of: dataclasses.replace(sizes(*of), unsummed_words=0)):
-        yield
-    layers.forget_plans()

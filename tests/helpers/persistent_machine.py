@@ -17,7 +17,7 @@ from persistent_models import EPS, Item, items_of, pieces_of
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.sources import Output
-from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect, Phase, Sum
+from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect, Phase
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -108,9 +108,6 @@ class Machine:
             if isinstance(step, Collect):
                 yield from self.collect(step, layer, g)
                 continue
-            if isinstance(step, Sum):
-                yield from self.add_up(number, layer, own, g)
-                continue
             take = self.attend if isinstance(step, Attention) else self.multiply
             yield from take(number, layer, own, items_of(plan, number, own, g))
 
@@ -192,9 +189,6 @@ class Machine:
     def sums(self, epoch: int, number: int, own: int, rows: np.ndarray, at: np.ndarray) -> Run:
         """[rows, columns] of a phase's output."""
         plan, phase = self.plan, self.plan.steps[number]
-        if isinstance(phase, Sum):
-            assert (at < phase.columns[own]).all(), "columns that the layer does not have"
-            return (yield from self.read(epoch, self.sums_at(number, 0, rows[:, None], at)))
         if (number, own) not in self.pieces:
             self.pieces[number, own] = np.array(pieces_of(plan, number, own))
         pieces = self.pieces[number, own][at // TILE_ROWS]
@@ -242,18 +236,6 @@ class Machine:
         part = item.split * phase.pieces + item.piece
         at = self.sums_at(number, part, self.rows[:, None], row + np.arange(TILE_ROWS))
         self.write(plan.epoch(layer), at, y)
-
-    def add_up(self, number: int, layer: int, own: int, g: int) -> Run:
-        """Four columns a thread, those of a pair side by side; programs take turns pair by pair."""
-        step = self.plan.steps[number]
-        of_row = step.padded_rows // 4
-        mine = [c for c in range(self.plan.batch * of_row) if c // 2 % self.plan.programs == g]
-        for row, chunk in (divmod(c, of_row) for c in mine):
-            columns = np.arange(4 * chunk, 4 * chunk + 4)
-            if columns[0] < step.columns[own]:
-                values = yield from self.output(step.of, layer, np.array([row]), columns)
-                self.write(self.plan.epoch(layer), self.sums_at(number, 0, row, columns), values[0])
-                yield "moves"
 
     def collect(self, step: Collect, layer: int, g: int) -> Run:
         """Four columns a thread, 128 threads a program."""

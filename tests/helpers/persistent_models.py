@@ -21,7 +21,6 @@ from pallas_kernels import (
 from pallas_kernels.persistent import building
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import Phase
-from pallas_kernels.persistent.tuning import Tuning
 
 EPS = 1e-5
 Ranks = tuple[int | tuple[int | None, ...] | None, ...]
@@ -33,7 +32,7 @@ Draw = Callable[..., jax.Array]
 class Model:
     """Sizes of a decoder. ``attention`` and ``mlp`` hold a rank for each layer, None where it is dense, or one for each of q, k, v
     and o, of gate, up and down; members of one input that are given one rank have ranks 8 apart. Gate and up have one first factor
-    in the layers that are ``shared``. Biases of q, k and v alone are "qkv". Latents that are ``summed`` have steps for that."""
+    in the layers that are ``shared``. Biases of q, k and v alone are "qkv"."""
 
     attention: Ranks = (None, None)
     mlp: Ranks = (None, None)
@@ -51,7 +50,6 @@ class Model:
     biases: str = ""
     gate: str = "silu"
     shared: tuple[int, ...] = ()
-    summed: bool = False
     dtype: Any = jnp.float32
 
     def arguments(self, draw: Draw) -> tuple[Any, ...]:
@@ -132,9 +130,8 @@ def shapes_of(model: Model) -> tuple[Any, ...]:
     return jax.eval_shape(lambda: model.arguments(lambda *shape, dtype: jnp.zeros(shape, dtype)))
 
 
-def plan_of(model: Model, arguments: tuple[Any, ...], programs: int) -> tuple[Plan, list[Any]]:
-    """For a model's arguments, or their shapes."""
-    return building.plan_of(*arguments[:6], programs, Tuning(unsummed_words=0) if model.summed else Tuning())
+def plan_of(arguments: tuple[Any, ...], programs: int) -> tuple[Plan, list[Any]]:
+    return building.plan_of(*arguments[:6], programs)
 
 
 class Item(NamedTuple):
@@ -214,8 +211,6 @@ MODELS = {
     "some layers dense": Model((None, 72, 136), (200, None, (None, None, 64)), batch=2, biases="qkv", gate="gelu_tanh"),
     "first layer low rank": Model((72, None), (136, None), batch=1, heads=4, width=1024, biases="all", gate="gelu"),
     "one layer": Model(((None, 72, 40, 136),), ((136, None, 64),), batch=2, biases="all"),
-    "sums": Model(LOW_RANK, (200, 264, 64), head=136, batch=3, norms=True, biases="all", summed=True),
-    "sums beside dense ones": Model((72, 136), ((None, 64, 200), (136, 136, 40)), batch=5, shared=(1,), summed=True),
     "split latents": Model(DENSE[:2], (1000, 64), 904, kv_heads=1, width=1024, ff=1160, norms=True, shared=(0,)),
 }
 
@@ -243,7 +238,7 @@ def models(draw: st.DrawFn) -> Model:
         heads=kv_heads * draw(st.integers(1, 8)), kv_heads=kv_heads, width=draw(eighths(200)), ff=draw(eighths(300)),
         vocab=draw(st.integers(1, 700)), windows=draw(st.tuples(*[st.none() | st.integers(1, 300)] * count)),
         norms=draw(st.booleans()), gate=draw(st.sampled_from(gates)), biases=draw(st.sampled_from(everywhere)),
-        shared=draw(st.sampled_from([(), (0,), (1, 2)])), summed=draw(st.booleans()),
+        shared=draw(st.sampled_from([(), (0,), (1, 2)])),
     )  # fmt: skip
 
 

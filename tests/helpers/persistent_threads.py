@@ -59,7 +59,6 @@ class Threads:
     def word(self, address: Array, count: int, there: Array) -> list[Array]:
         """Words that have to be of the epoch that is waited for where they are there."""
         at, there = (np.broadcast_to(a, self.lanes) for a in ((np.asarray(address) - WORDS) // 4, there))
-        there = there & self.active[-1]
         assert (np.asarray(address) % (4 * count) == 0).all()
         found = []
         for i in range(count):

@@ -11,11 +11,11 @@ from persistent_machine import ACTIVATIONS, Machine, in_random_order
 from persistent_models import EPS, MODELS, Item, arrays_of, items_of, plan_of
 from persistent_threads import OPERANDS, Threads, running
 
-from pallas_kernels.persistent import code, inputs, items, outputs
+from pallas_kernels.persistent import code, inputs, items
 from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.items import PhaseItems
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import THREADS, TILE_ROWS, Attention, Collect, Phase, Sum
+from pallas_kernels.persistent.steps import THREADS, TILE_ROWS, Attention, Collect, Phase
 
 PROGRAMS = 24
 
@@ -33,7 +33,7 @@ class Recorded(Machine):
 def ended(name: str) -> Recorded:
     """A machine that has run a model."""
     arguments = arrays_of(MODELS[name])
-    plan, operands = plan_of(MODELS[name], arguments, PROGRAMS)
+    plan, operands = plan_of(arguments, PROGRAMS)
     x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
     wide = [np.asarray(a, np.float64) for a in operands]
     machine = Recorded(plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int))
@@ -54,7 +54,7 @@ def found_items(plan: Plan, number: int, layer: int, program: int) -> PhaseItems
 
 ALL_PRODUCTS = (
     "dense among low rank", "some layers dense", "first layer low rank", "split latents", "norms and biases of dense ones",
-    "one first factor for gate and up", "one layer", "sums", "sums beside dense ones",
+    "one first factor for gate and up", "one layer",
 )  # fmt: skip
 
 
@@ -100,27 +100,6 @@ def test_the_embedding_is_published_as_the_protocol_does() -> None:
         stored += len(threads.published)
     (added,) = plan.steps[0].source.of
     assert stored == plan.batch * plan.width * (1 + plan.steps[added.steps[0]].parts)
-
-
-@pytest.mark.parametrize("name", ["sums", "sums beside dense ones"])
-def test_sums_are_published_as_the_protocol_does(name: str) -> None:
-    machine = ended(name)
-    plan, layer = machine.plan, machine.plan.layers - 1
-    for number, step in enumerate(plan.steps[: plan.in_layer]):
-        if not isinstance(step, Sum):
-            continue
-        published: set[int] = set()
-        for program in range(PROGRAMS):
-            threads = Threads(machine, program)
-            place: Any = types.SimpleNamespace(launch=types.SimpleNamespace(plan=plan), step=number)
-            place.emit = lambda body, threads=threads, number=number: body(
-                threads.emitter(number, layer, EPS), [], [], None
-            )
-            with running(threads):
-                outputs.add_up(place)
-            assert not published & threads.published
-            published |= threads.published
-        assert len(published) == plan.batch * step.columns[layer]
 
 
 @pytest.mark.parametrize("name", ["dense among low rank", "heads of 64", "norms and biases of dense ones"])

@@ -38,7 +38,6 @@ from pallas_kernels.persistent.steps import (
     Collect,
     Group,
     Phase,
-    Sum,
     most_pieces,
     sharer,
 )
@@ -50,7 +49,7 @@ TUNING = Tuning()
 
 @functools.lru_cache(maxsize=256)
 def drawn_plan(model: Model, programs: int) -> Plan:
-    plan, operands = plan_of(model, shapes_of(model), programs)
+    plan, operands = plan_of(shapes_of(model), programs)
     assert plan.problems() is None
     assert len(operands) == plan.layers * plan.operands + len(set(operand_numbers(plan.steps[plan.in_layer :])))
     return plan
@@ -58,7 +57,7 @@ def drawn_plan(model: Model, programs: int) -> Plan:
 
 def operand_numbers(steps: Any) -> Iterator[int]:
     for step in steps:
-        if isinstance(step, Collect | Sum):
+        if isinstance(step, Collect):
             continue
         yield from (group.weight for groups in step.layers for group in groups)
         yield from [step.source.scale] if step.source.kind == "stream" else []
@@ -74,8 +73,7 @@ def test_every_tile_has_one_program_and_programs_have_alike(model: Model, progra
     load = np.zeros(programs, int)
     for layer, number in order:
         step = plan.steps[number]
-        if isinstance(step, Collect | Sum):
-            assert set(step.work(layer, programs)) == {0}
+        if isinstance(step, Collect):
             continue
         taken = [items_of(plan, number, layer, g) for g in range(programs)]
         if isinstance(step, Attention):
@@ -157,7 +155,7 @@ def arrays(plan: Plan) -> Iterator[tuple[int, int]]:
         if isinstance(step, Collect):
             continue
         yield plan.offset("sums", number), step.parts * plan.batch * step.padded_rows
-        if isinstance(step, Phase) and step.source.kind == "stream":
+        if step.source.kind == "stream":
             yield plan.offset("squares", number), plan.batch * step.splits
             yield plan.offset("stream", number), plan.batch * plan.width
 
@@ -216,11 +214,6 @@ def check_output(plan: Plan, output: Output) -> None:
     numbers = plan.numbers.of_output(output)
     for layer, (step, group) in enumerate(zip(output.steps, output.groups, strict=True)):
         phase, now = plan.steps[step], {name: values[layer] for name, values in numbers.items()}
-        if isinstance(phase, Sum):
-            assert now == {"begin": plan.offset("sums", step), "row": phase.padded_rows, "second": 0}
-            (read,) = (plan.steps[s] for s in phase.of.phases)
-            assert isinstance(read, Phase) and phase.columns[layer] == sum(g.rows for g in read.layers[layer])
-            continue
         assert isinstance(phase, Phase)
         column = now["begin"] - plan.offset("sums", step)
         assert phase.layers[layer][group].rows > 0 and now["row"] == phase.padded_rows
