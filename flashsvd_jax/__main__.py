@@ -2,6 +2,6 @@
 
 import sys
 
-from flashsvd_jax.cli import main
+from flashsvd_jax.cli import command
 
-sys.exit(main())
+sys.exit(command())

@@ -24,12 +24,24 @@ COMMANDS = {
     "env": "versions, device, caches and kernels, for a bug report",
 }
 
+NEED_TORCH = ("evaluate",)  # of which lm-eval's tasks do
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults, where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+def command() -> int:
+    """`main` as a process of its own.
+
+    PyTorch is hidden from it, where it is installed: transformers would import it for tokenizers, which takes seconds and 600 MB.
+    """
+    if _called(sys.argv[1:]) not in NEED_TORCH:
+        sys.modules.setdefault("torch", None)  # pyright: ignore[reportArgumentType]
+    return main()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flashsvd_jax {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     # Only the command that is called is imported: help for all of them needs no more than the table.
-    called = next((a for a in arguments if not a.startswith("-")), None)
+    called = _called(arguments)
     for name, text in COMMANDS.items():
         sub = commands.add_parser(name, help=text, add_help=name == called)
         if name == called:
@@ -64,3 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+
+
+def _called(arguments: Sequence[str]) -> str | None:
+    return next((a for a in arguments if not a.startswith("-")), None)

@@ -1,6 +1,7 @@
 """The command line: help at once, exit codes, one line for an explained error, and the output of some commands."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,28 @@ print("seconds", time.process_time(), file=sys.stderr)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     # Processor time, not the clock's: other tests may run beside this one. The interpreter's start and all helps.
     assert float(done.stderr.split()[-1]) < 0.5
+
+
+@pytest.mark.parametrize("command", [["generate", "-p", "a", "--max-tokens", "2"], ["evaluate"]])
+def test_a_command_imports_pytorch_only_where_it_needs_it(tiny: Any, tmp_path: Path, command: list[str]) -> None:
+    """Else transformers would, wherever it is installed."""
+    (tmp_path / "torch.py").write_text("print('imported')")
+    script = f"""
+import sys
+from flashsvd_jax.cli import command
+sys.argv[1:] = [{command[0]!r}, {str(tiny.folder)!r}, *{command[1:]!r}]
+try:
+    code = command()
+except SystemExit:
+    code = 0
+import torch
+sys.exit(code)
+"""
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+    assert ("imported" in done.stdout) == (command[0] == "evaluate")
+    hidden = "import of torch halted; None in sys.modules"
+    assert (done.returncode != 0 and hidden in done.stderr) == (command[0] != "evaluate")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
