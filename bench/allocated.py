@@ -41,7 +41,9 @@ def allocated_config(name: str, ratio: float, alike: bool = False, seed: int = 0
         raise RequestError("ranks by time need a ratio below 1")
     uniform, dense, costs = shape_config(name, ratio), shape_config(name), load_costs()
     gains, wanted = _drawn_gains(dense, seed), count_params(uniform)
-    longest = decode_milliseconds(uniform, _ITEMSIZE, costs)  # at which chosen ranks hold more
+    # In which chosen ranks hold more, beside what it takes that layers differ.
+    longest = decode_milliseconds(uniform, _ITEMSIZE, costs)
+    longest += 0.0 if alike else dense.num_layers * costs.us_a_differing_layer / 1e3
     times = [longest / 2, longest]
     chosen, tolerance = functools.partial(_chosen, dense, gains, costs, alike), _TOLERANCES[alike]
     low, high = map(chosen, times)

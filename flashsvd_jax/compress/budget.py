@@ -98,6 +98,7 @@ def budget_of(
     itemsize: int,
     multiple: int = 1,
     groups: Mapping[str, int] = MappingProxyType({}),
+    differ: bool = False,
 ) -> Budget:
     """The budget that a target leaves.
 
@@ -107,6 +108,7 @@ def budget_of(
       itemsize: bytes of a stored number.
       multiple: of which ranks are.
       groups: heads by site, where they have factors of their own: the budget is for one such part of each site, but all count.
+      differ: whether ranks will differ from layer to layer, which takes time.
 
     Raises:
       RequestError: the target does not suffice for what stays dense, or the dense model does not exceed it.
@@ -126,7 +128,7 @@ def budget_of(
         left = target.amount - itemsize * _read_beside_layers(config)
         return _checked(Budget(left, lambda s, r: itemsize * _padded_params(s, r), multiple, True), target, sites)
     assert target.costs is not None
-    fixed, milliseconds = _times(config, itemsize, target.costs)
+    fixed, milliseconds = _times(config, itemsize, target.costs, differ)
     return _checked(Budget(target.amount - fixed, milliseconds, multiple, True), target, sites)
 
 
@@ -138,11 +140,18 @@ def decode_milliseconds(config: ModelConfig, itemsize: int, costs: DecodeCosts) 
       itemsize: bytes of a stored number.
       costs: what is reckoned with.
     """
-    fixed, milliseconds = _times(config, itemsize, costs)
-    return fixed + sum(milliseconds(site, config.factorization.rank(site.name)) for site in layer_sites(config))
+    ranks = {site: config.factorization.rank(site.name) for site in layer_sites(config)}
+    by_layer: dict[str, list[int | None]] = {}
+    for site, rank in ranks.items():
+        by_layer.setdefault(site.name.partition(".")[0], []).append(rank)
+    differ = any(of_layer != by_layer["layers_0"] for of_layer in by_layer.values())
+    fixed, milliseconds = _times(config, itemsize, costs, differ)
+    return fixed + sum(milliseconds(site, rank) for site, rank in ranks.items())
 
 
-def _times(config: ModelConfig, itemsize: int, costs: DecodeCosts) -> tuple[float, Callable[[Site, int | None], float]]:
+def _times(
+    config: ModelConfig, itemsize: int, costs: DecodeCosts, differ: bool
+) -> tuple[float, Callable[[Site, int | None], float]]:
     """Milliseconds of all but the layers' projections, and of each of those at a rank."""
     members = {name: len(group) for group in packed_sites(config) for name in group}
 
@@ -152,7 +161,7 @@ def _times(config: ModelConfig, itemsize: int, costs: DecodeCosts) -> tuple[floa
         return costs.milliseconds(itemsize * _padded_params(site, rank), products=products)
 
     read = itemsize * _read_beside_layers(config) + cache_bytes(config, 1, CONTEXT, itemsize)
-    return costs.milliseconds(read, products=1, layers=config.num_layers), milliseconds
+    return costs.milliseconds(read, products=1, layers=config.num_layers, differ=differ), milliseconds
 
 
 def _read_beside_layers(config: ModelConfig) -> int:

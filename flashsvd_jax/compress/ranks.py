@@ -52,7 +52,7 @@ def choose_ranks(
         return ranks
     target = recipe.target
     assert isinstance(target, Target)
-    budget = budget_of(target, config, itemsize, recipe.multiple, groups)
+    budget = budget_of(target, config, itemsize, recipe.multiple, groups, recipe.by_layer)
     if recipe.alloc == "sensitivity":
         return sensitivity_ranks(sites, budget, sensitivity())
     greedily = alike_ranks if recipe.alike else greedy_ranks

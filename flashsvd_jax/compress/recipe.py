@@ -127,6 +127,11 @@ class Recipe:
         return dataclasses.replace(self, heads=self.heads or ("own" if self.layers_per_basis is None else "whole"))
 
     @property
+    def by_layer(self) -> bool:
+        """Whether one kind of projection may get different ranks in different layers."""
+        return self.alloc != "uniform" and not self.alike
+
+    @property
     def reads_text(self) -> bool:
         """Whether statistics of a text are needed."""
         return bool(self.why_text)

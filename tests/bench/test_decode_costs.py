@@ -10,11 +10,12 @@ import pytest
 from flashsvd_jax.compress.decode_costs import COSTS_FILE
 
 
-def rows(kernels: str, us_a_layer: float, us_a_product: float) -> list[dict[str, Any]]:
+def rows(kernels: str, us_a_layer: float, us_a_product: float, us_a_differing_layer: float) -> list[dict[str, Any]]:
     found = []
-    for ratio, ranks in ((1.0, "dense"), (0.8, "uniform"), (0.6, "uniform"), (0.5, "uniform"), (0.4, "uniform")):
+    for ratio, ranks in ((1.0, "dense"), (0.8, "uniform"), (0.6, "uniform"), (0.5, "mixed"), (0.4, "uniform")):
         products = 32 * (4 if ranks == "dense" else 8) + 1
-        beyond = (32 * us_a_layer + products * us_a_product) / 1e3
+        of_layer = us_a_layer + us_a_differing_layer * (ranks == "mixed")
+        beyond = (32 * of_layer + products * us_a_product) / 1e3
         found.append({
             "suite": "decode", "impl": "flashsvd_jax", "kernels": kernels, "model": "llama-2-7b", "ratio": ratio,
             "ranks": ranks, "dtype": "bfloat16", "batch": 1, "context": 512, "ms_per_token": 3 * ratio + beyond,
@@ -26,25 +27,30 @@ def rows(kernels: str, us_a_layer: float, us_a_product: float) -> list[dict[str,
 def test_costs_that_rows_were_made_from_are_found(tmp_path: Path) -> None:
     device = tmp_path / "some_gpu"
     device.mkdir()
-    made = rows("decode_layers=persistent", 2.0, 0.7) + rows("attend_cached=triton", 0.0, 2.5)
+    made = rows("decode_layers=persistent", 2.0, 0.7, 3.0) + rows("attend_cached=triton", 0.0, 2.5, 0.0)
     others = [made[0] | {"batch": 8, "ms_per_token": 99.0}, made[1] | {"error": "out of memory"}]
     (device / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*made, *others]))
     found = decode_costs.fit(device)
     assert set(found) == {"some_gpu/persistent", "some_gpu/products"}
-    for name, us_a_layer, us_a_product in (("persistent", 2.0, 0.7), ("products", 0.0, 2.5)):
+    for name, us_a_layer, us_a_product, differing in (("persistent", 2.0, 0.7, 3.0), ("products", 0.0, 2.5, 0.0)):
         costs = found[f"some_gpu/{name}"]
         assert costs["us_a_layer"] == pytest.approx(us_a_layer, abs=1e-3)
         assert costs["us_a_product"] == pytest.approx(us_a_product, abs=1e-3)
+        assert costs["us_a_differing_layer"] == pytest.approx(differing, abs=1e-3)
         assert costs["read_tb_s"] == 4.2 and costs["rows"] == 5 and costs["largest_error_ms"] == 0
 
 
 def test_no_cost_is_below_zero(tmp_path: Path) -> None:
     device = tmp_path / "some_gpu"
     device.mkdir()
-    made = rows("attend_cached=triton", 40.0, -1.0)
+    made = rows("attend_cached=triton", 40.0, -1.0, -2.0)
     (device / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     costs = decode_costs.fit(device)["some_gpu/products"]
-    assert costs["us_a_product"] == 0 and 25 < costs["us_a_layer"] < 40 and costs["largest_error_ms"] > 0.05
+    assert (
+        costs["us_a_product"] == 0 == costs["us_a_differing_layer"]
+        and 25 < costs["us_a_layer"] < 40
+        and costs["largest_error_ms"] > 0.05
+    )
 
 
 def test_the_packages_costs_are_what_its_rows_give() -> None:

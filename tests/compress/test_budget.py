@@ -24,7 +24,7 @@ from flashsvd_jax.schema import count_params
 from flashsvd_jax.shapes import layer_sites, shape_config
 from pallas_kernels import hardware_rank
 
-COSTS = DecodeCosts("some/kernels", 1e-3, 3.0, 0.5)
+COSTS = DecodeCosts("some/kernels", 1e-3, 3.0, 0.5, 40.0)
 DENSE = shape_config("tiny")
 GROUPS = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
@@ -51,7 +51,12 @@ def milliseconds(config: ModelConfig, costs: DecodeCosts) -> float:
     for site in layer_sites(config):
         group = next(group for group in GROUPS if site.name.endswith(group))
         products += (2 if site.name in ranks else 1) / len(group)
-    microseconds = products * costs.us_a_product + config.num_layers * costs.us_a_layer
+    layers = [
+        {n.split(".", 1)[1]: r for n, r in ranks.items() if n.startswith(f"layers_{i}.")}
+        for i in range(config.num_layers)
+    ]
+    a_layer = costs.us_a_layer + costs.us_a_differing_layer * any(layer != layers[0] for layer in layers)
+    microseconds = products * costs.us_a_product + config.num_layers * a_layer
     return read(config, CONTEXT) / costs.read_tb_s / 1e9 + microseconds / 1e3
 
 
@@ -129,12 +134,12 @@ def test_amounts_and_costs_are_checked(unit: Any) -> None:
 def test_tables_of_costs_are_read_and_checked(tmp_path: Path) -> None:
     assert load_costs() != load_costs("nvidia_h200/products")
     file = tmp_path / "costs.json"
-    fields = {"read_tb_s": 1.5, "us_a_layer": 2, "us_a_product": 0}
+    fields = {"read_tb_s": 1.5, "us_a_layer": 2, "us_a_product": 0, "us_a_differing_layer": 1}
     file.write_text(json.dumps({"mine": fields}))
-    assert load_costs("mine", file) == DecodeCosts("mine", 1.5, 2, 0)
+    assert load_costs("mine", file) == DecodeCosts("mine", 1.5, 2, 0, 1)
     with pytest.raises(RequestError, match="has no costs of 'other'; it has mine"):
         load_costs("other", file)
-    for wrong in ({"read_tb_s": 0}, {"us_a_layer": -1}, {"us_a_product": "1"}):
+    for wrong in ({"read_tb_s": 0}, {"us_a_layer": -1}, {"us_a_product": "1"}, {"us_a_differing_layer": None}):
         file.write_text(json.dumps({"mine": fields | wrong}))
         with pytest.raises(RequestError, match="read_tb_s above 0"):
             load_costs("mine", file)
@@ -153,7 +158,9 @@ def test_targets_on_the_command_line(dense: Any, tmp_path: Path, capsys: pytest.
     least = read.bytes_per_step - read.cache_bytes - 9000
     assert main([*begin, str(tmp_path / "b"), "--bytes-per-token", str(least), *end]) == 0
     costs = tmp_path / "costs.json"
-    costs.write_text(json.dumps({"mine": {"read_tb_s": 1e-3, "us_a_layer": 0, "us_a_product": 0}}))
+    costs.write_text(
+        json.dumps({"mine": {"read_tb_s": 1e-3, "us_a_layer": 0, "us_a_product": 0, "us_a_differing_layer": 0}})
+    )
     time = ["--ms-per-token", "60", "--costs", "mine", "--costs-file", str(costs)]
     assert main([*begin, str(tmp_path / "c"), *time, *end]) == 1
     assert "does not exceed 60 ms a token by the costs of mine" in capsys.readouterr().err
