@@ -1,22 +1,19 @@
 """Ranks, sizes and memory of a converted model, from its file headers alone: no weight is read."""
 
-import dataclasses
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from flashsvd_jax.any_config import AnyConfig
-from flashsvd_jax.checkpoint.manifest import SourceFile
 from flashsvd_jax.checkpoint.reader import ModelFolder, open_folder
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
-from flashsvd_jax.inspection_text import describe
+from flashsvd_jax.inspection_result import Expansion, Inspection, SiteInfo
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.model import DEFAULT_MAX_LENGTH
 from flashsvd_jax.models.decoder import decode_kernel
@@ -27,114 +24,6 @@ from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import schema, sites
 from pallas_kernels import hardware_rank
 from pallas_kernels.registry import Record
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteInfo:
-    """One projection.
-
-    Attributes:
-      name: its path, such as ``layers_0.self_attn.q_proj``.
-      d_out, d_in: shape of the weight it stands for.
-      rank: as stored, that of each group; None where it is dense.
-      groups: groups of outputs with factors of their own, such as heads; 1 for most.
-      kept: numbers in its factors as a share of those in the weight, shared ones included; 1 where it is dense.
-      borrowed: those of its arrays that another site stores, such as ``("down",)``.
-      expanded: whether `load` turns it into a dense weight.
-    """
-
-    name: str
-    d_out: int
-    d_in: int
-    rank: int | None
-    groups: int
-    kept: float
-    borrowed: tuple[str, ...]
-    expanded: bool
-
-    @property
-    def exceeds_dense(self) -> bool:
-        """Whether the factors hold more than the weight would: the rank is above break-even."""
-        return self.kept > 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Expansion:
-    """Sites that `load` turns into dense weights together: one, or several that share a first factor.
-
-    Attributes:
-      sites: their names.
-      factor_bytes: of their factors, ranks as padded, a shared factor once.
-      dense_bytes: of the weights in their place.
-    """
-
-    sites: tuple[str, ...]
-    factor_bytes: int
-    dense_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """What `inspect` finds; as text, a table. Sizes are in bytes.
-
-    Attributes:
-      path, model_type, family, base_model, dtype, sources, notes: where the model comes from.
-      num_layers: number of transformer blocks.
-      sites: every projection.
-      materialize: what `load` is taken to be asked for; expansions: what it expands then.
-      params: numbers stored; params_dense: numbers of the same model with no site factorized.
-      disk_bytes: of the weight files.
-      batch, context: sequences computed together, and their length, that the next four are for.
-      weight_bytes: of the weights on the device, where ranks are padded and some sites expanded.
-      cache_bytes: of the keys and values; None for an encoder, as are the next two.
-      bytes_per_step: read to decode one token for every sequence, when all of the context is in use.
-      dense_bytes_per_step: the same for the model with no site factorized.
-      decode_kernel: implementation of a decode step on this machine; decode_refusals: others, and why they do not serve it.
-      decode_workspace: device memory that a step takes beside weights and cache; None where nobody has counted it.
-      pass_kernels: of an encoder's pass on this machine: operation -> implementation -> others, and why they do not serve it.
-    """
-
-    path: str
-    model_type: str
-    family: str
-    base_model: str | None
-    dtype: str
-    sources: tuple[SourceFile, ...]
-    notes: tuple[str, ...]
-    num_layers: int
-    sites: tuple[SiteInfo, ...]
-    materialize: str
-    expansions: tuple[Expansion, ...]
-    params: int
-    params_dense: int
-    disk_bytes: int
-    batch: int
-    context: int
-    weight_bytes: int
-    cache_bytes: int | None
-    bytes_per_step: int | None
-    dense_bytes_per_step: int | None
-    decode_kernel: str | None
-    decode_refusals: Mapping[str, str]
-    decode_workspace: int | None
-    pass_kernels: Mapping[str, Mapping[str, tuple[str, ...]]]
-
-    @property
-    def projections(self) -> dict[str, str]:
-        """The projections of a layer: short name -> path in the layer, such as ``self_attn.q_proj``."""
-        paths = [site.name.removeprefix("layers_0.") for site in self.sites if site.name.startswith("layers_0.")]
-        return {path.rpartition(".")[2].removesuffix("_proj"): path for path in paths}
-
-    def site(self, name: str) -> SiteInfo | None:
-        """The site of that name, if the model has it."""
-        return next((site for site in self.sites if site.name == name), None)
-
-    def to_json(self) -> str:
-        """All fields as a JSON object."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    def __str__(self) -> str:
-        return describe(self)
 
 
 def inspect(

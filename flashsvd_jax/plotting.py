@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from flashsvd_jax.errors import MissingExtraError, RequestError
-from flashsvd_jax.inspection import Inspection
+from flashsvd_jax.inspection_result import Inspection
 
 
 def plot_ranks(found: Inspection, file: str | Path) -> None:

@@ -1,16 +1,12 @@
 """What a program must know of each layer's steps and outputs: numbers, of which those that differ between layers make a table."""
 
 import functools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Phase, Step
-
-if TYPE_CHECKING:
-    from pallas_kernels.persistent.plan import Plan
 
 OfLayers = tuple[int, ...]
 """A number for each layer; those of the head have one."""
@@ -19,14 +15,21 @@ OfLayers = tuple[int, ...]
 class Numbers:
     """Of a plan.
 
+    Args:
+      steps, programs, layers, first_programs: as `Plan` has them.
+      first_word: of a step's partial sums.
+
     Attributes:
       of_steps: for every step its numbers by name: of every team what it is and has, of every group where its rows are.
     """
 
-    def __init__(self, plan: "Plan"):
-        self._plan = plan
-        self.of_steps = [_of_step(step, plan.programs) for step in plan.steps]
-        self._of_outputs = {output: self._of_output(output) for step in plan.steps for output in outputs_of(step)}
+    def __init__(
+        self, steps: Sequence[Step], programs: int, layers: int, first_programs: Sequence[OfLayers],
+        first_word: Callable[[int], int],
+    ):  # fmt: skip
+        self._steps, self._layers, self._first_programs, self._first_word = steps, layers, first_programs, first_word
+        self.of_steps = [_of_step(step, programs) for step in steps]
+        self._of_outputs = {output: self._of_output(output) for step in steps for output in outputs_of(step)}
 
     def of_output(self, output: Output) -> dict[str, OfLayers]:
         """Where it lies, by name.
@@ -40,12 +43,12 @@ class Numbers:
     def _of_output(self, output: Output) -> dict[str, OfLayers]:
         found: dict[str, list[int]] = {}
         for layer, (step, group, start) in enumerate(zip(output.steps, output.groups, output.starts, strict=True)):
-            phase, of_step = self._plan.steps[step], self.of_steps[step]
+            phase, of_step = self._steps[step], self.of_steps[step]
             assert isinstance(phase, Phase)
             team = phase.team_of(group)
             here = {name: of_step[f"{name} {team}"][layer] for name in ("tiles", "k_tiles", "sharers")}
             here["shift"] = of_step[f"shift {group}"][layer]
-            here |= {"begin": self._plan.offset("sums", step) + start, "row": phase.padded_rows, "start": start}
+            here |= {"begin": self._first_word(step) + start, "row": phase.padded_rows, "start": start}
             here["second"] = int(step != output.phases[0])
             for name, value in here.items():
                 found.setdefault(name, []).append(value)
@@ -67,13 +70,13 @@ class Numbers:
 
     def table(self) -> np.ndarray:
         """Those numbers, int32 [layers, columns]."""
-        found = np.zeros((self._plan.layers, max(1, len(self.columns))), np.int32)
+        found = np.zeros((self._layers, max(1, len(self.columns))), np.int32)
         for values, column in self.columns.items():
             found[:, column] = values
         return found
 
     def _all(self) -> Iterator[OfLayers]:
-        yield from self._plan.first_programs
+        yield from self._first_programs
         for numbers in (*self.of_steps, *self._of_outputs.values()):
             yield from numbers.values()
 

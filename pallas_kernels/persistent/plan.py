@@ -138,7 +138,8 @@ class Plan:
     @functools.cached_property
     def numbers(self) -> Numbers:
         """What programs must know of each layer."""
-        return Numbers(self)
+        first_word = functools.partial(self.offset, "sums")
+        return Numbers(self.steps, self.programs, self.layers, self.first_programs, first_word)
 
     def normed_by(self, output: Output) -> int | None:
         """The phase by whose norm an output is still to be divided, in the layers in which it is of that phase; None if none is.

@@ -19,7 +19,8 @@ from flashsvd_jax.checkpoint import Manifest, ModelFolder, open_folder, save_par
 from flashsvd_jax.checkpoint.shards import Shards
 from flashsvd_jax.errors import CheckpointError, MissingExtraError, ModelNotFoundError, RequestError
 from flashsvd_jax.factorization import MATERIALIZE, Factorization
-from flashsvd_jax.inspection import Inspection, inspect
+from flashsvd_jax.inspection import inspect
+from flashsvd_jax.inspection_result import Inspection
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models.expansion import expanded_sites
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
