@@ -8,19 +8,20 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
-
-from jobs import last_line
+from typing import Any
 
 _LOCK = "FLASHSVD_BENCH_LOCK"
+_POLL_S = 0.02
 
 
 @contextlib.contextmanager
@@ -77,33 +78,64 @@ def in_turn[Case, Process: contextlib.AbstractContextManager[Any]](
                 yield running.popleft()
 
 
-class CaseProcess(contextlib.AbstractContextManager["CaseProcess"]):
-    """A script that measures one case and prints a row; at the end of the context it ends with all that it started.
+class ScriptProcess(contextlib.AbstractContextManager["ScriptProcess"]):
+    """A script that measures something and prints rows, a JSON object a line; at the end of the context it ends with all that it
+    started.
 
     Its output goes to files: a pipe would keep us waiting for processes that it has left behind.
+
+    Args:
+      script: its file.
+      argument: of its command line.
+      env: its environment.
+
+    Attributes:
+      failure: once `rows` has ended, why there may be fewer than there should, "" if the script ended by itself and well.
     """
 
-    def __init__(self, script: Path, case: str, env: Mapping[str, str]):
+    failure = ""
+
+    def __init__(self, script: Path, argument: str, env: Mapping[str, str]):
         self._files = contextlib.ExitStack()
-        open_file = partial(tempfile.TemporaryFile, "w+")
-        self._out, self._err = (self._files.enter_context(open_file()) for _ in range(2))
+        new_file = partial(tempfile.NamedTemporaryFile, "w+")
+        out, self._err = (self._files.enter_context(new_file()) for _ in range(2))
+        self._out = self._files.enter_context(Path(out.name).open())  # noqa: SIM115 (closed with the others)
         # A session of its own, so that it can be ended with all that it started, such as compilers of PyTorch.
         self._process = subprocess.Popen(
-            [sys.executable, str(script), case], stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err,
-            env=dict(env), start_new_session=True,
+            [sys.executable, str(script), argument], stdin=subprocess.DEVNULL, stdout=out, stderr=self._err, env=dict(env),
+            start_new_session=True,
         )  # fmt: skip
 
+    def rows(self, limit: float) -> Iterator[dict[str, Any]]:
+        """Its rows as they come; anything else that a library prints is dropped. A row that takes longer than ``limit`` seconds is
+        the end."""
+        line, since = "", time.monotonic()
+        while True:
+            ended = self._process.poll() is not None  # asked before, so that nothing it printed is missed
+            while part := self._out.readline():
+                line += part
+                if line.endswith("\n"):
+                    row, line = line, ""
+                    if row.startswith("{"):
+                        yield json.loads(row)
+                        since = time.monotonic()
+            if ended:
+                break
+            if time.monotonic() - since > limit:
+                self.failure = f"no result after {limit:.0f} s"
+                return
+            time.sleep(_POLL_S)
+        if self._process.returncode:
+            self._err.seek(0)
+            self.failure = f"exit status {self._process.returncode}: {last_line(self._err.read())}"[:300]
+
     def row(self, limit: float) -> dict[str, Any]:
-        """The row that it prints within so many seconds from now; one with nothing but an `error` if it does not."""
+        """The last of its rows, for each of which it has ``limit`` seconds, and its end; if it fails, an `error` alone."""
         with self:
-            try:
-                self._process.wait(limit)
-            except subprocess.TimeoutExpired:
-                return {"error": f"no result after {limit:.0f} s"}
-            rows = [line for line in _text(self._out).splitlines() if line.startswith("{")]
-            if self._process.returncode or not rows:
-                return {"error": last_line(_text(self._err))[:300]}
-            return json.loads(rows[-1])
+            found = [*self.rows(limit)]
+            if self.failure or not found:
+                return {"error": self.failure or "no result"}
+            return found[-1]
 
     def __exit__(self, *_: object) -> None:
         if self._out.closed:
@@ -114,6 +146,8 @@ class CaseProcess(contextlib.AbstractContextManager["CaseProcess"]):
         self._files.close()
 
 
-def _text(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read()
+def last_line(text: str) -> str:
+    """What a process said last, which tells why it ended: the last error, if there is any, as advice may follow it."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (errors or lines or ["no message"])[-1]

@@ -1,21 +1,15 @@
 """Jobs: cases of one model measured by one process, and how the parent starts, watches and ends that process."""
 
-import contextlib
 import dataclasses
 import json
-import queue
-import re
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from allocated import allocated_config
+from case_process import ScriptProcess
 from cases import Case
 
 from flashsvd_jax.benchmark import provenance
@@ -109,59 +103,23 @@ def serve(job: Job, measure: Callable[[Case], dict[str, Any]]) -> Iterator[dict[
         yield row
 
 
-class JobProcess(contextlib.AbstractContextManager["JobProcess"]):
-    """The process of a job, which runs from here on until the end of the context."""
+class JobProcess(ScriptProcess):
+    """The process of a job."""
 
     def __init__(self, job: Job, env: Mapping[str, str]):
-        self._job, self._lines, self._files = job, queue.Queue[str | None](), contextlib.ExitStack()
-        self._log = self._files.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
-        command = [sys.executable, str(HERE / job.script), job.to_json()]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True, env=dict(env))
-        assert self._process.stdout is not None
-        self._files.enter_context(self._process.stdout)
-        threading.Thread(target=_forward, args=(self._process.stdout, self._lines), daemon=True).start()
+        super().__init__(HERE / job.script, job.to_json(), env)
+        self._job = job
 
     def rows(self, limit: float) -> Iterator[dict[str, Any]]:
         """Its rows as they come.
 
-        A case that takes longer than ``limit`` seconds ends the process; it, or the case during which the process died, gives a
-        row with an `error`, and so does every later case of the job.
+        A case that takes longer than ``limit`` seconds is the end; it, or the case during which the process died, gives a row with
+        an `error`, and so does every later case of the job.
         """
-        done, reason = 0, ""
-        while True:
-            try:
-                line = self._lines.get(timeout=limit)
-            except queue.Empty:
-                reason = f"no result after {limit:.0f} s"
-                self._process.kill()
-                break
-            if line is None:
-                break
+        done = 0
+        for row in super().rows(limit):
             done += 1
-            yield json.loads(line)
-        if self._process.wait() and not reason:
-            self._log.seek(0)
-            reason = f"exit status {self._process.returncode}: {last_line(self._log.read())}"
-        if reason:
+            yield row
+        if self.failure:
             for case in self._job.cases[done:]:
-                yield {**described(self._job, case), "error": reason[:300]}
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._files.close()
-
-
-def _forward(source: IO[str], lines: "queue.Queue[str | None]") -> None:
-    """Passes on the rows; anything else that a library prints is dropped."""
-    for line in source:
-        if line.startswith("{"):
-            lines.put(line)
-    lines.put(None)
-
-
-def last_line(text: str) -> str:
-    """What a process said last, which tells why it ended: the last error, if there is any, as advice may follow it."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-    return (errors or lines or ["no message"])[-1]
+                yield {**described(self._job, case), "error": self.failure}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from case_process import CaseProcess, in_turn
+from case_process import ScriptProcess, in_turn
 from decode import environment
 from jobs import HERE, append_row, results_folder
 
@@ -118,13 +118,13 @@ def measured(cases: Sequence[PromptCase], limit: float, budget: float, ahead: in
     """
     begin = time.time()
 
-    def start(number: int, case: PromptCase, turns: dict[str, str]) -> CaseProcess | None:
+    def start(number: int, case: PromptCase, turns: dict[str, str]) -> ScriptProcess | None:
         if time.time() - begin > budget:
             print(f"left out, {budget:.0f} s were spent: {case}")
             return None
         print(f"[{time.time() - begin:5.0f} s] {number}/{len(cases)} {case}", flush=True)
         env = environment("peers" if "torch" in case.impl else "ours.py") | turns
-        return CaseProcess(HERE / case.script, case.to_json(), env)
+        return ScriptProcess(HERE / case.script, case.to_json(), env)
 
     for case, process in in_turn(cases, ahead, start):
         yield {**case.described(), **process.row(limit), **provenance()}

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from case_process import CaseProcess, taking_turns
+from case_process import ScriptProcess, taking_turns
 
 TURN = """
 import json, sys, time
@@ -26,10 +26,10 @@ child.wait()
 """
 
 
-def started(tmp_path: Path, text: str, case: str = "", **env: str) -> CaseProcess:
+def started(tmp_path: Path, text: str, case: str = "", **env: str) -> ScriptProcess:
     script = tmp_path / "script.py"
     script.write_text(text)
-    return CaseProcess(script, case, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **env})
+    return ScriptProcess(script, case, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **env})
 
 
 def test_none_uses_the_gpu_while_another_does(tmp_path: Path) -> None:
@@ -68,10 +68,11 @@ def running(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("raise ValueError('no such model')", "ValueError: no such model"),
-        ("raise ValueError('no such model\\n\\nSet THIS=1 to see more')", "ValueError: no such model"),
-        ("raise SystemExit('ends')", "ends"),
-        ("", "no message"),
+        ("raise ValueError('no such model')", "exit status 1: ValueError: no such model"),
+        ("raise ValueError('no such model\\n\\nSet THIS=1 to see more')", "exit status 1: ValueError: no such model"),
+        ("raise SystemExit('ends')", "exit status 1: ends"),
+        ("raise SystemExit(3)", "exit status 3: no message"),
+        ("", "no result"),
     ],
 )
 def test_without_a_row_the_last_words_are_the_error(tmp_path: Path, text: str, error: str) -> None:
