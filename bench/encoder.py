@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from encoder_cases import CASES, EVERYWHERE, IMPLS, EncoderCase
+from encoder_cases import CASES, IMPLS, EncoderCase
 from prompt_cases import arguments, chosen_sizes, measure_all
 
 MODELS = ("bert-base", "bert-large", "modernbert-base")
@@ -22,9 +22,7 @@ def chosen(parsed: argparse.Namespace) -> list[EncoderCase]:
 
 
 def _has(case: EncoderCase) -> bool:
-    """Whether the implementation has the model, and does not do the same under another name: a batch that is a single block."""
-    if case.model.startswith("modern") and not case.impl.startswith(EVERYWHERE):
-        return False
+    """Whether the implementation does not do the same under another name: a batch that is a single block."""
     return (case.block_tokens or 0) < case.batch * case.length
 
 

@@ -98,5 +98,3 @@ IMPLS = (
 )  # fmt: skip
 """Ours as it chooses, the same in blocks of tokens, and without rank streaming; plain JAX, attention by cuDNN and with its scores
 in memory; PyTorch."""
-EVERYWHERE = "flashsvd_jax"
-"""Implementations of such names have every model; the others are of BERT's form."""

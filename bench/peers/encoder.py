@@ -21,9 +21,12 @@ ATTENTION = {"torch-eager": "eager", "torch-sdpa": "sdpa", "torch-compile": "sdp
 
 def model_of(case: EncoderCase, device: str) -> torch.nn.Module:
     """The model with random weights in bfloat16, its projections split where the case says so."""
-    hf = transformers.BertConfig(**SHAPES[case.model], attn_implementation=ATTENTION[case.impl])
-    model = transformers.BertModel(hf, add_pooling_layer=False).eval()
-    for layer in model.encoder.layer if case.ratio < 1 else ():
+    modern = SHAPES[case.model]["model_type"] == "modernbert"
+    build = transformers.ModernBertConfig if modern else transformers.BertConfig
+    hf = build(**SHAPES[case.model], attn_implementation=ATTENTION[case.impl])
+    model = (transformers.ModernBertModel(hf) if modern else transformers.BertModel(hf, add_pooling_layer=False)).eval()
+    layers = model.layers if modern else model.encoder.layer
+    for layer in layers if case.ratio < 1 else ():
         for name, linear in [*layer.named_modules()]:
             if isinstance(linear, torch.nn.Linear):
                 parent, _, own = name.rpartition(".")
@@ -34,7 +37,9 @@ def model_of(case: EncoderCase, device: str) -> torch.nn.Module:
 def _split(linear: torch.nn.Linear, ratio: float) -> torch.nn.Sequential:
     d_in, d_out = linear.in_features, linear.out_features
     rank = max(8, int(ratio * d_in * d_out / (d_in + d_out)) // 8 * 8)  # what cuBLAS is fast with
-    return torch.nn.Sequential(torch.nn.Linear(d_in, rank, bias=False), torch.nn.Linear(rank, d_out))
+    return torch.nn.Sequential(
+        torch.nn.Linear(d_in, rank, bias=False), torch.nn.Linear(rank, d_out, bias=linear.bias is not None)
+    )
 
 
 def main(case: EncoderCase) -> dict[str, Any]:

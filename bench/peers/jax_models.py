@@ -39,6 +39,16 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, head_dim: int, *, causal
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=by).reshape(*q.shape[:2], -1)
 
 
+def rotated(x: jax.Array, head_dim: int, theta: float) -> jax.Array:
+    """x [batch, tokens, heads * head_dim] turned by its tokens' positions, each head's halves against each other."""
+    half = head_dim // 2
+    angles = jnp.arange(x.shape[1])[:, None] * theta ** -(jnp.arange(half) / half)
+    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    first, second = jnp.split(x.reshape(*x.shape[:2], -1, head_dim).astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
 def decoder_weights(sizes: Sizes, ranks: Callable[[str], int | None]) -> dict[str, Any]:
     """Random weights of a Llama; ``ranks`` of a projection by its name."""
     d, inner, head_dim = sizes["width"], sizes["inner"], sizes["width"] // sizes["heads"]
@@ -64,18 +74,11 @@ def decoder_weights(sizes: Sizes, ranks: Callable[[str], int | None]) -> dict[st
 def prefill(sizes: Sizes, weights: dict[str, Any], tokens: jax.Array) -> tuple[Any, jax.Array]:
     """Keys and values of a prompt, and the logits of its last token."""
     head_dim = sizes["width"] // sizes["heads"]
-    angles = jnp.arange(tokens.shape[1])[:, None] * 10000.0 ** -(jnp.arange(head_dim // 2) / (head_dim // 2))
-    cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
-
-    def rotated(x: jax.Array) -> jax.Array:
-        first, second = jnp.split(x.reshape(*x.shape[:2], -1, head_dim).astype(jnp.float32), 2, -1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-        return turned.reshape(x.shape).astype(x.dtype)
-
     x, cache = weights["embed"][tokens], []
     for layer in weights["layers"]:
         y = _rms_norm(x)
-        q, k, v = rotated(product(y, layer["q"])), rotated(product(y, layer["k"])), product(y, layer["v"])
+        q, k = (rotated(product(y, layer[name]), head_dim, 10000.0) for name in "qk")
+        v = product(y, layer["v"])
         cache.append((k, v))
         x = x + product(attention(q, k, v, head_dim, causal=True, scores=False), layer["o"])
         y = _rms_norm(x)
@@ -104,8 +107,8 @@ def encode(sizes: Sizes, scores: bool, layers: list[dict[str, Any]], x: jax.Arra
     for layer in layers:
         q, k, v = (linear(x, layer[name]) for name in "qkv")
         attended = attention(q, k, v, head_dim, causal=False, scores=scores)
-        x = _layer_norm(x + linear(attended, layer["o"]))
-        x = _layer_norm(x + linear(jax.nn.gelu(linear(x, layer["up"]), approximate=False), layer["down"]))
+        x = layer_norm(x + linear(attended, layer["o"]))
+        x = layer_norm(x + linear(jax.nn.gelu(linear(x, layer["up"]), approximate=False), layer["down"]))
     return x
 
 
@@ -114,7 +117,8 @@ def _rms_norm(x: jax.Array) -> jax.Array:
     return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-5)).astype(x.dtype)
 
 
-def _layer_norm(x: jax.Array) -> jax.Array:
+def layer_norm(x: jax.Array, eps: float = 1e-12) -> jax.Array:
+    """Over the last axis, in float32; with neither weight nor bias."""
     wide = x.astype(jnp.float32)
     wide = wide - wide.mean(-1, keepdims=True)
-    return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-12)).astype(x.dtype)
+    return (wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + eps)).astype(x.dtype)

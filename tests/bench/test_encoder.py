@@ -3,11 +3,17 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import encoder
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from encoder_cases import BLOCK_TOKENS, CASES, IMPLS, EncoderCase
+from encoder_cases import BLOCK_TOKENS, CASES, IMPLS, SHAPES, EncoderCase
+from peers.jax_modernbert import modernbert
 from prompt_cases import arguments, measured
+
+from flashsvd_jax.encoder_config import EncoderConfig
 
 torch = pytest.importorskip("torch")
 
@@ -72,6 +78,45 @@ def test_work_is_counted_as_pytorch_counts_it(ratio: float) -> None:
     assert counter.get_total_flops() == pytest.approx(
         case.flops(), rel=0.25 if ratio < 1 else 1e-9
     )  # peers' ranks are rounded
+
+
+TINY_MODERN = {
+    "model_type": "modernbert", "vocab_size": 128, "max_position_embeddings": 256, "hidden_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "intermediate_size": 96, "global_attn_every_n_layers": 3, "local_attention": 16,
+    "hidden_activation": "gelu", "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scores", [False, True])
+@pytest.mark.parametrize("tokens", [64, 43, 5])
+def test_plain_jax_computes_what_pytorch_does_of_modernbert(
+    scores: bool, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, "tiny-modern", TINY_MODERN)
+    torch.manual_seed(0)
+    model: Any = importlib.import_module("peers.encoder").model_of(
+        EncoderCase("torch-eager", "tiny-modern", 1.0, 2, tokens), "cpu"
+    )
+    model.float()
+    ids = torch.randint(1, 128, (2, tokens))
+    names = {"qkv": "attn.Wqkv", "o": "attn.Wo", "gate_up": "mlp.Wi", "down": "mlp.Wo"}
+    layers = [
+        {n: (layer.get_submodule(path).weight.detach().numpy(),) for n, path in names.items()} for layer in model.layers
+    ]
+    with torch.no_grad():
+        expected, x = model(input_ids=ids).last_hidden_state, model.embeddings(input_ids=ids)
+    found = modernbert(EncoderConfig.from_hf(TINY_MODERN), scores, layers, jnp.asarray(x.numpy()))
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["jax-cudnn", "flashsvd_jax", "torch-sdpa"])
+def test_a_low_rank_modernbert_is_measured_by_all(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny-modern", TINY_MODERN)
+    monkeypatch.setenv("FLASHSVD_CACHE_DIR", "off")
+    case = EncoderCase(impl, "tiny-modern", 0.5, 2, 32)
+    module = {"jax-cudnn": "peers.jax_encoder", "flashsvd_jax": "encoder_ours", "torch-sdpa": "peers.encoder"}[impl]
+    with torch.enable_grad():  # and so again afterwards
+        assert importlib.import_module(module).main(case)["latency_ms"] > 0
 
 
 def test_the_cases_are_those_of_the_paper_and_every_implementation_has_them() -> None:
