@@ -11,14 +11,14 @@ are all greedy have steps of their own, which are compiled when the first of the
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax import decode_loop, prompt_steps
+from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.models.pass_options import pass_options
@@ -67,7 +67,7 @@ class _Steps:
 
     prefill: Any
     extend: Any
-    decode: Any
+    decode: BackgroundStep
 
 
 class Engine:
@@ -130,6 +130,8 @@ class Engine:
         steps = self._steps if wants_more_than_greedy(requests.options) else self._greedy_steps
         steps_left = int(np.max(requests.max_tokens)) - 1
         requests = jax.device_put(requests)  # once, not with every dispatch
+        if steps_left > 0:
+            steps.decode.begin(self.weights, self._state_shapes, requests)
         state, first, sampled = self._process_prompts(steps, prompts, requests)
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending:
@@ -156,11 +158,8 @@ class Engine:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
         zeros = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
         requests = zeros(self._requests([[0]], [SamplingParams(max_tokens=1)]))
-        tokens = jax.ShapeDtypeStruct((self.batch, self.buckets(1)[0]), jnp.int32)
         steps = self._greedy_steps if greedy else self._steps
-        prefill = partial(prompt_steps.prefill, self.config, self.cache_slots, greedy)
-        state, _, _ = jax.eval_shape(prefill, self.weights, tokens, requests)
-        return steps.decode.lower(self.weights, state, requests)
+        return steps.decode.lower(self.weights, self._state_shapes, requests)
 
     def _compiled(self, *, greedy: bool) -> "_Steps":
         """The steps of requests, each compiled when it is first used."""
@@ -170,8 +169,14 @@ class Engine:
         return _Steps(
             jit(prompt_steps.prefill, config, self.cache_slots, greedy, **of_prompts),
             jit(prompt_steps.extend, config, greedy, donate_argnums=1, **of_prompts),
-            jit(decode, config, self.decode_chunk, donate_argnums=1, compiler_options=loop),
+            BackgroundStep(jit(decode, config, self.decode_chunk, donate_argnums=1, compiler_options=loop)),
         )
+
+    @cached_property
+    def _state_shapes(self) -> Any:
+        """Of what the steps of a prompt give and those of decoding take."""
+        dtype = self.weights.embedding.dtype
+        return jax.eval_shape(partial(prompt_steps.new_state, self.config, self.batch, self.cache_slots, dtype))
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""

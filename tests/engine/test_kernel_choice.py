@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cut_models import first_layers
 
+from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.engine import Engine, check_stall
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.model import Model
@@ -77,14 +78,13 @@ def test_the_earliest_stall_comes_before_others() -> None:
 
 
 def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = tiny.new_engine()
-    decode = engine._greedy_steps.decode
+    engine, call = tiny.new_engine(), BackgroundStep.__call__
 
-    def stalled(*arguments: Any) -> Any:
-        *results, stall = decode(*arguments)
+    def stalled(step: BackgroundStep, *arguments: Any) -> Any:
+        *results, stall = call(step, *arguments)
         return *results, stall.at[0].set(stalls.of_wait("qkv", 0, 0))
 
-    monkeypatch.setattr(engine, "_greedy_steps", dataclasses.replace(engine._greedy_steps, decode=stalled))
+    monkeypatch.setattr(BackgroundStep, "__call__", stalled)
     with pytest.raises(KernelError, match="gave up waiting"):
         list(engine.generate([[1, 2, 3]], [SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)]))
 
