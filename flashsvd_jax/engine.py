@@ -129,10 +129,10 @@ class Engine:
         requests = self._requests(prompts, params)
         steps = self._steps if wants_more_than_greedy(requests.options) else self._greedy_steps
         steps_left = int(np.max(requests.max_tokens)) - 1
-        requests = jax.device_put(requests)  # once, not with every dispatch
         if steps_left > 0:
             steps.decode.begin(self.weights, self._state_shapes, requests)
         state, first, sampled = self._process_prompts(steps, prompts, requests)
+        requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending:
             # The next dispatch goes out before the last is read, so that the device never waits for the host.
