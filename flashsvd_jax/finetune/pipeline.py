@@ -15,6 +15,7 @@ from flashsvd_jax import __version__
 from flashsvd_jax.checkpoint import FolderWriter, ModelFolder, WeightWarning, open_folder
 from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.checkpoint.work_folder import WorkFolder, content_digest
+from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.finetune.settings import Settings
@@ -60,6 +61,7 @@ def finetune(
     settings = settings or Settings()
     if os.path.lexists(dst):
         raise CheckpointError(f"{dst} already exists; delete it or choose another destination")
+    enable_persistent_cache()
     with open_folder(src) as folder, warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("error", WeightWarning)  # of no use to anybody, so nothing is written
         config, work = _compressed_decoder(folder), None

@@ -112,7 +112,6 @@ def test_plain_jax_computes_what_pytorch_does_of_modernbert(
 @pytest.mark.parametrize("impl", ["jax-cudnn", "flashsvd_jax", "torch-sdpa"])
 def test_a_low_rank_modernbert_is_measured_by_all(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny-modern", TINY_MODERN)
-    monkeypatch.setenv("FLASHSVD_CACHE_DIR", "off")
     case = EncoderCase(impl, "tiny-modern", 0.5, 2, 32)
     module = {"jax-cudnn": "peers.jax_encoder", "flashsvd_jax": "encoder_ours", "torch-sdpa": "peers.encoder"}[impl]
     with torch.enable_grad():  # and so again afterwards
