@@ -24,7 +24,7 @@ COMMANDS = {
     "env": "versions, device, caches and kernels, for a bug report",
 }
 
-NEED_TORCH = ("evaluate",)  # of which lm-eval's tasks do
+NEED_TORCH = ("convert", "evaluate")  # to verify logits, and for lm-eval's tasks
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
