@@ -10,11 +10,11 @@ import numpy as np
 from encoder_cases import EncoderCase
 from prompt_timing import timed_row
 
-from flashsvd_jax.benchmark import arrays_of_the_host
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
 from flashsvd_jax.models.sequence_blocks import in_blocks
+from flashsvd_jax.random_weights import arrays_of_the_host
 from pallas_kernels import hardware_rank, prefer, record
 from pallas_kernels.registry import Record
 

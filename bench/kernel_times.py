@@ -23,10 +23,11 @@ import numpy as np
 from jobs import append_row
 from one_shape import options, rows_file
 
-from flashsvd_jax.benchmark import provenance, random_weights, read_bandwidth
+from flashsvd_jax.benchmark import provenance, read_bandwidth
 from flashsvd_jax.engine import Engine
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
+from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.shapes import shape_config
 

@@ -14,8 +14,9 @@ from case_process import gpu_alone, gpu_beside_others
 from cases import Case
 from jobs import Job, config_of, ranks_told, serve
 
-from flashsvd_jax.benchmark import measure, measure_end_to_end, random_weights, read_bandwidth
+from flashsvd_jax.benchmark import measure, measure_end_to_end, read_bandwidth
 from flashsvd_jax.compile_cache import enable_persistent_cache
+from flashsvd_jax.random_weights import random_weights
 
 
 def probe() -> dict[str, Any]:

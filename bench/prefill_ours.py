@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from prefill_cases import PrefillCase
 from prompt_timing import timed_row
 
-from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
+from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import prefer, record
 from pallas_kernels.registry import Record
 

@@ -68,9 +68,9 @@ def _models(parsed: argparse.Namespace) -> Any:
         model = load(parsed.model, dtype=parsed.dtype, materialize=parsed.materialize)
         yield Path(parsed.model).name, model.config, model.weights
         return
-    from flashsvd_jax.benchmark import random_weights
     from flashsvd_jax.compile_cache import enable_persistent_cache
     from flashsvd_jax.models.expansion import as_loaded
+    from flashsvd_jax.random_weights import random_weights
     from flashsvd_jax.shapes import shape_config
     from pallas_kernels import hardware_rank
 

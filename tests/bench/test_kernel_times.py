@@ -6,8 +6,8 @@ import jax
 import kernel_times
 import pytest
 
-from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.models.weights import LayerWeights
+from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
 
 LOW_RANK = ["attend", "attend_merge", *["project_down__1", "project_up__1", "project_down", "project_up"] * 2]

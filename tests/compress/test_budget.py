@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.cli import main
 from flashsvd_jax.compress import Recipe, Target
 from flashsvd_jax.compress.budget import CONTEXT, budget_of, decode_milliseconds
@@ -20,6 +19,7 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.inspection import inspect
 from flashsvd_jax.kv_cache import cache_bytes
+from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.schema import count_params
 from flashsvd_jax.shapes import layer_sites, shape_config
 from pallas_kernels import hardware_rank

@@ -22,10 +22,10 @@ from persistent_faults import skip_unless_hopper
 
 from converters import convert
 from flashsvd_jax import SamplingParams, batch_generate, load
-from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.bundled import COMPRESSED, DENSE
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models import decoder
+from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import attend_cached, prefer, project, record
 

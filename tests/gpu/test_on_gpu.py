@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from flashsvd_jax import SamplingParams, batch_generate, expect_no_compile
-from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.engine import Engine
 from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.decoder import full_logits
+from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import Projection, hardware_rank, pack, project
 

@@ -13,10 +13,10 @@ from kernel_cases import relative_error
 from persistent_faults import forgetting, skip_unless_hopper
 
 from flashsvd_jax import SamplingParams, batch_generate
-from flashsvd_jax.benchmark import random_weights
 from flashsvd_jax.errors import KernelError
 from flashsvd_jax.model import Model
 from flashsvd_jax.models import decoder
+from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import decode_layers, stall_reason
 

@@ -35,12 +35,12 @@ from prompt_kernel_cases import (
     streamed_exact,
 )
 
-from flashsvd_jax.benchmark import arrays_of_the_host
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import build_encoder_weights
 from flashsvd_jax.models.sequence_blocks import in_blocks
+from flashsvd_jax.random_weights import arrays_of_the_host
 from flashsvd_jax.shapes import layer_sites, uniform_rank
 from pallas_kernels import (
     LayerNorm,

@@ -10,10 +10,11 @@ import pytest
 import torch
 import transformers
 
-from flashsvd_jax.benchmark import measure, measure_end_to_end, random_weights
+from flashsvd_jax.benchmark import measure, measure_end_to_end
 from flashsvd_jax.cli import main
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.kv_cache import cache_bytes
+from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.schema import count_params, schema
 from flashsvd_jax.shapes import (
     SHAPES,
