@@ -6,7 +6,7 @@ are all greedy have steps of their own, which are compiled when the first of the
 
     prompt  |--- chunk ---|--- chunk ---|- bucket -|        `prefill` from position 0, `extend` for what follows
     cache   |=============|=============|======....|        slots past a prompt's end hold padding, masked until overwritten
-    decode                                     |kkkk|kkkk|  k tokens a dispatch, the next sent before the last is read
+    decode                                     |kkkk|kkkk|  k tokens a dispatch, on a GPU the next sent before the last is read
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import Requests
-from pallas_kernels import implementation_names, keeps_scores, power_of_two, prefer, record, stall_reason
+from pallas_kernels import implementation_names, keeps_scores, power_of_two, prefer, record, stall_reason, target
 from pallas_kernels.registry import Record
 
 SMALLEST_BUCKET = 16
@@ -113,6 +113,8 @@ class Engine:
         self.cache_slots = -(-max_length // unit) * unit
         self.kernels_used: Record = {}
         self._preferred = None if kernels == "auto" else kernels
+        # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
+        self._ahead = 0 if target().platform == "cpu" else 1
         self._greedy_steps, self._steps = self._compiled(greedy=True), self._compiled(greedy=False)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
@@ -134,9 +136,8 @@ class Engine:
         state, first, sampled = self._process_prompts(steps, prompts, requests)
         requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
-        while pending:
-            # The next dispatch goes out before the last is read, so that the device never waits for the host.
-            if steps_left > 0:
+        while pending or steps_left > 0:
+            while steps_left > 0 and len(pending) <= self._ahead:
                 state, *ahead = steps.decode(self.weights, state, requests)
                 steps_left -= self.decode_chunk
                 pending.append(tuple(ahead))
