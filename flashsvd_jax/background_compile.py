@@ -1,8 +1,10 @@
-"""Compiles a step while the host is busy with others, so that a first call takes as long as the longest of them, not as all."""
+"""Compiles steps while the host is busy with others, so that a first call takes as long as the longest of them, not as all."""
 
 import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+_THREADS = 4
 
 
 class BackgroundStep:
@@ -15,11 +17,18 @@ class BackgroundStep:
     def __init__(self, jitted: Any):
         self._jitted = jitted
         self._compiled: Future[Any] | None = None
+        self._gives: Any = None
 
-    def begin(self, *shapes: Any) -> None:
-        """Starts to compile it for arguments of such shapes, if nobody has. It is traced here, where the caller's settings are."""
+    def begin(self, *shapes: Any) -> Any:
+        """Starts to compile it for arguments of such shapes, if nobody has. It is traced here, where the caller's settings are.
+
+        Returns:
+          The shapes of what it gives.
+        """
         if self._compiled is None:
-            self._compiled = _threads().submit(self.lower(*shapes).compile)
+            traced = self._jitted.trace(*shapes)
+            self._gives, self._compiled = traced.out_info, _threads().submit(traced.lower().compile)
+        return self._gives
 
     def lower(self, *shapes: Any) -> Any:
         """It lowered, as `jax.jit` does."""
@@ -36,6 +45,18 @@ class BackgroundStep:
         return self._compiled.result()(*arguments)
 
 
+class BackgroundSteps(dict[int, BackgroundStep]):
+    """Of one jitted function, for each size of its arguments one, made when it is asked for."""
+
+    def __init__(self, jitted: Any):
+        super().__init__()
+        self._jitted = jitted
+
+    def __missing__(self, size: int) -> BackgroundStep:
+        step = self[size] = BackgroundStep(self._jitted)
+        return step
+
+
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "compile")
+    return ThreadPoolExecutor(_THREADS, "compile")

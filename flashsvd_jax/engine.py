@@ -11,14 +11,15 @@ are all greedy have steps of their own, which are compiled when the first of the
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial, wraps
+from functools import partial, wraps
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax import decode_loop, prompt_steps
-from flashsvd_jax.background_compile import BackgroundStep
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.models.pass_options import pass_options
@@ -63,10 +64,10 @@ def check_stall(stall: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """What an engine compiles for requests of one kind: see `prompt_steps.prefill` and `extend`, and `decode_loop`."""
+    """What an engine compiles for requests of one kind: see `prompt_steps.prefill` and `extend`, by bucket, and `decode_loop`."""
 
-    prefill: Any
-    extend: Any
+    prefill: BackgroundSteps
+    extend: BackgroundSteps
     decode: BackgroundStep
 
 
@@ -130,10 +131,9 @@ class Engine:
         """
         requests = self._requests(prompts, params)
         steps = self._steps if wants_more_than_greedy(requests.options) else self._greedy_steps
-        steps_left = int(np.max(requests.max_tokens)) - 1
-        if steps_left > 0:
-            steps.decode.begin(self.weights, self._state_shapes, requests)
-        state, first, sampled = self._process_prompts(steps, prompts, requests)
+        steps_left, buckets = int(np.max(requests.max_tokens)) - 1, self.buckets(max(map(len, prompts)))
+        self._begin(steps, buckets, requests, decodes=steps_left > 0)
+        state, first, sampled = self._process_prompts(steps, buckets, prompts, requests)
         requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending or steps_left > 0:
@@ -159,8 +159,11 @@ class Engine:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
         zeros = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
         requests = zeros(self._requests([[0]], [SamplingParams(max_tokens=1)]))
+        tokens = jax.ShapeDtypeStruct((self.batch, self.buckets(1)[0]), jnp.int32)
         steps = self._greedy_steps if greedy else self._steps
-        return steps.decode.lower(self.weights, self._state_shapes, requests)
+        prefill = partial(prompt_steps.prefill, self.config, self.cache_slots, greedy)
+        state, _, _ = jax.eval_shape(prefill, self.weights, tokens, requests)
+        return steps.decode.lower(self.weights, state, requests)
 
     def _compiled(self, *, greedy: bool) -> "_Steps":
         """The steps of requests, each compiled when it is first used."""
@@ -168,16 +171,20 @@ class Engine:
         of_prompts, config = {"compiler_options": pass_options(self.weights.layers)}, self.config
         decode, loop = decode_loop.decode_greedily if greedy else decode_loop.decode, decode_loop.loop_options()
         return _Steps(
-            jit(prompt_steps.prefill, config, self.cache_slots, greedy, **of_prompts),
-            jit(prompt_steps.extend, config, greedy, donate_argnums=1, **of_prompts),
+            BackgroundSteps(jit(prompt_steps.prefill, config, self.cache_slots, greedy, **of_prompts)),
+            BackgroundSteps(jit(prompt_steps.extend, config, greedy, donate_argnums=1, **of_prompts)),
             BackgroundStep(jit(decode, config, self.decode_chunk, donate_argnums=1, compiler_options=loop)),
         )
 
-    @cached_property
-    def _state_shapes(self) -> Any:
-        """Of what the steps of a prompt give and those of decoding take."""
-        dtype = self.weights.embedding.dtype
-        return jax.eval_shape(partial(prompt_steps.new_state, self.config, self.batch, self.cache_slots, dtype))
+    def _begin(self, steps: "_Steps", buckets: Sequence[int], requests: Requests, *, decodes: bool) -> None:
+        """Starts to compile what requests of these buckets need, side by side, before the first of it is called."""
+        tokens = [jax.ShapeDtypeStruct((self.batch, bucket), jnp.int32) for bucket in buckets]
+        found = steps.prefill[buckets[0]].begin(self.weights, tokens[0], requests)
+        for bucket, chunk in zip(buckets[1:], tokens[1:], strict=True):
+            state, *first = found
+            found = steps.extend[bucket].begin(self.weights, state, chunk, np.int32(0), requests, *first)
+        if decodes:
+            steps.decode.begin(self.weights, found[0], requests)
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""
@@ -220,17 +227,16 @@ class Engine:
         return Requests(**arrays)
 
     def _process_prompts(
-        self, steps: "_Steps", prompts: Sequence[Sequence[int]], requests: Requests
+        self, steps: "_Steps", buckets: Sequence[int], prompts: Sequence[Sequence[int]], requests: Requests
     ) -> prompt_steps.Step:
-        buckets = self.buckets(max(map(len, prompts)))
         padded = np.zeros((self.batch, sum(buckets)), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
-        state, tokens, sampled = steps.prefill(self.weights, padded[:, : buckets[0]], requests)
+        state, tokens, sampled = steps.prefill[buckets[0]](self.weights, padded[:, : buckets[0]], requests)
         start = buckets[0]
         for bucket in buckets[1:]:
             chunk = padded[:, start : start + bucket]
-            state, tokens, sampled = steps.extend(
+            state, tokens, sampled = steps.extend[bucket](
                 self.weights, state, chunk, np.int32(start), requests, tokens, sampled
             )
             start += bucket

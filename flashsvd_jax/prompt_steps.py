@@ -18,12 +18,6 @@ Step = tuple[DecodeState, jax.Array, Sampled | None]
 """The state; output tokens int32 [1, batch], NO_TOKEN where there is none yet; how they were chosen, None of greedy requests."""
 
 
-def new_state(config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype) -> DecodeState:
-    """Of sequences without a token."""
-    nothing = jnp.full((batch,), NO_TOKEN, jnp.int32), jnp.zeros((batch,), jnp.int32)
-    return DecodeState(empty_cache(config, batch, slots, dtype), *nothing, no_counts(batch, config.vocab_size))
-
-
 def prefill(
     config: ModelConfig, slots: int, greedy: bool, weights: DecoderWeights, tokens: jax.Array, requests: Requests
 ) -> Step:
@@ -32,10 +26,12 @@ def prefill(
     Where requests are ``greedy``, of the most likely tokens and nothing else, tokens are not counted, as no penalty needs it, and
     nothing is told of how they were chosen.
     """
-    new, start = new_state(config, tokens.shape[0], slots, weights.embedding.dtype), jnp.int32(0)
-    cache, x = decoder.prefill(config, weights, new.cache, tokens, requests.prompt_length)
-    counts = new.counts if greedy else new.counts.with_prompt(tokens, start, requests.prompt_length)
-    state = DecodeState(cache, new.token, requests.prompt_length, counts)
+    batch = tokens.shape[0]
+    cache = empty_cache(config, batch, slots, weights.embedding.dtype)
+    cache, x = decoder.prefill(config, weights, cache, tokens, requests.prompt_length)
+    start, nothing = jnp.int32(0), no_counts(batch, config.vocab_size)
+    counts = nothing if greedy else nothing.with_prompt(tokens, start, requests.prompt_length)
+    state = DecodeState(cache, jnp.full((batch,), NO_TOKEN, jnp.int32), requests.prompt_length, counts)
     return _first_token(config, greedy, weights, state, x, start, requests)
 
 

@@ -1,6 +1,7 @@
 """A step is compiled once, elsewhere than where it is called, and its errors arrive there."""
 
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.compile_cache import compile_count, expect_no_compile
+from flashsvd_jax.sampling import SamplingParams
 
 SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
 
@@ -20,7 +22,13 @@ class Jitted:
         self.threads: list[threading.Thread] = []
         self.go, self._error = threading.Event(), error
 
-    def lower(self, *shapes: object) -> "Jitted":
+    out_info = "shapes"
+
+    def trace(self, *shapes: object) -> "Jitted":
+        self.threads.append(threading.current_thread())
+        return self
+
+    def lower(self) -> "Jitted":
         self.threads.append(threading.current_thread())
         return self
 
@@ -35,12 +43,12 @@ class Jitted:
 def test_it_is_lowered_here_and_compiled_meanwhile() -> None:
     jitted = Jitted()
     step = BackgroundStep(jitted)
-    step.begin(1)
-    step.begin(2)  # nothing, as one is on the way
-    assert jitted.threads == [threading.main_thread()]
+    assert step.begin(1) == "shapes"
+    assert step.begin(2) == "shapes"  # and nothing is done, as one is on the way
+    assert jitted.threads == [threading.main_thread()] * 2
     jitted.go.set()
     assert step(3, 4) == (3, 4) and step(5) == (5,)
-    assert len(jitted.threads) == 2 and jitted.threads[1] != threading.main_thread()
+    assert len(jitted.threads) == 3 and jitted.threads[2] != threading.main_thread()
 
 
 def test_what_compiling_raises_the_call_raises() -> None:
@@ -64,3 +72,18 @@ def test_a_jitted_function_is_compiled_once(begun: bool) -> None:
     assert compile_count() == before + 1 and values[0].is_deleted()
     with expect_no_compile():
         step(*found)
+
+
+def test_all_that_a_call_needs_is_begun_before_anything_is_called(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of three chunks: its first step, the one that goes on, which serves twice, and decoding."""
+    engine, done = tiny.new_engine(), []
+    for name in ("begin", "__call__"):
+        whole = getattr(BackgroundStep, name)
+        told = lambda step, *of, name=name, whole=whole: done.append((name, id(step))) or whole(step, *of)  # noqa: E731
+        monkeypatch.setattr(BackgroundStep, name, told)
+    for _ in engine.generate([[1 + n % 50 for n in range(40)]], [SamplingParams(max_tokens=3)]):
+        pass
+    called = [step for name, step in done if name == "__call__"]
+    assert len(called) == 4 and len(set(called)) == 3 and called[1] == called[2]
+    first = next(number for number, (name, _) in enumerate(done) if name == "__call__")
+    assert {step for _, step in done[:first]} == set(called)

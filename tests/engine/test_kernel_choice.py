@@ -82,7 +82,7 @@ def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatc
 
     def stalled(step: BackgroundStep, *arguments: Any) -> Any:
         *results, stall = call(step, *arguments)
-        return *results, stall.at[0].set(stalls.of_wait("qkv", 0, 0))
+        return *results, None if stall is None else stall.at[0].set(stalls.of_wait("qkv", 0, 0))
 
     monkeypatch.setattr(BackgroundStep, "__call__", stalled)
     with pytest.raises(KernelError, match="gave up waiting"):

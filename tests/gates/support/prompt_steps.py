@@ -27,4 +27,4 @@ def lower_prompt(ranks: str, layers: int, tokens: int) -> Any:
         engine = Engine(config, weights, max_length=2 * tokens)
         requests = engine._requests([[0]], [SamplingParams(temperature=0.0, max_tokens=1)])
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), requests)
-        return engine._greedy_steps.prefill.lower(weights, jax.ShapeDtypeStruct((1, tokens), jnp.int32), shapes)
+        return engine._greedy_steps.prefill[tokens].lower(weights, jax.ShapeDtypeStruct((1, tokens), jnp.int32), shapes)
