@@ -30,6 +30,11 @@ class BackgroundStep:
             self._gives, self._compiled = traced.out_info, _threads().submit(traced.lower().compile)
         return self._gives
 
+    def wait(self) -> None:
+        """Until it is compiled, if that has begun. Raises whatever compiling it raised."""
+        if self._compiled is not None:
+            self._compiled.result()
+
     def lower(self, *shapes: Any) -> Any:
         """It lowered, as `jax.jit` does."""
         return self._jitted.lower(*shapes)

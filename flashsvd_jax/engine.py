@@ -132,7 +132,7 @@ class Engine:
         requests = self._requests(prompts, params)
         steps = self._steps if wants_more_than_greedy(requests.options) else self._greedy_steps
         steps_left, buckets = int(np.max(requests.max_tokens)) - 1, self.buckets(max(map(len, prompts)))
-        self._begin(steps, buckets, requests, decodes=steps_left > 0)
+        self._compile(steps, buckets, requests, decodes=steps_left > 0)
         state, first, sampled = self._process_prompts(steps, buckets, prompts, requests)
         requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
@@ -176,15 +176,19 @@ class Engine:
             BackgroundStep(jit(decode, config, self.decode_chunk, donate_argnums=1, compiler_options=loop)),
         )
 
-    def _begin(self, steps: "_Steps", buckets: Sequence[int], requests: Requests, *, decodes: bool) -> None:
-        """Starts to compile what requests of these buckets need, side by side, before the first of it is called."""
+    def _compile(self, steps: "_Steps", buckets: Sequence[int], requests: Requests, *, decodes: bool) -> None:
+        """Compiles what requests of these buckets need and what is not compiled yet, side by side."""
         tokens = [jax.ShapeDtypeStruct((self.batch, bucket), jnp.int32) for bucket in buckets]
-        found = steps.prefill[buckets[0]].begin(self.weights, tokens[0], requests)
-        for bucket, chunk in zip(buckets[1:], tokens[1:], strict=True):
+        prompt = [steps.prefill[buckets[0]], *(steps.extend[bucket] for bucket in buckets[1:])]
+        found = prompt[0].begin(self.weights, tokens[0], requests)
+        for step, chunk in zip(prompt[1:], tokens[1:], strict=True):
             state, *first = found
-            found = steps.extend[bucket].begin(self.weights, state, chunk, np.int32(0), requests, *first)
+            found = step.begin(self.weights, state, chunk, np.int32(0), requests, *first)
         if decodes:
             steps.decode.begin(self.weights, found[0], requests)
+        # Nothing runs before all is there: XLA takes the time of products that it tries out.
+        for step in (*prompt, steps.decode):
+            step.wait()
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""
