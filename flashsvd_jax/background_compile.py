@@ -31,9 +31,14 @@ class BackgroundStep:
         return self._gives
 
     def wait(self) -> None:
-        """Until it is compiled, if that has begun. Raises whatever compiling it raised."""
-        if self._compiled is not None:
+        """Until it is compiled, if that has begun. Raises whatever compiling it raised; what begins it next tries again."""
+        if self._compiled is None:
+            return
+        try:
             self._compiled.result()
+        except Exception:
+            self._compiled = None
+            raise
 
     def lower(self, *shapes: Any) -> Any:
         """It lowered, as `jax.jit` does."""
@@ -46,6 +51,7 @@ class BackgroundStep:
           Exception: whatever compiling it raised.
         """
         self.begin(*arguments)
+        self.wait()
         assert self._compiled is not None
         return self._compiled.result()(*arguments)
 

@@ -1,5 +1,6 @@
 """Shapes of published models, for measurements with random weights; Hugging Face configurations without the rest."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,14 @@ def partly_dense_config(name: str, ratio: float, seed: int = 0) -> ModelConfig:
 def layer_sites(config: AnyConfig) -> list[Site]:
     """Every projection of the layers, in the order it is computed; not the head."""
     return [site for site in sites(config) if site.name.startswith("layers_")]
+
+
+def by_kind(projections: Iterable[Site]) -> dict[str, list[Site]]:
+    """Projections of layers by what they are in theirs, such as ``self_attn.q_proj``."""
+    found: dict[str, list[Site]] = {}
+    for site in projections:
+        found.setdefault(site.name.partition(".")[2], []).append(site)
+    return found
 
 
 def uniform_rank(site: Site, ratio: float) -> int:

@@ -51,7 +51,8 @@ def windowed_attention(
     tokens = q.shape[1]
     blocks = -(-tokens // window)
     q, k, v = (_blocks(a, blocks, window) for a in heads)
-    k, v = (jnp.concatenate([_moved(a, 1), a, _moved(a, -1)], axis=2) for a in (k, v))
+    # The first block's left neighbour is the last, and the other way round: masked below.
+    k, v = (jnp.concatenate([jnp.roll(a, 1, axis=1), a, jnp.roll(a, -1, axis=1)], axis=2) for a in (k, v))
     at = jnp.arange(blocks * window).reshape(blocks, window)
     keys = jnp.concatenate([at - window, at, at + window], axis=1)
     near = jnp.abs(at[:, :, None] - keys[:, None]) <= window
@@ -66,8 +67,3 @@ def _blocks(x: jax.Array, blocks: int, window: int) -> jax.Array:
     """[batch, tokens, heads, head_dim] -> [batch, blocks, window, heads, head_dim], filled with zeros."""
     padded = jnp.pad(x, ((0, 0), (0, blocks * window - x.shape[1]), (0, 0), (0, 0)))
     return padded.reshape(x.shape[0], blocks, window, *x.shape[2:])
-
-
-def _moved(x: jax.Array, by: int) -> jax.Array:
-    """The neighbours of blocks: of the first and the last some that are masked."""
-    return jnp.roll(x, by, axis=1)

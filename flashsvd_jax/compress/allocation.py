@@ -4,7 +4,6 @@ Each function gives a rank by site; a site that is not there stays dense.
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from flashsvd_jax.compress.budget import Budget, too_little
 from flashsvd_jax.compress.heads import is_made_of_heads
 from flashsvd_jax.errors import RequestError, first_line
 from flashsvd_jax.param_specs import Site
-from flashsvd_jax.shapes import uniform_rank
+from flashsvd_jax.shapes import by_kind, uniform_rank
 
 ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity", "file")
 SENSITIVITY_RATIOS = tuple(n / 10 for n in range(1, 10))
@@ -37,11 +36,8 @@ def v2_ranks(sites: Sequence[Site], ratio: float, gains: Mapping[str, np.ndarray
     the root of what truncation at the ratio itself would lose. The paper leaves open what that means for L of e or less: there all
     of the kind are scaled by one factor, so that the least is e. A share beyond what a site has goes to the others of its kind.
     """
-    kinds: dict[str, list[Site]] = defaultdict(list)
-    for site in sites:
-        kinds[site.name.partition(".")[2]].append(site)
     found = {}
-    for members in kinds.values():
+    for members in by_kind(sites).values():
         losses = np.array([np.sqrt(gains[s.name][uniform_rank(s, ratio) :].sum()) for s in members])
         if losses.min() < np.e:
             shares = np.maximum(losses / (losses.max() or 1.0), _SMALLEST_LOSS)

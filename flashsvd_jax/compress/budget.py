@@ -14,7 +14,7 @@ from flashsvd_jax.kv_cache import cache_bytes
 from flashsvd_jax.models.packing import packed_sites
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.schema import count_params, schema
-from flashsvd_jax.shapes import layer_sites
+from flashsvd_jax.shapes import by_kind, layer_sites
 from pallas_kernels import hardware_rank
 
 Unit = Literal["ratio", "params", "bytes", "ms"]
@@ -141,10 +141,7 @@ def decode_milliseconds(config: ModelConfig, itemsize: int, costs: DecodeCosts) 
       costs: what is reckoned with.
     """
     ranks = {site: config.factorization.rank(site.name) for site in layer_sites(config)}
-    by_layer: dict[str, list[int | None]] = {}
-    for site, rank in ranks.items():
-        by_layer.setdefault(site.name.partition(".")[0], []).append(rank)
-    differ = any(of_layer != by_layer["layers_0"] for of_layer in by_layer.values())
+    differ = any(len({ranks[site] for site in members}) > 1 for members in by_kind(ranks).values())
     fixed, milliseconds = _times(config, itemsize, costs, differ)
     return fixed + sum(milliseconds(site, rank) for site, rank in ranks.items())
 

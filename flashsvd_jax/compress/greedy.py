@@ -9,6 +9,7 @@ import numpy as np
 
 from flashsvd_jax.compress.budget import Budget, too_little
 from flashsvd_jax.param_specs import Site
+from flashsvd_jax.shapes import by_kind
 
 
 class _Point(NamedTuple):
@@ -62,9 +63,7 @@ def alike_ranks(sites: Sequence[Site], budget: Budget, gains: Mapping[str, np.nd
 
     Arguments, and errors, are those of `greedy_ranks`.
     """
-    kinds: dict[str, list[Site]] = {}
-    for site in sites:
-        kinds.setdefault(site.name.partition(".")[2], []).append(site)
+    kinds = by_kind(sites)
     # Bases of fewer layers than others are smaller, and so are the ranks that they can have.
     smallest = {kind: min(members, key=lambda site: site.d_out * site.d_in) for kind, members in kinds.items()}
     members = {site.name: kinds[kind] for kind, site in smallest.items()}

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 
 from pallas_kernels.persistent import code as w
-from pallas_kernels.persistent import words
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.launch import Emitter, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
+from pallas_kernels.persistent.words import store_word
 
 
 def store_words(place: Place, products: Any, part: jax.Array, row: jax.Array) -> None:
@@ -26,7 +26,7 @@ def store_words(place: Place, products: Any, part: jax.Array, row: jax.Array) ->
         def one(value: Any, index: Any) -> None:
             r, sequence = (w.as_index(i) for i in index)
             at = w.add(w.add(begin, r), w.mul(sequence, w.integer(phase.padded_rows)))
-            words.store_word(base, w.mul(at, w.integer(4)), value, e.epoch, w.below(sequence, w.integer(plan.batch)))
+            store_word(base, w.mul(at, w.integer(4)), value, e.epoch, w.below(sequence, w.integer(plan.batch)))
 
         arrays[0].foreach(one)
 

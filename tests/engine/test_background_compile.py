@@ -20,7 +20,7 @@ class Jitted:
 
     def __init__(self, error: Exception | None = None):
         self.threads: list[threading.Thread] = []
-        self.go, self._error = threading.Event(), error
+        self.go, self.error = threading.Event(), error
 
     out_info = "shapes"
 
@@ -35,8 +35,8 @@ class Jitted:
     def compile(self) -> object:
         assert self.go.wait(60)
         self.threads.append(threading.current_thread())
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return lambda *arguments: arguments
 
 
@@ -59,6 +59,9 @@ def test_what_compiling_raises_the_call_raises() -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="too large"):
             step(1)
+    assert len(jitted.threads) == 3 * 2  # traced, lowered and compiled again, as memory may have been short
+    jitted.error = None
+    assert step(1) == (1,)
 
 
 @pytest.mark.parametrize("begun", [True, False])
