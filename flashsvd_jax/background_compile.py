@@ -1,6 +1,7 @@
 """Compiles steps while the host is busy with others, so that a first call takes as long as the longest of them, not as all."""
 
 import functools
+from collections.abc import Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -40,6 +41,10 @@ class BackgroundStep:
             self._compiled = None
             raise
 
+    def shapes(self, *shapes: Any) -> Any:
+        """The shapes of what it gives; nothing is compiled."""
+        return self._jitted.eval_shape(*shapes)
+
     def lower(self, *shapes: Any) -> Any:
         """It lowered, as `jax.jit` does."""
         return self._jitted.lower(*shapes)
@@ -56,15 +61,15 @@ class BackgroundStep:
         return self._compiled.result()(*arguments)
 
 
-class BackgroundSteps(dict[int, BackgroundStep]):
-    """Of one jitted function, for each size of its arguments one, made when it is asked for."""
+class BackgroundSteps(dict[Hashable, BackgroundStep]):
+    """Of one jitted function, for each kind of its arguments one, made when it is asked for by the caller's name of that kind."""
 
     def __init__(self, jitted: Any):
         super().__init__()
         self._jitted = jitted
 
-    def __missing__(self, size: int) -> BackgroundStep:
-        step = self[size] = BackgroundStep(self._jitted)
+    def __missing__(self, kind: Hashable) -> BackgroundStep:
+        step = self[kind] = BackgroundStep(self._jitted)
         return step
 
 

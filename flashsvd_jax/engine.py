@@ -4,7 +4,7 @@ Every shape is fixed: a batch size, a cache length, a few prompt lengths (bucket
 lengths, positions and sampling options are arrays, so after one call of a bucket nothing is compiled again. Calls whose requests
 are all greedy have steps of their own, which are compiled when the first of them comes.
 
-    prompt  |--- chunk ---|--- chunk ---|- bucket -|        `prefill` from position 0, `extend` for what follows
+    prompt  |--- chunk ---|--- chunk ---|- bucket -|        each through the layers in runs, the next sent while one is computed
     cache   |=============|=============|======....|        slots past a prompt's end hold padding, masked until overwritten
     decode                                     |kkkk|kkkk|  k tokens a dispatch, on a GPU the next sent before the last is read
 """
@@ -18,15 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashsvd_jax import decode_loop, prompt_steps
-from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
+from flashsvd_jax import decode_loop
+from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
+from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
+from flashsvd_jax.prompt_steps import PromptSteps
+from flashsvd_jax.sampling.counts import no_counts
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
-from flashsvd_jax.sequences import Requests
+from flashsvd_jax.sequences import DecodeState, Requests
 from pallas_kernels import implementation_names, keeps_scores, power_of_two, prefer, record, stall_reason, target
 from pallas_kernels.registry import Record
 
@@ -64,10 +67,9 @@ def check_stall(stall: np.ndarray) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Steps:
-    """What an engine compiles for requests of one kind: see `prompt_steps.prefill` and `extend`, by bucket, and `decode_loop`."""
+    """What an engine compiles for requests of one kind."""
 
-    prefill: BackgroundSteps
-    extend: BackgroundSteps
+    prompts: PromptSteps
     decode: BackgroundStep
 
 
@@ -133,7 +135,7 @@ class Engine:
         steps = self._steps if wants_more_than_greedy(requests.options) else self._greedy_steps
         steps_left, buckets = int(np.max(requests.max_tokens)) - 1, self.buckets(max(map(len, prompts)))
         self._compile(steps, buckets, requests, decodes=steps_left > 0)
-        state, first, sampled = self._process_prompts(steps, buckets, prompts, requests)
+        state, first, sampled = steps.prompts(self._chunks(buckets, prompts), requests)
         requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending or steps_left > 0:
@@ -157,37 +159,34 @@ class Engine:
 
     def lower_decode(self, *, greedy: bool = True) -> Any:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
-        zeros = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
-        requests = zeros(self._requests([[0]], [SamplingParams(max_tokens=1)]))
-        tokens = jax.ShapeDtypeStruct((self.batch, self.buckets(1)[0]), jnp.int32)
+        shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
+        requests = shapes(self._requests([[0]], [SamplingParams(max_tokens=1)]))
         steps = self._greedy_steps if greedy else self._steps
-        prefill = partial(prompt_steps.prefill, self.config, self.cache_slots, greedy)
-        state, _, _ = jax.eval_shape(prefill, self.weights, tokens, requests)
-        return steps.decode.lower(self.weights, state, requests)
+        return steps.decode.lower(self.weights, jax.eval_shape(self._empty_state), requests)
+
+    def _empty_state(self) -> DecodeState:
+        nothing = jnp.zeros((self.batch,), jnp.int32)
+        cache = empty_cache(self.config, self.batch, self.cache_slots, self.weights.embedding.dtype)
+        return DecodeState(cache, nothing, nothing, no_counts(self.batch, self.config.vocab_size))
 
     def _compiled(self, *, greedy: bool) -> "_Steps":
         """The steps of requests, each compiled when it is first used."""
         jit = lambda step, *given, **options: jax.jit(self._choosing(partial(step, *given)), **options)  # noqa: E731
-        of_prompts, config = {"compiler_options": pass_options(self.weights.layers)}, self.config
+        jit_of_prompts = partial(jit, compiler_options=pass_options(self.weights.layers))
         decode, loop = decode_loop.decode_greedily if greedy else decode_loop.decode, decode_loop.loop_options()
         return _Steps(
-            BackgroundSteps(jit(prompt_steps.prefill, config, self.cache_slots, greedy, **of_prompts)),
-            BackgroundSteps(jit(prompt_steps.extend, config, greedy, donate_argnums=1, **of_prompts)),
-            BackgroundStep(jit(decode, config, self.decode_chunk, donate_argnums=1, compiler_options=loop)),
+            PromptSteps(self.config, self.weights, self.cache_slots, greedy, jit_of_prompts),
+            BackgroundStep(jit(decode, self.config, self.decode_chunk, donate_argnums=1, compiler_options=loop)),
         )
 
     def _compile(self, steps: "_Steps", buckets: Sequence[int], requests: Requests, *, decodes: bool) -> None:
         """Compiles what requests of these buckets need and what is not compiled yet, side by side."""
-        tokens = [jax.ShapeDtypeStruct((self.batch, bucket), jnp.int32) for bucket in buckets]
-        prompt = [steps.prefill[buckets[0]], *(steps.extend[bucket] for bucket in buckets[1:])]
-        found = prompt[0].begin(self.weights, tokens[0], requests)
-        for step, chunk in zip(prompt[1:], tokens[1:], strict=True):
-            state, *first = found
-            found = step.begin(self.weights, state, chunk, np.int32(0), requests, *first)
+        chunks = [jax.ShapeDtypeStruct((self.batch, bucket), jnp.int32) for bucket in buckets]
+        (state, *_), begun = steps.prompts.compile(chunks, requests)
         if decodes:
-            steps.decode.begin(self.weights, found[0], requests)
+            steps.decode.begin(self.weights, state, requests)
         # Nothing runs before all is there: XLA takes the time of products that it tries out.
-        for step in (*prompt, steps.decode):
+        for step in (*begun, steps.decode):
             step.wait()
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
@@ -230,18 +229,9 @@ class Engine:
         }
         return Requests(**arrays)
 
-    def _process_prompts(
-        self, steps: "_Steps", buckets: Sequence[int], prompts: Sequence[Sequence[int]], requests: Requests
-    ) -> prompt_steps.Step:
+    def _chunks(self, buckets: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Prompts padded, and cut into chunks of these lengths."""
         padded = np.zeros((self.batch, sum(buckets)), np.int32)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
-        state, tokens, sampled = steps.prefill[buckets[0]](self.weights, padded[:, : buckets[0]], requests)
-        start = buckets[0]
-        for bucket in buckets[1:]:
-            chunk = padded[:, start : start + bucket]
-            state, tokens, sampled = steps.extend[bucket](
-                self.weights, state, chunk, np.int32(start), requests, tokens, sampled
-            )
-            start += bucket
-        return state, tokens, sampled
+        return np.split(padded, np.cumsum(buckets)[:-1], axis=1)

@@ -5,6 +5,7 @@ is tested.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +33,19 @@ class KVCache:
         return KVCache(put(self.keys, keys), put(self.values, values))
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of zeros for ``batch`` sequences of up to ``length`` tokens."""
+def empty_cache(
+    config: ModelConfig, batch: int, length: int, dtype: jnp.dtype, num_layers: int | None = None
+) -> KVCache:
+    """A cache of zeros for ``batch`` sequences of up to ``length`` tokens; of all layers, or of so many."""
     shape = (batch, config.num_kv_heads, length, config.head_dim)
-    layers = range(config.num_layers)
+    layers = range(config.num_layers if num_layers is None else num_layers)
     return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+
+
+def joined(caches: Iterable[KVCache]) -> KVCache:
+    """The cache of all layers from those of neighbouring ones."""
+    caches = list(caches)
+    return KVCache(tuple(a for c in caches for a in c.keys), tuple(a for c in caches for a in c.values))
 
 
 def cache_bytes(config: ModelConfig, batch: int, length: int, itemsize: int = 2) -> int:

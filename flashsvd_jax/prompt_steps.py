@@ -1,16 +1,20 @@
-"""The compiled steps that process prompts, chunk by chunk, up to the first token of each sequence."""
+"""The compiled steps that process prompts, chunk by chunk and in runs of layers, up to the first token of each sequence."""
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.config import ModelConfig
-from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.models import decoder
+from flashsvd_jax.kv_cache import joined
+from flashsvd_jax.models import decoder, prompts
 from flashsvd_jax.models.weights import DecoderWeights
-from flashsvd_jax.sampling.counts import no_counts
+from flashsvd_jax.sampling.counts import TokenCounts, no_counts
 from flashsvd_jax.sampling.device import Sampled, best_token, sample
 from flashsvd_jax.sequences import NO_TOKEN, DecodeState, Requests
 
@@ -18,53 +22,133 @@ Step = tuple[DecodeState, jax.Array, Sampled | None]
 """The state; output tokens int32 [1, batch], NO_TOKEN where there is none yet; how they were chosen, None of greedy requests."""
 
 
-def prefill(
-    config: ModelConfig, slots: int, greedy: bool, weights: DecoderWeights, tokens: jax.Array, requests: Requests
-) -> Step:
-    """Prompts' first tokens [batch, bucket] into a new cache; the first output token of those that end here.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FirstTokens:
+    """What is known after a chunk.
 
-    Where requests are ``greedy``, of the most likely tokens and nothing else, tokens are not counted, as no penalty needs it, and
-    nothing is told of how they were chosen.
+    Attributes:
+      state: all of a `DecodeState` but the cache: the token of each sequence, int32 [batch], NO_TOKEN where its prompt goes on; the
+        prompts' lengths; counts of tokens.
+      tokens: as `Step` has them.
+      sampled: likewise.
     """
-    batch = tokens.shape[0]
-    cache = empty_cache(config, batch, slots, weights.embedding.dtype)
-    cache, x = decoder.prefill(config, weights, cache, tokens, requests.prompt_length)
-    start, nothing = jnp.int32(0), no_counts(batch, config.vocab_size)
-    counts = nothing if greedy else nothing.with_prompt(tokens, start, requests.prompt_length)
-    state = DecodeState(cache, jnp.full((batch,), NO_TOKEN, jnp.int32), requests.prompt_length, counts)
-    return _first_token(config, greedy, weights, state, x, start, requests)
+
+    state: tuple[jax.Array, jax.Array, TokenCounts]
+    tokens: jax.Array
+    sampled: Sampled | None
 
 
-def extend(
-    config: ModelConfig, greedy: bool, weights: DecoderWeights, state: DecodeState, tokens: jax.Array, start: jax.Array,
-    requests: Requests, earlier: jax.Array, earlier_sampled: Sampled | None,
-) -> Step:  # fmt: skip
-    """Prompts' next tokens [batch, bucket] from position ``start`` on; keeps the first tokens found in earlier chunks."""
-    cache, x = decoder.extend(config, weights, state.cache, tokens, start, requests.prompt_length)
-    counts = state.counts if greedy else state.counts.with_prompt(tokens, start, requests.prompt_length)
-    state = dataclasses.replace(state, cache=cache, counts=counts)
-    state, found, sampled = _first_token(config, greedy, weights, state, x, start, requests)
-    here = found != NO_TOKEN
-    pick: Callable[[jax.Array, jax.Array], jax.Array] = lambda new, old: jnp.where(  # noqa: E731
-        here.reshape(here.shape + (1,) * (new.ndim - 2)), new, old
-    )
-    return state, pick(found, earlier), jax.tree.map(pick, sampled, earlier_sampled)
+class PromptSteps:
+    """A model's steps for requests of one kind.
+
+    Args:
+      config: the model.
+      weights: its weights.
+      slots: of the cache.
+      greedy: whether requests are of the most likely tokens and nothing else. Then tokens are not counted, as no penalty needs it,
+        and nothing is told of how they were chosen.
+      jit: `jax.jit` for a function and what its first arguments are, with the caller's options.
+    """
+
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, slots: int, greedy: bool, jit: Callable[..., Any]):
+        self._config, self._outer = config, dataclasses.replace(weights, layers=())
+        self._runs = prompts.layer_runs(config, weights.layers)
+        kinds = [_kind(run) for run in self._runs]
+        self._kinds = [kinds.index(kind) for kind in kinds]
+        # By bucket; those of layers by the kind of run too, the last by whether a chunk came before.
+        self._begin = BackgroundSteps(jit(prompts.begin, config))
+        self._first = BackgroundSteps(jit(prompts.first_chunk, config, slots, donate_argnums=1))
+        self._next = BackgroundSteps(jit(prompts.next_chunk, config, donate_argnums=(1, 2)))
+        self._end = BackgroundSteps(jit(first_tokens, config, greedy))
+
+    def __call__(self, chunks: Sequence[np.ndarray], requests: Requests) -> Step:
+        """Processes prompts, given in chunks of tokens int32 [batch, bucket], padded on the right."""
+        return self.through(lambda step, *arguments: step(*arguments), chunks, requests)
+
+    def compile(self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests) -> tuple[Step, list[BackgroundStep]]:
+        """Begins to compile what chunks of such shapes need and what is not compiled yet.
+
+        Returns:
+          The shapes of what the call will give; the steps.
+        """
+        steps = []
+
+        def begun(step: BackgroundStep, *arguments: Any) -> Any:
+            steps.append(step)
+            return step.begin(*arguments)
+
+        return self.through(begun, chunks, requests), steps
+
+    def lower(self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests) -> dict[BackgroundStep, Any]:
+        """The steps for chunks of such shapes, each lowered, in order: for analysis, and to compile them elsewhere."""
+        lowered = {}
+
+        def shapes(step: BackgroundStep, *arguments: Any) -> Any:
+            if step not in lowered:
+                lowered[step] = step.lower(*arguments)
+            return step.shapes(*arguments)
+
+        self.through(shapes, chunks, requests)
+        return lowered
+
+    def of(self, weights: DecoderWeights) -> "PromptSteps":
+        """The same steps with other weights of the same shapes."""
+        other = copy.copy(self)
+        other._outer, other._runs = (
+            dataclasses.replace(weights, layers=()),
+            prompts.layer_runs(self._config, weights.layers),
+        )
+        return other
+
+    def through(self, call: Callable[..., Any], chunks: Sequence[Any], requests: Requests) -> Step:
+        """All steps in order, each by ``call(step, *arguments)``."""
+        start, caches, found = 0, list[Any](), None
+        for tokens in chunks:
+            bucket = tokens.shape[1]
+            chunk = call(self._begin[bucket], self._outer, tokens, np.int32(start), requests.prompt_length)
+            for place, (run, kind) in enumerate(zip(self._runs, self._kinds, strict=True)):
+                if found is None:
+                    cache, chunk = call(self._first[bucket, kind], run, chunk)
+                    caches.append(cache)
+                else:
+                    caches[place], chunk = call(self._next[bucket, kind], run, caches[place], chunk)
+            found = call(self._end[bucket, found is None], self._outer, chunk, tokens, requests, found)
+            start += bucket
+        assert found is not None  # there is a chunk
+        return DecodeState(joined(caches), *found.state), found.tokens, found.sampled
 
 
-def _first_token(
-    config: ModelConfig, greedy: bool, weights: DecoderWeights, state: DecodeState, x: jax.Array, start: jax.Array,
-    requests: Requests,
-) -> Step:  # fmt: skip
-    """The first output token [1, batch] of prompts whose last token is among hidden states x [batch, bucket, embed]."""
-    last = requests.prompt_length - 1 - start
-    here = (last >= 0) & (last < x.shape[1]) & (requests.max_tokens > 0)
-    at = jnp.clip(last, 0, x.shape[1] - 1)
-    logits = decoder.head_logits(config, weights, jnp.take_along_axis(x, at[:, None, None], axis=1)[:, 0])
+def first_tokens(
+    config: ModelConfig, greedy: bool, weights: DecoderWeights, chunk: prompts.Chunk, tokens: jax.Array, requests: Requests,
+    earlier: FirstTokens | None,
+) -> FirstTokens:  # fmt: skip
+    """The first output token of prompts whose last token is in a chunk behind all layers; keeps those found in earlier chunks."""
+    batch, bucket = tokens.shape
+    last = requests.prompt_length - 1 - chunk.start
+    here = (last >= 0) & (last < bucket) & (requests.max_tokens > 0)
+    at = jnp.clip(last, 0, bucket - 1)[:, None, None]
+    x, added = (jnp.take_along_axis(stream, at, axis=1)[:, 0] for stream in (chunk.x, chunk.added))
+    logits = decoder.head_logits(config, weights, x + added)
+    before = jnp.full((batch,), NO_TOKEN, jnp.int32) if earlier is None else earlier.state[0]
+    counts = no_counts(batch, config.vocab_size) if earlier is None else earlier.state[2]
+    if not greedy:
+        counts = counts.with_prompt(tokens, chunk.start, requests.prompt_length)
     with jax.named_scope("sample"):
         # Not chosen on the device: the host would wait there for the prompt, and send what follows only then.
-        sampled = None if greedy else sample(logits, requests.options, state.counts, jnp.zeros_like(last))
+        sampled = None if greedy else sample(logits, requests.options, counts, jnp.zeros_like(last))
         chosen = best_token(logits) if sampled is None else sampled.token
-    token = jnp.where(here, chosen, state.token)
-    counts = state.counts if greedy else state.counts.with_output(token, here)
-    state = dataclasses.replace(state, token=token, counts=counts)
-    return state, jnp.where(here, token, NO_TOKEN)[None], jax.tree.map(lambda a: a[None], sampled)
+    token = jnp.where(here, chosen, before)
+    if not greedy:
+        counts = counts.with_output(token, here)
+    if earlier is not None:
+        pick = lambda new, old: jnp.where(here.reshape(here.shape + (1,) * (new.ndim - 1)), new, old[0])  # noqa: E731
+        sampled = jax.tree.map(pick, sampled, earlier.sampled)
+    state = token, requests.prompt_length, counts
+    return FirstTokens(state, token[None], jax.tree.map(lambda a: a[None], sampled))
+
+
+def _kind(run: prompts.LayerRun) -> Any:
+    """Equal for runs that one compiled step serves."""
+    leaves, tree = jax.tree.flatten(run)
+    return tree, [(a.shape, a.dtype) for a in leaves]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from compiled_decoder import prefill_logits, used_cache
 from folder_logits import folder_logits
 from published_checkpoints import MODULES, Published, save_safetensors, state_dict
 
@@ -17,9 +18,8 @@ from converters import convert
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import ConversionError
-from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.loading import load_weights
-from flashsvd_jax.models.decoder import decode, prefill
+from flashsvd_jax.models.decoder import decode
 from flashsvd_jax.models.weights import build_weights
 
 Tensors = dict[str, torch.Tensor]
@@ -82,9 +82,7 @@ def test_steps_through_the_cache_give_the_logits_of_whole_sequences(case: str, c
         config = folder.config
         assert isinstance(config, ModelConfig)
         weights = load_weights(folder, functools.partial(build_weights, config), "never", None, progress=False)
-    cache, _ = jax.jit(prefill, static_argnums=0)(
-        config, weights, empty_cache(config, 2, 16, np.float32), tokens[:, :5], np.full(2, 5, np.int32)
-    )
+    cache, _ = prefill_logits(config, weights, used_cache(config, 2, 16), tokens[:, :5], np.full(2, 5, np.int32))
     step, wanted = jax.jit(decode, static_argnums=0), folder_logits(path, tokens)
     for position in range(5, 9):
         cache, logits, _ = step(config, weights, cache, tokens[:, position], np.full(2, position, np.int32))

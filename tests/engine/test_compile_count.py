@@ -34,12 +34,12 @@ def prompt(length: int) -> list[int]:
 
 
 def test_each_prompt_step_and_the_decode_step_compile_once(tiny: Any, complete: Complete) -> None:
-    """Steps of a chunk of 16: the first one, and one that continues; both are of one length, whatever the prompt's."""
+    """Steps of a chunk of 16: of a first one, and of one that continues; both are of one length, whatever the prompt's."""
     engine = tiny.new_engine()
     run = lambda length, p=SHORT: compiled_by(lambda: complete(engine, [prompt(length)], [p]))  # noqa: E731
-    assert run(5) == 2  # a prompt of one chunk, and decoding
+    assert run(5) == 4  # a chunk before, in and behind the layers, and decoding
     assert run(16) == 0
-    assert run(17) == 1  # a further chunk
+    assert run(17) == 2  # a further chunk in and behind the layers
     assert [run(length) for length in (1, 40, 95)] == [0, 0, 0]
     assert run(20, EVERYTHING) == 0
 
@@ -47,9 +47,9 @@ def test_each_prompt_step_and_the_decode_step_compile_once(tiny: Any, complete: 
 def test_greedy_calls_have_steps_of_their_own_and_compile_no_others(tiny: Any, complete: Complete) -> None:
     engine = tiny.new_engine(batch=2)
     run = lambda *params: compiled_by(lambda: complete(engine, [prompt(5)] * len(params), params))  # noqa: E731
-    assert run(GREEDY) == 2  # the prompt, and decoding
+    assert run(GREEDY) == 4  # the prompt, and decoding
     assert run(GREEDY, dataclasses.replace(GREEDY, stop_token_ids=[3], ignore_eos=True, max_tokens=30)) == 0
-    assert run(SHORT) == 2
+    assert run(SHORT) == 4
     others = [dataclasses.replace(GREEDY, **change) for change in ({"logprobs": 0}, {"presence_penalty": 0.1})]
     assert [run(*params) for params in ([GREEDY, SHORT], others, [EVERYTHING], [GREEDY])] == [0, 0, 0, 0]
 
@@ -59,10 +59,11 @@ def test_longer_chunks_have_a_bucket_for_each_power_of_two(tiny: Any, complete: 
     lengths = [16, 3, 17, 32, 33, 48, 64, 50, 80, 95]
     new = [compiled_by(lambda length=length: complete(engine, [prompt(length)], [SHORT])) for length in lengths]
     buckets = [engine.buckets(length) for length in lengths]
-    steps = {(place > 0, bucket) for chunks in buckets for place, bucket in enumerate(chunks)}
-    assert len(steps) == 4
-    assert sum(new) == len(steps) + 1
-    assert new == [2, 0, 1, 0, 1, 0, 1, 0, 0, 0]
+    chunks = {(place > 0, bucket) for chunks in buckets for place, bucket in enumerate(chunks)}
+    assert len(chunks) == 4
+    begins, decode = len({bucket for _, bucket in chunks}), 1
+    assert sum(new) == begins + 2 * len(chunks) + decode
+    assert new == [4, 0, 3, 0, 2, 0, 2, 0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,7 @@ from persistent_faults import skip_unless_hopper
 from converters import convert
 from flashsvd_jax import SamplingParams, batch_generate, load
 from flashsvd_jax.bundled import COMPRESSED, DENSE
-from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.models import decoder
+from flashsvd_jax.models import decoder, prompts
 from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import attend_cached, prefer, project, record
@@ -109,8 +108,8 @@ def test_logits_of_a_7b_model_are_as_near_to_float32_as_those_of_plain_xla(name:
     def step(kernels: str | None, used: dict[str, Any]) -> np.ndarray:
         def decode(weights: Any) -> jax.Array:
             with prefer(kernels), record(used):
-                cache = empty_cache(config, 1, 128, weights.embedding.dtype)
-                cache, _ = decoder.prefill(config, weights, cache, tokens[:, :64], jnp.array([64]))
+                chunk = prompts.begin(config, weights, jnp.asarray(tokens[:, :64]), jnp.int32(0), jnp.array([64]))
+                cache, _ = prompts.first_chunk(config, 128, prompts.LayerRun(weights.layers, config.windows, 1), chunk)
                 return decoder.decode(config, weights, cache, jnp.asarray(tokens[:, 64]), jnp.array([64]))[1]
 
         return np.asarray(jax.jit(decode)(weights), np.float64)

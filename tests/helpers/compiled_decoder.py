@@ -8,8 +8,9 @@ import numpy as np
 from hf_models import Reference
 
 from flashsvd_jax.config import ModelConfig
-from flashsvd_jax.kv_cache import KVCache, empty_cache
-from flashsvd_jax.models.decoder import decode, extend, full_logits, head_logits, prefill
+from flashsvd_jax.kv_cache import KVCache, empty_cache, joined
+from flashsvd_jax.models.decoder import decode, full_logits, head_logits
+from flashsvd_jax.models.prompts import Chunk, begin, first_chunk, layer_runs, next_chunk
 from flashsvd_jax.models.weights import DecoderWeights, weights_from_params
 
 Array = jax.Array | np.ndarray | np.integer
@@ -21,16 +22,30 @@ full = jax.jit(full_logits, static_argnums=0)
 def prefill_logits(
     config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: Array, lengths: Array
 ) -> tuple[KVCache, jax.Array]:
-    cache, x = prefill(config, weights, cache, tokens, lengths)
-    return cache, head_logits(config, weights, x)
+    """Of prompts' first tokens; behind them the cache keeps what it held."""
+    chunk, parts = begin(config, weights, jnp.asarray(tokens), jnp.int32(0), jnp.asarray(lengths)), []
+    for run in layer_runs(config, weights.layers):
+        part, chunk = first_chunk(config, cache.length, run, chunk)
+        parts.append(part)
+    written = jnp.arange(cache.length)[:, None] < tokens.shape[1]
+    return jax.tree.map(functools.partial(jnp.where, written), joined(parts), cache), _logits(config, weights, chunk)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def extend_logits(
     config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: Array, start: Array, lengths: Array
 ) -> tuple[KVCache, jax.Array]:
-    cache, x = extend(config, weights, cache, tokens, start, lengths)
-    return cache, head_logits(config, weights, x)
+    """Of tokens behind those in the cache."""
+    chunk, parts, at = begin(config, weights, jnp.asarray(tokens), jnp.asarray(start), jnp.asarray(lengths)), [], 0
+    for run in layer_runs(config, weights.layers):
+        here = slice(at, at := at + len(run.weights))
+        part, chunk = next_chunk(config, run, KVCache(cache.keys[here], cache.values[here]), chunk)
+        parts.append(part)
+    return joined(parts), _logits(config, weights, chunk)
+
+
+def _logits(config: ModelConfig, weights: DecoderWeights, chunk: Chunk) -> jax.Array:
+    return head_logits(config, weights, chunk.x + chunk.added)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

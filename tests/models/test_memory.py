@@ -13,7 +13,8 @@ from jax import lax
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, cache_bytes, empty_cache
-from flashsvd_jax.models.decoder import extend, head_logits, prefill
+from flashsvd_jax.models.decoder import head_logits
+from flashsvd_jax.models.prompts import begin, first_chunk, layer_runs, next_chunk
 from flashsvd_jax.models.weights import DecoderWeights, weights_from_params
 
 CACHE, LAYERS = 16 * 2**20, 2
@@ -45,9 +46,10 @@ def temporary_bytes(step: Step, config: ModelConfig, weights: DecoderWeights, ba
 def decode_step(
     config: ModelConfig, weights: DecoderWeights, cache: KVCache, token: jax.Array, position: jax.Array
 ) -> State:
-    lengths = jnp.broadcast_to(position + 1, token.shape)
-    cache, x = extend(config, weights, cache, token[:, None], position, lengths)
-    return cache, head_logits(config, weights, x[:, 0]).argmax(-1).astype(jnp.int32)
+    chunk = begin(config, weights, token[:, None], position, jnp.broadcast_to(position + 1, token.shape))
+    (run,) = layer_runs(config, weights.layers)
+    cache, chunk = next_chunk(config, run, cache, chunk)
+    return cache, head_logits(config, weights, (chunk.x + chunk.added)[:, 0]).argmax(-1).astype(jnp.int32)
 
 
 def decode_loop(
@@ -68,5 +70,14 @@ def test_decoding_updates_the_cache_in_place(model: Model, step: Step, batch: in
     assert temporary_bytes(step, *model, batch, np.zeros(batch, np.int32), position) < LIMIT
 
 
-def test_prefill_fills_the_cache_in_place(model: Model) -> None:
-    assert temporary_bytes(prefill, *model, 2, np.zeros((2, 16), np.int32), np.full(2, 16, np.int32)) < LIMIT
+def test_a_first_chunk_fills_its_cache_in_place(model: Model) -> None:
+    """The cache is made by the step; beside it there is no other."""
+    config, weights = model
+    slots = CACHE // cache_bytes(config, 2, 1, 4)
+    tokens, lengths = np.zeros((2, 16), np.int32), np.full(2, 16, np.int32)
+    (run,) = layer_runs(config, weights.layers)
+    chunk = jax.eval_shape(functools.partial(begin, config), weights, tokens, np.int32(0), lengths)
+    step = jax.jit(functools.partial(first_chunk, config, slots), donate_argnums=1)
+    memory = step.lower(run, chunk).compile().memory_analysis()
+    assert memory.output_size_in_bytes >= CACHE
+    assert memory.temp_size_in_bytes < LIMIT

@@ -1,4 +1,4 @@
-"""The engine's step of a prompt at the widths of Llama-2-7B, some layers deep, with shapes for weights."""
+"""The engine's steps of a prompt at the widths of Llama-2-7B, some layers deep, with shapes for weights."""
 
 from functools import partial
 from typing import Any
@@ -17,8 +17,8 @@ from flashsvd_jax.shapes import mixed_config, shape_config
 from pallas_kernels import hardware_rank
 
 
-def lower_prompt(ranks: str, layers: int, tokens: int) -> Any:
-    """Of "uniform" or "mixed" ranks, lowered as on an H200. Only in a process that describes one."""
+def lower_prompt(ranks: str, layers: int, tokens: int, step: int) -> Any:
+    """A step of theirs, of "uniform" or "mixed" ranks, lowered as on an H200. Only in a process that describes one."""
     config: ModelConfig = (mixed_config if ranks == "mixed" else shape_config)("llama-2-7b", 0.5)
     config = first_layers(config, layers)
     build = partial(build_weights, config, pad_rank=hardware_rank)
@@ -27,4 +27,5 @@ def lower_prompt(ranks: str, layers: int, tokens: int) -> Any:
         engine = Engine(config, weights, max_length=2 * tokens)
         requests = engine._requests([[0]], [SamplingParams(temperature=0.0, max_tokens=1)])
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), requests)
-        return engine._greedy_steps.prefill[tokens].lower(weights, jax.ShapeDtypeStruct((1, tokens), jnp.int32), shapes)
+        lowered = engine._greedy_steps.prompts.lower([jax.ShapeDtypeStruct((1, tokens), jnp.int32)], shapes)
+        return list(lowered.values())[step]

@@ -1,0 +1,95 @@
+"""The layers of a decoder as the operations take them, and the way through them that all uses but decoding share."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.models.weights import LayerWeights
+from flashsvd_jax.rope import rotary_tables
+from pallas_kernels import DecoderLayer, LayerNorm, Norm, add_norm, feed_forward, normed, of_kinds, project
+
+Tables = list[tuple[jax.Array, jax.Array]]
+"""Cosines and sines of each rotary embedding that occurs, float32 [batch, tokens, columns]."""
+
+
+def rotations_at(config: ModelConfig, positions: jax.Array, lengths: jax.Array) -> Tables:
+    """Tables for positions int32 [batch, tokens] of sequences of those lengths; of no columns where nothing is rotated."""
+    if not config.ropes:
+        none = jnp.zeros((*positions.shape, 0), jnp.float32)
+        return [(none, none)]
+    return [rotary_tables(rope, config.head_dim, positions, lengths) for rope in config.ropes]
+
+
+def layers_of(
+    config: ModelConfig, weights: Sequence[LayerWeights], windows: Sequence[int | None]
+) -> list[DecoderLayer]:
+    """Layers as `pallas_kernels` takes them, from their weights and sliding windows."""
+    return [layer_of(config, *pair) for pair in zip(weights, windows, strict=True)]
+
+
+def layer_of(config: ModelConfig, weights: LayerWeights, window: int | None) -> DecoderLayer:
+    """One of them."""
+    return DecoderLayer(
+        input_norm=weights.input_norm,
+        qkv=weights.qkv,
+        q_norm=weights.q_norm,
+        k_norm=weights.k_norm,
+        o=weights.o,
+        mlp_norm=weights.mlp_norm,
+        gate_up=weights.gate_up,
+        down=weights.down,
+        gate=config.activation,
+        window=window,
+        attention_out_norm=weights.attention_out_norm,
+        mlp_out_norm=weights.mlp_out_norm,
+        scale=config.attention_scale,
+        softcap=config.attention_softcap,
+        rotation=config.rotation(window),
+    )
+
+
+def heads_of(config: ModelConfig, layer: DecoderLayer, tables: Tables) -> tuple[Any, ...]:
+    """What `pallas_kernels.project_heads` takes beside its input."""
+    return layer.qkv, *tables[layer.rotation], config.head_dim, layer.q_norm, layer.k_norm
+
+
+def through_layers(
+    layers: Sequence[DecoderLayer],
+    kinds: int,
+    x: jax.Array,
+    added: jax.Array | None,
+    attention: Callable[[int, jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream after some layers, in two parts: what the last one adds to it is not added yet.
+
+    Args:
+      layers: one after the other.
+      kinds: how many kinds of layers the whole model has, see `pallas_kernels.of_kinds`.
+      x: [batch, tokens, embed], the stream before them.
+      added: what is to be added to it first, None for nothing.
+      attention: called with the place of a layer among these and what is to be projected; gives [batch, tokens, heads * head_dim].
+    """
+    with of_kinds(kinds):
+        for index, layer in enumerate(layers):
+            with jax.named_scope("qkv"):
+                if added is None:
+                    inner = normed(x, layer.input_norm)
+                else:
+                    x, inner = add_norm(x, added, layer.input_norm)
+            attended = attention(index, inner)
+            with jax.named_scope("attention_out"):
+                attended = _out_norm(project(attended, layer.o)[0], layer.attention_out_norm)
+            with jax.named_scope("mlp"):
+                x, inner = add_norm(x, attended, layer.mlp_norm)
+                inner = feed_forward(inner, layer.gate_up, layer.down, activation=layer.gate)
+                added = _out_norm(inner, layer.mlp_out_norm)
+    assert added is not None  # there is a layer
+    return x, added
+
+
+def _out_norm(added: jax.Array, norm: Norm | LayerNorm | None) -> jax.Array:
+    """What a layer adds to the residual stream, normed where the model does that."""
+    return added if norm is None else normed(added, norm)

@@ -1,0 +1,122 @@
+"""Prompts through a decoder, chunk by chunk, and a chunk in runs of layers that a caller may compile and send one by one.
+
+    tokens -> `begin` -> | layers 0 to 7 | layers 8 to 15 | ... | -> x + added -> `decoder.head_logits`
+
+The first chunk of a prompt attends over itself and fills a new cache (`first_chunk`), those behind it go on with the cache
+(`next_chunk`). A device begins with a run while the host still prepares the next; and runs alike are compiled once.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.kv_cache import KVCache, empty_cache, write
+from flashsvd_jax.models.decoder_layers import Tables, heads_of, layers_of, rotations_at, through_layers
+from flashsvd_jax.models.embedding import embed
+from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
+from pallas_kernels import Visible, attend, attend_cached, layer_kinds, project, project_heads
+
+LAYERS_OF_A_RUN = 8
+"""At most: few enough that sending the first takes little time, enough that the host stays ahead of the device."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerRun:
+    """Neighbouring layers of a decoder.
+
+    Attributes:
+      weights: of each.
+      windows: how far each looks back, None for all the way.
+      kinds: how many kinds of layers the whole model has.
+    """
+
+    weights: tuple[LayerWeights, ...]
+    windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
+    kinds: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some tokens of each prompt on their way through the layers.
+
+    Attributes:
+      x: the residual stream, [batch, tokens, embed].
+      added: what comes to it next, likewise.
+      tables: of rotary embeddings.
+      start: int32 [] or [batch], the position of the first token.
+      lengths: int32 [batch], each prompt's whole length; it may end before the chunk does, or go on behind it.
+    """
+
+    x: jax.Array
+    added: jax.Array
+    tables: Tables
+    start: jax.Array
+    lengths: jax.Array
+
+
+def layer_runs(config: ModelConfig, layers: Sequence[LayerWeights]) -> list[LayerRun]:
+    """A model's layers in runs of `LAYERS_OF_A_RUN` at most, of one length if they can be."""
+    least = math.ceil(len(layers) / LAYERS_OF_A_RUN)
+    count = next((n for n in range(least, 2 * least + 1) if len(layers) % n == 0), least)
+    ends = [len(layers) * n // count for n in range(count + 1)]
+    kinds = layer_kinds(layers)
+    return [LayerRun(tuple(layers[a:b]), tuple(config.windows[a:b]), kinds) for a, b in itertools.pairwise(ends)]
+
+
+def begin(
+    config: ModelConfig, weights: DecoderWeights, tokens: jax.Array, start: jax.Array, lengths: jax.Array
+) -> Chunk:
+    """A chunk of tokens int32 [batch, tokens] before the first layer; ``weights`` may come without layers."""
+    first = jnp.broadcast_to(start, tokens.shape[:1])
+    positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    x = embed(config, weights.embedding, weights.positions, tokens, positions)
+    return Chunk(x, jnp.zeros_like(x), rotations_at(config, positions, lengths), start, lengths)
+
+
+def first_chunk(config: ModelConfig, slots: int, run: LayerRun, chunk: Chunk) -> tuple[KVCache, Chunk]:
+    """Prompts' first tokens through a run of layers, attending over themselves alone.
+
+    Returns:
+      Keys and values of these layers in a new cache of so many slots, and the chunk behind the layers.
+    """
+    batch, tokens, _ = chunk.x.shape
+    cache = empty_cache(config, batch, slots, chunk.x.dtype, len(run.weights))
+    layers, ends = layers_of(config, run.weights, run.windows), jnp.minimum(chunk.lengths, tokens)
+
+    def attention(index: int, x: jax.Array) -> jax.Array:
+        nonlocal cache
+        layer = layers[index]
+        q, k, v, keys, values = project_heads(x, *heads_of(config, layer, chunk.tables))
+        cache = write(cache, index, keys, values, jnp.zeros((), jnp.int32))
+        visible = Visible(ends, window=layer.window, padding="ignored")
+        return attend(q, k, v, visible, scale=layer.scale, softcap=layer.softcap)
+
+    x, added = through_layers(layers, run.kinds, chunk.x, chunk.added, attention)
+    return cache, dataclasses.replace(chunk, x=x, added=added)
+
+
+def next_chunk(config: ModelConfig, run: LayerRun, cache: KVCache, chunk: Chunk) -> tuple[KVCache, Chunk]:
+    """Prompts' further tokens through a run of layers; the cache is of these layers, and holds the positions before the chunk."""
+    layers = layers_of(config, run.weights, run.windows)
+
+    def attention(index: int, x: jax.Array) -> jax.Array:
+        nonlocal cache
+        layer = layers[index]
+        projected = project(x, layer.qkv)
+        with jax.named_scope("attention"):
+            attended, keys, values = attend_cached(
+                *projected, cache.keys[index], cache.values[index], *chunk.tables[layer.rotation], chunk.start, chunk.lengths,
+                window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, scale=layer.scale, softcap=layer.softcap,
+            )  # fmt: skip
+        cache = cache.replace(index, keys, values)
+        return attended
+
+    x, added = through_layers(layers, run.kinds, chunk.x, chunk.added, attention)
+    return cache, dataclasses.replace(chunk, x=x, added=added)
