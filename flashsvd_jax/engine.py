@@ -23,7 +23,7 @@ from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.models.pass_options import pass_options
+from flashsvd_jax.models.pass_options import run_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.prompt_steps import PromptSteps
 from flashsvd_jax.sampling.counts import no_counts
@@ -172,7 +172,7 @@ class Engine:
     def _compiled(self, *, greedy: bool) -> "_Steps":
         """The steps of requests, each compiled when it is first used."""
         jit = lambda step, *given, **options: jax.jit(self._choosing(partial(step, *given)), **options)  # noqa: E731
-        jit_of_prompts = partial(jit, compiler_options=pass_options(self.weights.layers))
+        jit_of_prompts = partial(jit, compiler_options=run_options(self.weights.layers))
         decode, loop = decode_loop.decode_greedily if greedy else decode_loop.decode, decode_loop.loop_options()
         return _Steps(
             PromptSteps(self.config, self.weights, self.cache_slots, greedy, jit_of_prompts),

@@ -8,6 +8,9 @@ from typing import Any
 
 from pallas_kernels import MOST_KINDS, layer_kinds, target
 
+_NEVER = 2**30
+"""Kernels that a graph must have at least, for a program that is to have none."""
+
 
 def pass_options(layers: Sequence[Any]) -> dict[str, Any] | None:
     """XLA options for a pass over many tokens, None for the default ones.
@@ -18,3 +21,15 @@ def pass_options(layers: Sequence[Any]) -> dict[str, Any] | None:
     if target().platform != "cuda" or target().interpret or layer_kinds(layers) <= MOST_KINDS:
         return None
     return {"xla_gpu_enable_triton_gemm": False}
+
+
+def run_options(layers: Sequence[Any]) -> dict[str, Any] | None:
+    """The same for a run of layers of a prompt, whose kernels are sent one by one.
+
+    One program serves several runs, and each has its weights elsewhere: as a CUDA graph it would be updated for every run, which
+    takes the host longer than to send the kernels, and the GPU waits (bench/NOTES.md).
+    """
+    found = pass_options(layers) or {}
+    if target().platform == "cuda" and not target().interpret:
+        found = {**found, "xla_gpu_graph_min_graph_size": _NEVER}
+    return found or None

@@ -20,6 +20,7 @@ def test_kernels_are_compiled_for_few_shapes(ranks: str) -> None:
 
 
 @pytest.mark.parametrize("step", [LAYERS, END])
-def test_the_host_waits_for_nothing(step: int) -> None:
+def test_the_host_waits_for_nothing_and_updates_no_graph(step: int) -> None:
     compiled = compile_lowered_by(lower_prompt, "uniform", 1, 512, step)
-    assert not [thunk for thunk in compiled.walk() if thunk.kind == "kConditional"]
+    assert compiled.kernels
+    assert not [thunk for thunk in compiled.walk() if thunk.kind in ("kConditional", "kCommandBuffer")]

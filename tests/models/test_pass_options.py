@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flashsvd_jax.models.pass_options import pass_options
+from flashsvd_jax.models.pass_options import pass_options, run_options
 from pallas_kernels import MOST_KINDS, Target, assume_target, layer_kinds
 from pallas_kernels.target import H200
 
@@ -26,3 +26,12 @@ def test_many_kinds_leave_products_to_a_library(device: Target) -> None:
     with assume_target(device):
         assert pass_options(few) is None
         assert (pass_options(many) is not None) == (device == H200)
+
+
+def test_runs_of_layers_have_no_graph_on_a_gpu() -> None:
+    few, many = (layers(*range(8, 8 * n + 1, 8)) for n in (MOST_KINDS, MOST_KINDS + 1))
+    with assume_target(Target("cpu")):
+        assert run_options(few) is None
+    with assume_target(H200):
+        (graph,) = (run_options(few) or {}).items()
+        assert run_options(many) == dict([graph]) | (pass_options(many) or {})
