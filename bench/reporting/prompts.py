@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from reporting.rows import counts_in_place_of
 from reporting.tables import markdown
 
 Row = dict[str, Any]
@@ -26,14 +27,14 @@ IMPLEMENTATIONS = {
 
 
 def read(file: Path) -> dict[Setting, dict[str, Row]]:
-    """The newest row of every setting and implementation; failures count only where nothing was measured."""
+    """The row that counts of every setting and implementation, see `counts_in_place_of`."""
     found: dict[Setting, dict[str, Row]] = {}
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     for row in map(json.loads, lines):
         if "length" not in row:  # rows of `flashsvd bench` are told by other keys
             continue
         by_impl = found.setdefault((row["model"], row["ratio"], row["batch"], row["length"]), {})
-        if "error" not in row or row["impl"] not in by_impl:
+        if counts_in_place_of(by_impl.get(row["impl"]), row, "latency_ms"):
             by_impl[row["impl"]] = row
     return found
 

@@ -38,6 +38,13 @@ def test_the_newest_row_counts_and_a_failure_does_not_hide_it(tmp_path: Path) ->
     assert cells(tables.decode(found))[2] == ["llama-2-7b", "0.50", "1", "512", "1.50", "2.00 (75%)"]
 
 
+def test_of_others_the_fastest_row_counts_however_old(tmp_path: Path) -> None:
+    slow, fast = row("torch-eager", 0.5, 46.0), row("torch-eager", 0.5, 28.0)
+    for rows in ([slow, fast], [fast, slow], [failure("torch-eager"), slow, fast, failure("torch-eager")]):
+        found = read(tmp_path, row(ms=2.0), *rows, row(ms=3.0))
+        assert cells(tables.decode(found))[2][-2:] == ["3.00 (50%)", "28.00"]
+
+
 def test_our_own_rows_are_named_by_what_ran(tmp_path: Path) -> None:
     persistent = row(ms=1.8, kernels="decode_layers=persistent, attend=xla")
     xla = row("flashsvd_jax", ms=3.0, kernels="decode_layers=xla")
