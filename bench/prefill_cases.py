@@ -28,13 +28,19 @@ class PrefillCase(PromptCase):
         return shape_config(self.model, self.ratio)
 
     def flops(self) -> int:
-        """The layers' weights once a token, the head once a sequence, and causal attention."""
+        """The layers' weights once a token, the head once a sequence, and causal attention.
+
+        Behind the last layer's attention one token of a sequence is enough.
+        """
         config = self.config
-        specs = schema(config).items()
-        layers = sum(spec.size for name, spec in specs if name.startswith("layers_") and len(spec.shape) > 1)
+        sizes = {name: spec.size for name, spec in schema(config).items() if len(spec.shape) > 1}
+        layers = sum(size for name, size in sizes.items() if name.startswith("layers_"))
+        last = tuple(f"layers_{config.num_layers - 1}.{part}" for part in ("self_attn.o_proj", "mlp"))
+        behind = sum(size for name, size in sizes.items() if name.startswith(last))
         tokens, width = self.batch * self.length, config.num_heads * config.head_dim
         attention = 2 * config.num_layers * tokens * self.length * width
-        return 2 * layers * tokens + 2 * config.vocab_size * config.hidden_size * self.batch + attention
+        weights = 2 * (layers * tokens - behind * (tokens - self.batch))
+        return weights + 2 * config.vocab_size * config.hidden_size * self.batch + attention
 
 
 CASES = [

@@ -60,6 +60,9 @@ class PromptSteps:
         self._begin = BackgroundSteps(jit(prompts.begin, config))
         self._first = BackgroundSteps(jit(prompts.first_chunk, config, slots, donate_argnums=1))
         self._next = BackgroundSteps(jit(prompts.next_chunk, config, donate_argnums=(1, 2)))
+        # What the last run gives is smaller, so what it is given cannot hold it.
+        self._first_of_last = BackgroundSteps(jit(prompts.first_chunk, config, slots))
+        self._next_of_last = BackgroundSteps(jit(prompts.next_chunk, config, donate_argnums=1))
         self._end = BackgroundSteps(jit(first_tokens, config, greedy))
 
     def __call__(self, chunks: Sequence[np.ndarray], requests: Requests) -> Step:
@@ -109,10 +112,12 @@ class PromptSteps:
             chunk = call(self._begin[bucket], self._outer, tokens, np.int32(start), requests.prompt_length)
             for place, (run, kind) in enumerate(zip(self._runs, self._kinds, strict=True)):
                 if found is None:
-                    cache, chunk = call(self._first[bucket, kind], run, chunk)
+                    steps = self._first_of_last if run.is_last else self._first
+                    cache, chunk = call(steps[bucket, kind], run, chunk)
                     caches.append(cache)
                 else:
-                    caches[place], chunk = call(self._next[bucket, kind], run, caches[place], chunk)
+                    steps = self._next_of_last if run.is_last else self._next
+                    caches[place], chunk = call(steps[bucket, kind], run, caches[place], chunk)
             found = call(self._end[bucket, found is None], self._outer, chunk, tokens, requests, found)
             start += bucket
         assert found is not None  # there is a chunk
@@ -127,9 +132,7 @@ def first_tokens(
     batch, bucket = tokens.shape
     last = requests.prompt_length - 1 - chunk.start
     here = (last >= 0) & (last < bucket) & (requests.max_tokens > 0)
-    at = jnp.clip(last, 0, bucket - 1)[:, None, None]
-    x, added = (jnp.take_along_axis(stream, at, axis=1)[:, 0] for stream in (chunk.x, chunk.added))
-    logits = decoder.head_logits(config, weights, x + added)
+    logits = decoder.head_logits(config, weights, (chunk.x + chunk.added)[:, 0])
     before = jnp.full((batch,), NO_TOKEN, jnp.int32) if earlier is None else earlier.state[0]
     counts = no_counts(batch, config.vocab_size) if earlier is None else earlier.state[2]
     if not greedy:

@@ -62,6 +62,7 @@ def through_layers(
     x: jax.Array,
     added: jax.Array | None,
     attention: Callable[[int, jax.Array], jax.Array],
+    kept: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The residual stream after some layers, in two parts: what the last one adds to it is not added yet.
 
@@ -71,6 +72,8 @@ def through_layers(
       x: [batch, tokens, embed], the stream before them.
       added: what is to be added to it first, None for nothing.
       attention: called with the place of a layer among these and what is to be projected; gives [batch, tokens, heads * head_dim].
+      kept: takes the tokens that are wanted behind the last layer, if not all are, of [batch, tokens, ...]. Others go no further
+        than that layer's attention.
     """
     with of_kinds(kinds):
         for index, layer in enumerate(layers):
@@ -80,6 +83,8 @@ def through_layers(
                 else:
                     x, inner = add_norm(x, added, layer.input_norm)
             attended = attention(index, inner)
+            if kept is not None and index == len(layers) - 1:
+                x, attended = kept(x), kept(attended)
             with jax.named_scope("attention_out"):
                 attended = _out_norm(project(attended, layer.o)[0], layer.attention_out_norm)
             with jax.named_scope("mlp"):

@@ -1,15 +1,16 @@
 """Prompts through a decoder, chunk by chunk, and a chunk in runs of layers that a caller may compile and send one by one.
 
-    tokens -> `begin` -> | layers 0 to 7 | layers 8 to 15 | ... | -> x + added -> `decoder.head_logits`
+    tokens -> `begin` -> | layers 0 to 7 | layers 8 to 15 | ... | -> x + added, one token -> `decoder.head_logits`
 
 The first chunk of a prompt attends over itself and fills a new cache (`first_chunk`), those behind it go on with the cache
-(`next_chunk`). A device begins with a run while the host still prepares the next; and runs alike are compiled once.
+(`next_chunk`). A device begins with a run while the host still prepares the next; and runs alike are compiled once. Behind the last
+layer only a prompt's last token is wanted: there the others leave keys and values and go no further.
 """
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from flashsvd_jax.kv_cache import KVCache, empty_cache, write
 from flashsvd_jax.models.decoder_layers import Tables, heads_of, layers_of, rotations_at, through_layers
 from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
-from pallas_kernels import Visible, attend, attend_cached, layer_kinds, project, project_heads
+from pallas_kernels import DecoderLayer, Visible, attend, attend_cached, layer_kinds, project, project_heads
 
 LAYERS_OF_A_RUN = 8
 """At most: few enough that sending the first takes little time, enough that the host stays ahead of the device."""
@@ -34,11 +35,13 @@ class LayerRun:
       weights: of each.
       windows: how far each looks back, None for all the way.
       kinds: how many kinds of layers the whole model has.
+      is_last: whether no layer comes behind them.
     """
 
     weights: tuple[LayerWeights, ...]
     windows: tuple[int | None, ...] = dataclasses.field(metadata={"static": True})
     kinds: int = dataclasses.field(metadata={"static": True})
+    is_last: bool = dataclasses.field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +50,8 @@ class Chunk:
     """Some tokens of each prompt on their way through the layers.
 
     Attributes:
-      x: the residual stream, [batch, tokens, embed].
+      x: the residual stream, [batch, tokens, embed]; behind the last layer [batch, 1, embed], of each prompt's last token in the
+        chunk, or of any where it has none there.
       added: what comes to it next, likewise.
       tables: of rotary embeddings.
       start: int32 [] or [batch], the position of the first token.
@@ -60,6 +64,11 @@ class Chunk:
     start: jax.Array
     lengths: jax.Array
 
+    def last_token(self, array: jax.Array) -> jax.Array:
+        """Of [batch, tokens, columns] what belongs to prompts' last tokens, [batch, 1, columns]."""
+        at = jnp.clip(self.lengths - 1 - self.start, 0, array.shape[1] - 1)
+        return jnp.take_along_axis(array, at[:, None, None], axis=1)
+
 
 def layer_runs(config: ModelConfig, layers: Sequence[LayerWeights]) -> list[LayerRun]:
     """A model's layers in runs of `LAYERS_OF_A_RUN` at most, of one length if they can be."""
@@ -67,7 +76,10 @@ def layer_runs(config: ModelConfig, layers: Sequence[LayerWeights]) -> list[Laye
     count = next((n for n in range(least, 2 * least + 1) if len(layers) % n == 0), least)
     ends = [len(layers) * n // count for n in range(count + 1)]
     kinds = layer_kinds(layers)
-    return [LayerRun(tuple(layers[a:b]), tuple(config.windows[a:b]), kinds) for a, b in itertools.pairwise(ends)]
+    return [
+        LayerRun(tuple(layers[a:b]), tuple(config.windows[a:b]), kinds, b == len(layers))
+        for a, b in itertools.pairwise(ends)
+    ]
 
 
 def begin(
@@ -98,8 +110,8 @@ def first_chunk(config: ModelConfig, slots: int, run: LayerRun, chunk: Chunk) ->
         visible = Visible(ends, window=layer.window, padding="ignored")
         return attend(q, k, v, visible, scale=layer.scale, softcap=layer.softcap)
 
-    x, added = through_layers(layers, run.kinds, chunk.x, chunk.added, attention)
-    return cache, dataclasses.replace(chunk, x=x, added=added)
+    chunk = _behind(run, layers, chunk, attention)  # which changes the cache
+    return cache, chunk
 
 
 def next_chunk(config: ModelConfig, run: LayerRun, cache: KVCache, chunk: Chunk) -> tuple[KVCache, Chunk]:
@@ -118,5 +130,14 @@ def next_chunk(config: ModelConfig, run: LayerRun, cache: KVCache, chunk: Chunk)
         cache = cache.replace(index, keys, values)
         return attended
 
-    x, added = through_layers(layers, run.kinds, chunk.x, chunk.added, attention)
-    return cache, dataclasses.replace(chunk, x=x, added=added)
+    chunk = _behind(run, layers, chunk, attention)  # which changes the cache
+    return cache, chunk
+
+
+def _behind(
+    run: LayerRun, layers: Sequence[DecoderLayer], chunk: Chunk, attention: Callable[[int, jax.Array], jax.Array]
+) -> Chunk:
+    """The chunk behind a run of layers."""
+    kept = chunk.last_token if run.is_last else None
+    x, added = through_layers(layers, run.kinds, chunk.x, chunk.added, attention, kept)
+    return dataclasses.replace(chunk, x=x, added=added)

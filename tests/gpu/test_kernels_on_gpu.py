@@ -109,7 +109,9 @@ def test_logits_of_a_7b_model_are_as_near_to_float32_as_those_of_plain_xla(name:
         def decode(weights: Any) -> jax.Array:
             with prefer(kernels), record(used):
                 chunk = prompts.begin(config, weights, jnp.asarray(tokens[:, :64]), jnp.int32(0), jnp.array([64]))
-                cache, _ = prompts.first_chunk(config, 128, prompts.LayerRun(weights.layers, config.windows, 1), chunk)
+                cache, _ = prompts.first_chunk(
+                    config, 128, prompts.LayerRun(weights.layers, config.windows, 1, True), chunk
+                )
                 return decoder.decode(config, weights, cache, jnp.asarray(tokens[:, 64]), jnp.array([64]))[1]
 
         return np.asarray(jax.jit(decode)(weights), np.float64)

@@ -11,7 +11,7 @@ from compiled_decoder import extend_logits, full, prefill_logits, used_cache
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
-from flashsvd_jax.models.prompts import LAYERS_OF_A_RUN, layer_runs
+from flashsvd_jax.models.prompts import LAYERS_OF_A_RUN, begin, first_chunk, layer_runs, next_chunk
 from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.shapes import shape_config
@@ -34,6 +34,7 @@ def test_runs_are_of_one_length_where_they_can_be(layers: int, lengths: list[int
     assert [len(run.weights) for run in runs] == lengths and max(lengths) <= LAYERS_OF_A_RUN
     assert [leaf.shape[0] for run in runs for leaf in run.weights] == list(range(layers))
     assert {run.kinds for run in runs} == {layers}
+    assert [run.is_last for run in runs] == [False] * (len(runs) - 1) + [True]
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 5)])
@@ -52,14 +53,44 @@ def test_several_runs_give_what_the_whole_gives(windows: tuple[int | None, ...])
 
 
 def test_runs_alike_are_compiled_once_and_decoding_finds_all_of_the_cache() -> None:
-    config = deep(16)
+    """Three runs: two alike, and the last, which keeps one token."""
+    config = deep(24)
     weights = random_weights(config, dtype="float32")
     engine = Engine(config, weights, max_length=64, decode_chunk=4, prefill_chunk=16)
     prompt, greedy = [1 + n % 50 for n in range(20)], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     found = [token for block in engine.generate([prompt], [greedy]) for token in block.tokens[:, 0].tolist()][:8]
-    assert len(engine._greedy_steps.prompts._first) == len(engine._greedy_steps.prompts._next) == 1
+    steps = engine._greedy_steps.prompts
+    assert [len(of) for of in (steps._first, steps._first_of_last, steps._next, steps._next_of_last)] == [1] * 4
     text = [*prompt]
     for token in found:
         logits = np.asarray(full(config, weights, np.array([text], np.int32)))[0, -1]
         assert logits[token] >= logits.max() - 1e-3
         text.append(token)
+
+
+@pytest.mark.parametrize("start", [0, 8])
+def test_behind_the_last_layer_is_the_last_token_of_each_prompt(start: int) -> None:
+    """One that ends in the chunk, one at its end, one that goes on behind it, and one that ended before."""
+    config = deep(2)
+    weights = random_weights(config, dtype="float32")
+    lengths = np.array([3, 8, 11, 1], np.int32) + start
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (4, start + 8)).astype(np.int32)
+    (run,) = layer_runs(config, weights.layers)
+    found = []
+    for is_last in (True, False):
+        of = dataclasses.replace(run, is_last=is_last)
+        chunk = begin(config, weights, tokens[:, -8:], jnp.int32(start), jnp.asarray(lengths))
+        if start:
+            before = begin(config, weights, tokens[:, :start], jnp.int32(0), jnp.asarray(lengths))
+            cache, _ = first_chunk(config, 16, dataclasses.replace(run, is_last=False), before)
+            found.append(next_chunk(config, of, cache, chunk))
+        else:
+            found.append(first_chunk(config, 16, of, chunk))
+    (last_cache, last), (whole_cache, whole) = found
+    assert last.x.shape == last.added.shape == (4, 1, config.hidden_size)
+    jax.tree.map(np.testing.assert_array_equal, last_cache, whole_cache)
+    assert all(np.asarray(a)[:, :, : start + 8].any(axis=(1, 3)).all() for a in jax.tree.leaves(last_cache))
+    at = np.clip(lengths - 1 - start, 0, 7)
+    for row in range(4):
+        want = (whole.x + whole.added)[row, at[row]]
+        np.testing.assert_allclose((last.x + last.added)[row, 0], want, rtol=1e-4, atol=1e-4)
