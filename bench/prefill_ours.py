@@ -39,7 +39,7 @@ class CompiledPrompt:
     def __call__(self, weights: DecoderWeights, tokens: Any, requests: Requests) -> Step:
         if self._bound is None or self._bound[0] is not weights:
             self._bound = weights, self._steps.of(weights)
-        return self._bound[1].through(self._sent, [tokens], requests)
+        return self._bound[1].through(self._sent, [tokens], requests, greedy=True)
 
     def memory_analysis(self) -> Any:
         """As of a compiled function: beside what a step needs for itself there is what one leaves to the next."""
@@ -74,7 +74,7 @@ def lower_prompt(config: ModelConfig, batch: int, length: int) -> tuple[LoweredP
 
     greedy = sampling_arrays([SamplingParams(temperature=0.0)] * batch, (), config.vocab_size, [0] * batch)
     requests = Requests(np.full(batch, length, np.int32), np.ones(batch, np.int32), greedy)  # type: ignore[arg-type]
-    steps = PromptSteps(config, weights, length, True, jit)
+    steps = PromptSteps(config, weights, length, jit)
     lowered = steps.lower([jax.ShapeDtypeStruct((batch, length), jnp.int32)], requests)
     return LoweredPrompt(steps, lowered), lambda: (random_weights(config), np.ones((batch, length), np.int32), requests)
 

@@ -2,7 +2,7 @@
 
 Every shape is fixed: a batch size, a cache length, a few prompt lengths (buckets), and a number of tokens per dispatch. Prompts,
 lengths, positions and sampling options are arrays, so after one call of a bucket nothing is compiled again. Calls whose requests
-are all greedy have steps of their own, which are compiled when the first of them comes.
+are all greedy choose and decode by steps of their own, which are compiled when the first of them comes.
 
     prompt  |--- chunk ---|--- chunk ---|- bucket -|        each through the layers in runs, the next sent while one is computed
     cache   |=============|=============|======....|        slots past a prompt's end hold padding, masked until overwritten
@@ -65,14 +65,6 @@ def check_stall(stall: np.ndarray) -> None:
         raise KernelError(f"{reason}; kernels='products' does without that kernel")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """What an engine compiles for requests of one kind."""
-
-    prompts: PromptSteps
-    decode: BackgroundStep
-
-
 class Engine:
     """Generates token ids for up to ``batch`` prompts at once.
 
@@ -118,7 +110,9 @@ class Engine:
         self._preferred = None if kernels == "auto" else kernels
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
-        self._greedy_steps, self._steps = self._compiled(greedy=True), self._compiled(greedy=False)
+        jit_of_prompts = partial(self._jit, compiler_options=run_options(weights.layers))
+        self._prompts = PromptSteps(config, weights, self.cache_slots, jit_of_prompts)
+        self._decode = {greedy: self._decode_step(greedy) for greedy in (True, False)}
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
         """Yields the tokens of each dispatch, the first after the prompts are processed.
@@ -132,15 +126,15 @@ class Engine:
           KernelError: a kernel gave up waiting for other parts of itself.
         """
         requests = self._requests(prompts, params)
-        steps = self._steps if wants_more_than_greedy(requests.options) else self._greedy_steps
+        greedy = not wants_more_than_greedy(requests.options)
         steps_left, buckets = int(np.max(requests.max_tokens)) - 1, self.buckets(max(map(len, prompts)))
-        self._compile(steps, buckets, requests, decodes=steps_left > 0)
-        state, first, sampled = steps.prompts(self._chunks(buckets, prompts), requests)
+        self._compile(buckets, requests, greedy, decodes=steps_left > 0)
+        state, first, sampled = self._prompts(self._chunks(buckets, prompts), requests, greedy)
         requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending or steps_left > 0:
             while steps_left > 0 and len(pending) <= self._ahead:
-                state, *ahead = steps.decode(self.weights, state, requests)
+                state, *ahead = self._decode[greedy](self.weights, state, requests)
                 steps_left -= self.decode_chunk
                 pending.append(tuple(ahead))
             tokens, sampled, stall = pending.pop(0)
@@ -161,33 +155,33 @@ class Engine:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
         shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
         requests = shapes(self._requests([[0]], [SamplingParams(max_tokens=1)]))
-        steps = self._greedy_steps if greedy else self._steps
-        return steps.decode.lower(self.weights, jax.eval_shape(self._empty_state), requests)
+        return self._decode[greedy].lower(self.weights, jax.eval_shape(self._empty_state), requests)
 
     def _empty_state(self) -> DecodeState:
         nothing = jnp.zeros((self.batch,), jnp.int32)
         cache = empty_cache(self.config, self.batch, self.cache_slots, self.weights.embedding.dtype)
         return DecodeState(cache, nothing, nothing, no_counts(self.batch, self.config.vocab_size))
 
-    def _compiled(self, *, greedy: bool) -> "_Steps":
-        """The steps of requests, each compiled when it is first used."""
-        jit = lambda step, *given, **options: jax.jit(self._choosing(partial(step, *given)), **options)  # noqa: E731
-        jit_of_prompts = partial(jit, compiler_options=run_options(self.weights.layers))
-        decode, loop = decode_loop.decode_greedily if greedy else decode_loop.decode, decode_loop.loop_options()
-        return _Steps(
-            PromptSteps(self.config, self.weights, self.cache_slots, greedy, jit_of_prompts),
-            BackgroundStep(jit(decode, self.config, self.decode_chunk, donate_argnums=1, compiler_options=loop)),
+    def _decode_step(self, greedy: bool) -> BackgroundStep:
+        decode = decode_loop.decode_greedily if greedy else decode_loop.decode
+        options = decode_loop.loop_options()
+        return BackgroundStep(
+            self._jit(decode, self.config, self.decode_chunk, donate_argnums=1, compiler_options=options)
         )
 
-    def _compile(self, steps: "_Steps", buckets: Sequence[int], requests: Requests, *, decodes: bool) -> None:
+    def _compile(self, buckets: Sequence[int], requests: Requests, greedy: bool, *, decodes: bool) -> None:
         """Compiles what requests of these buckets need and what is not compiled yet, side by side."""
         chunks = [jax.ShapeDtypeStruct((self.batch, bucket), jnp.int32) for bucket in buckets]
-        (state, *_), begun = steps.prompts.compile(chunks, requests)
+        (state, *_), steps = self._prompts.compile(chunks, requests, greedy)
         if decodes:
-            steps.decode.begin(self.weights, state, requests)
+            self._decode[greedy].begin(self.weights, state, requests)
         # Nothing runs before all is there: XLA takes the time of products that it tries out.
-        for step in (*begun, steps.decode):
+        for step in (*steps, self._decode[greedy]):
             step.wait()
+
+    def _jit(self, step: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        """`jax.jit` of a step and what its first arguments are."""
+        return jax.jit(self._choosing(partial(step, *given)), **options)
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""

@@ -51,7 +51,7 @@ class PromptSteps:
       jit: `jax.jit` for a function and what its first arguments are, with the caller's options.
     """
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, slots: int, greedy: bool, jit: Callable[..., Any]):
+    def __init__(self, config: ModelConfig, weights: DecoderWeights, slots: int, jit: Callable[..., Any]):
         self._config, self._outer = config, dataclasses.replace(weights, layers=())
         self._runs = prompts.layer_runs(config, weights.layers)
         kinds = [_kind(run) for run in self._runs]
@@ -63,13 +63,15 @@ class PromptSteps:
         # What the last run gives is smaller, so what it is given cannot hold it.
         self._first_of_last = BackgroundSteps(jit(prompts.first_chunk, config, slots))
         self._next_of_last = BackgroundSteps(jit(prompts.next_chunk, config, donate_argnums=1))
-        self._end = BackgroundSteps(jit(first_tokens, config, greedy))
+        self._end = {greedy: BackgroundSteps(jit(first_tokens, config, greedy)) for greedy in (True, False)}
 
-    def __call__(self, chunks: Sequence[np.ndarray], requests: Requests) -> Step:
+    def __call__(self, chunks: Sequence[np.ndarray], requests: Requests, greedy: bool) -> Step:
         """Processes prompts, given in chunks of tokens int32 [batch, bucket], padded on the right."""
-        return self.through(lambda step, *arguments: step(*arguments), chunks, requests)
+        return self.through(lambda step, *arguments: step(*arguments), chunks, requests, greedy)
 
-    def compile(self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests) -> tuple[Step, list[BackgroundStep]]:
+    def compile(
+        self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests, greedy: bool
+    ) -> tuple[Step, list[BackgroundStep]]:
         """Begins to compile what chunks of such shapes need and what is not compiled yet.
 
         Returns:
@@ -81,10 +83,10 @@ class PromptSteps:
             steps.append(step)
             return step.begin(*arguments)
 
-        return self.through(begun, chunks, requests), steps
+        return self.through(begun, chunks, requests, greedy), steps
 
     def lower(self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests) -> dict[BackgroundStep, Any]:
-        """The steps for chunks of such shapes, each lowered, in order: for analysis, and to compile them elsewhere."""
+        """The steps of greedy requests for such chunks, each lowered, in order: for analysis, and to compile them elsewhere."""
         lowered = {}
 
         def shapes(step: BackgroundStep, *arguments: Any) -> Any:
@@ -92,7 +94,7 @@ class PromptSteps:
                 lowered[step] = step.lower(*arguments)
             return step.shapes(*arguments)
 
-        self.through(shapes, chunks, requests)
+        self.through(shapes, chunks, requests, greedy=True)
         return lowered
 
     def of(self, weights: DecoderWeights) -> "PromptSteps":
@@ -104,7 +106,7 @@ class PromptSteps:
         )
         return other
 
-    def through(self, call: Callable[..., Any], chunks: Sequence[Any], requests: Requests) -> Step:
+    def through(self, call: Callable[..., Any], chunks: Sequence[Any], requests: Requests, greedy: bool) -> Step:
         """All steps in order, each by ``call(step, *arguments)``."""
         start, caches, found = 0, list[Any](), None
         for tokens in chunks:
@@ -118,7 +120,7 @@ class PromptSteps:
                 else:
                     steps = self._next_of_last if run.is_last else self._next
                     caches[place], chunk = call(steps[bucket, kind], run, caches[place], chunk)
-            found = call(self._end[bucket, found is None], self._outer, chunk, tokens, requests, found)
+            found = call(self._end[greedy][bucket, found is None], self._outer, chunk, tokens, requests, found)
             start += bucket
         assert found is not None  # there is a chunk
         return DecodeState(joined(caches), *found.state), found.tokens, found.sampled
@@ -128,7 +130,10 @@ def first_tokens(
     config: ModelConfig, greedy: bool, weights: DecoderWeights, chunk: prompts.Chunk, tokens: jax.Array, requests: Requests,
     earlier: FirstTokens | None,
 ) -> FirstTokens:  # fmt: skip
-    """The first output token of prompts whose last token is in a chunk behind all layers; keeps those found in earlier chunks."""
+    """The first output token of prompts whose last token is in a chunk behind all layers; keeps those found in earlier chunks.
+
+    For ``greedy`` requests tokens are not counted, as no penalty needs it, and nothing is told of how they were chosen.
+    """
     batch, bucket = tokens.shape
     last = requests.prompt_length - 1 - chunk.start
     here = (last >= 0) & (last < bucket) & (requests.max_tokens > 0)

@@ -44,12 +44,14 @@ def test_each_prompt_step_and_the_decode_step_compile_once(tiny: Any, complete: 
     assert run(20, EVERYTHING) == 0
 
 
-def test_greedy_calls_have_steps_of_their_own_and_compile_no_others(tiny: Any, complete: Complete) -> None:
+def test_greedy_calls_choose_and_decode_by_steps_of_their_own_and_compile_no_others(
+    tiny: Any, complete: Complete
+) -> None:
     engine = tiny.new_engine(batch=2)
     run = lambda *params: compiled_by(lambda: complete(engine, [prompt(5)] * len(params), params))  # noqa: E731
     assert run(GREEDY) == 4  # the prompt, and decoding
     assert run(GREEDY, dataclasses.replace(GREEDY, stop_token_ids=[3], ignore_eos=True, max_tokens=30)) == 0
-    assert run(SHORT) == 4
+    assert run(SHORT) == 2  # the same layers
     others = [dataclasses.replace(GREEDY, **change) for change in ({"logprobs": 0}, {"presence_penalty": 0.1})]
     assert [run(*params) for params in ([GREEDY, SHORT], others, [EVERYTHING], [GREEDY])] == [0, 0, 0, 0]
 

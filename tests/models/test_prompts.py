@@ -59,7 +59,7 @@ def test_runs_alike_are_compiled_once_and_decoding_finds_all_of_the_cache() -> N
     engine = Engine(config, weights, max_length=64, decode_chunk=4, prefill_chunk=16)
     prompt, greedy = [1 + n % 50 for n in range(20)], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     found = [token for block in engine.generate([prompt], [greedy]) for token in block.tokens[:, 0].tolist()][:8]
-    steps = engine._greedy_steps.prompts
+    steps = engine._prompts
     assert [len(of) for of in (steps._first, steps._first_of_last, steps._next, steps._next_of_last)] == [1] * 4
     text = [*prompt]
     for token in found:

@@ -27,5 +27,5 @@ def lower_prompt(ranks: str, layers: int, tokens: int, step: int) -> Any:
         engine = Engine(config, weights, max_length=2 * tokens)
         requests = engine._requests([[0]], [SamplingParams(temperature=0.0, max_tokens=1)])
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), requests)
-        lowered = engine._greedy_steps.prompts.lower([jax.ShapeDtypeStruct((1, tokens), jnp.int32)], shapes)
+        lowered = engine._prompts.lower([jax.ShapeDtypeStruct((1, tokens), jnp.int32)], shapes)
         return list(lowered.values())[step]
