@@ -76,7 +76,7 @@ def prefill(file: Path) -> str:
 
 
 def prefill_factors(file: Path) -> str:
-    """Our prompts against the matrix rate of the same process, and how many times as fast they are as others and as dense models."""
+    """Our prompts against the matrix rate of the same process, and how many times as fast as others and dense models they are."""
     rows, lines, others = read(file), [], ("jax-cudnn", "torch-sdpa", "torch-compile")
     for setting in _ordered(rows):
         model, ratio, batch, length = setting
