@@ -40,14 +40,12 @@ class FirstTokens:
 
 
 class PromptSteps:
-    """A model's steps for requests of one kind.
+    """A model's steps. Whether requests are ``greedy``, of the most likely tokens and nothing else, matters behind the layers alone.
 
     Args:
       config: the model.
       weights: its weights.
       slots: of the cache.
-      greedy: whether requests are of the most likely tokens and nothing else. Then tokens are not counted, as no penalty needs it,
-        and nothing is told of how they were chosen.
       jit: `jax.jit` for a function and what its first arguments are, with the caller's options.
     """
 
@@ -100,10 +98,8 @@ class PromptSteps:
     def of(self, weights: DecoderWeights) -> "PromptSteps":
         """The same steps with other weights of the same shapes."""
         other = copy.copy(self)
-        other._outer, other._runs = (
-            dataclasses.replace(weights, layers=()),
-            prompts.layer_runs(self._config, weights.layers),
-        )
+        other._outer = dataclasses.replace(weights, layers=())
+        other._runs = prompts.layer_runs(self._config, weights.layers)
         return other
 
     def through(self, call: Callable[..., Any], chunks: Sequence[Any], requests: Requests, greedy: bool) -> Step:
