@@ -40,7 +40,7 @@ class FirstTokens:
 
 
 class PromptSteps:
-    """A model's steps. Whether requests are ``greedy``, of the most likely tokens and nothing else, matters behind the layers alone.
+    """A model's steps. Whether requests are ``greedy``, of the most likely tokens and nothing else, matters behind the layers only.
 
     Args:
       config: the model.
