@@ -25,12 +25,12 @@ from flashsvd_jax.bundled import CALIBRATION, DENSE, HELDOUT
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
 from flashsvd_jax.compress.dense_layers import DenseLayers
-from flashsvd_jax.compress.ranks import choose_ranks
+from flashsvd_jax.compress.ranks import Measures, choose_ranks
 from flashsvd_jax.evaluation import evaluate
 from flashsvd_jax.finetune import Settings, finetune
 
 RATIOS = (0.8, 0.6, 0.4)
-ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "fisher")
+ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "effective", "fisher")
 SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
 FINETUNE = {"steps": 60, "batch": 4, "length": 512, "lr": 5e-4, "dtype": "float32"}
 Row = dict[str, Any]
@@ -100,7 +100,7 @@ def by_sensitivity(recipe: Recipe, dense: Path, text: Calibration) -> Recipe:
     """The same with the ranks that it leads to: the losses that they are chosen by take long, and are the same for every ratio."""
     with open_folder(dense) as folder:
         losses = _sensitivity(recipe.method, dense, text)
-        ranks = choose_ranks(recipe.settled(folder.config), folder.config, 4, dict, lambda: losses)
+        ranks = choose_ranks(recipe.settled(folder.config), folder.config, 4, Measures(sensitivity=lambda: losses))
     return Recipe(recipe.method, None, "file", ranks=ranks)
 
 

@@ -201,7 +201,10 @@ WITHOUT_FORM = (
     ("AdaSVD", "builds on SVD-LLM: `svdllm`"),
     ("Adaptive Rank Selection", "as any pair of factors, `sequential` or `aa_svd`"),
     ("DRONE", "`compress --method drone` makes it; a re-implementation multiplies back: `dense`"),
-    ("D-Rank", "Basis Sharing with a rank for each group: `basis_sharing`"),
+    (
+        "D-Rank",
+        "`compress --method basis_sharing --alloc effective` makes it; Basis Sharing with a rank for each group: `basis_sharing`",
+    ),
     ("SAES-SVD", "LowRankArena has reproduced it: `lowrankarena`"),
     ("SoLA", "as any pair of factors"),
     ("SVD-LLM v2", "re-implemented with SVD-LLM's names and a rank for each projection: `svdllm`, `lowrankarena`"),

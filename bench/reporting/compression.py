@@ -13,7 +13,7 @@ from flashsvd_jax.scoring import Perplexity
 from reporting.tables import markdown
 
 Row = dict[str, Any]
-ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "fisher")
+ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "effective", "fisher")
 BEYOND_CHANCE = 2.0
 """Standard errors that a ratio of perplexities must differ from 1 by."""
 
