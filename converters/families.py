@@ -205,7 +205,7 @@ WITHOUT_FORM = (
         "D-Rank",
         "`compress --method basis_sharing --alloc effective` makes it; Basis Sharing with a rank for each group: `basis_sharing`",
     ),
-    ("SAES-SVD", "LowRankArena has reproduced it: `lowrankarena`"),
+    ("SAES-SVD", "`compress --method saes` makes it; LowRankArena has reproduced it: `lowrankarena`"),
     ("SoLA", "as any pair of factors"),
     ("SVD-LLM v2", "re-implemented with SVD-LLM's names and a rank for each projection: `svdllm`, `lowrankarena`"),
 )

@@ -12,7 +12,7 @@ from flashsvd_jax.compress.calibration import Calibration
 from flashsvd_jax.compress.factors import Loss, factorize
 from flashsvd_jax.compress.fisher import fisher_statistics
 from flashsvd_jax.compress.heads import gains_of_groups, head_groups
-from flashsvd_jax.compress.layer_statistics import LayerPass
+from flashsvd_jax.compress.layer_statistics import AlignedPass, LayerPass
 from flashsvd_jax.compress.methods import Statistic, Statistics, method_named
 from flashsvd_jax.compress.recipe import Recipe
 from flashsvd_jax.compress.sensitivity import SENSITIVITY_WINDOWS, Sensitivity
@@ -94,10 +94,13 @@ class DenseLayers:
         else:
             self._fisher = {name: Statistics(fisher=rows) for name, rows in kept.items()}
 
-    def stream(self, kind: Statistic | None) -> LayerPass | None:
-        """The start of a pass over the layers that measures their inputs, where that is what is asked for."""
+    def stream(self, kind: Statistic | None, compressed: bool = False) -> LayerPass | None:
+        """The start of a pass over the layers, dense or as they are ``compressed``, that measures their inputs, where that is what
+        is asked for."""
         if kind not in ("moment", "magnitude"):
             return None
+        if compressed and self.method.aligned:
+            return AlignedPass(self._config, self._tokens, self._folder.get)
         return LayerPass(self._config, self._tokens, self._folder.get, kind)
 
     def losses(self, block: range, stream: LayerPass | None, advance: bool) -> Iterator[tuple[str, Loss]]:

@@ -67,7 +67,7 @@ class LayerwiseCompression:
         replaced = {f"{site.name}.weight" for site in layer_sites(self._config)}
         for name in schema(self._config).keys() - replaced:
             writer.add(name, self._folder.get(name))
-        stream = self._dense.stream(self._dense.method.needs)
+        stream = self._dense.stream(self._dense.method.needs, self._sequential)
         updated = self._dense.stream("moment") if self._recipe.update else None
         with progress_bar("compressing", self._config.num_layers, " layers", self._progress) as bar:
             for block in self._dense.blocks:
