@@ -30,7 +30,9 @@ from flashsvd_jax.evaluation import evaluate
 from flashsvd_jax.finetune import Settings, finetune
 
 RATIOS = (0.8, 0.6, 0.4)
-ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "effective", "fisher")
+ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "fisher")
+# D-Rank and AdaSVD as published, and their ranks for factors that everything else is measured with.
+PAPERS = (("basis_sharing", "effective"), ("drone", "effective"), ("svdllm", "importance"), ("drone", "importance"))
 SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
 FINETUNE = {"steps": 60, "batch": 4, "length": 512, "lr": 5e-4, "dtype": "float32"}
 Row = dict[str, Any]
@@ -61,6 +63,8 @@ def cells() -> Iterator[Cell]:
         yield Cell(method, ratio, "sensitivity")
     for ratio in RATIOS:
         yield Cell("drone", ratio, "fisher alike")
+    for (method, alloc), ratio in itertools.product(PAPERS, RATIOS):
+        yield Cell(method, ratio, alloc)
 
 
 def settings(cell: Cell, options: argparse.Namespace) -> Row:

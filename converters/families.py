@@ -198,7 +198,7 @@ FAMILIES: tuple[Family, ...] = (
 
 # Methods of which no form of their own is public, and how their models are read where they are stored in another's.
 WITHOUT_FORM = (
-    ("AdaSVD", "builds on SVD-LLM: `svdllm`"),
+    ("AdaSVD", "`compress --method svdllm --alloc importance` makes it; builds on SVD-LLM: `svdllm`"),
     ("Adaptive Rank Selection", "as any pair of factors, `sequential` or `aa_svd`"),
     ("DRONE", "`compress --method drone` makes it; a re-implementation multiplies back: `dense`"),
     (
@@ -206,7 +206,7 @@ WITHOUT_FORM = (
         "`compress --method basis_sharing --alloc effective` makes it; Basis Sharing with a rank for each group: `basis_sharing`",
     ),
     ("SAES-SVD", "`compress --method saes` makes it; LowRankArena has reproduced it: `lowrankarena`"),
-    ("SoLA", "as any pair of factors"),
+    ("SoLA", "not: it keeps the rows of some neurons dense beside the factors of the others"),
     ("SVD-LLM v2", "re-implemented with SVD-LLM's names and a rank for each projection: `svdllm`, `lowrankarena`"),
 )
 

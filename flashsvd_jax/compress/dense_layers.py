@@ -155,6 +155,15 @@ class DenseLayers:
             model.advance(index)
         return found
 
+    def similarities(self) -> dict[str, float]:
+        """How near each site's layer leaves the residual stream to what it was, the mean of those that share a basis."""
+        stream = LayerPass(self._config, self._tokens, self._folder.get, None)
+        of_layers = [
+            stream.similarity(index, self._folder.get) for block in self._pass("choosing ranks") for index in block
+        ]
+        of_sites = {site: found for index, found in enumerate(of_layers) for site in self.sites(index)}
+        return {first: float(np.mean([of_sites[name] for name in names])) for first, names in self.bases.items()}
+
     def _pass(self, what: str) -> Iterator[range]:
         """The blocks of layers in order, with a bar."""
         with progress_bar(what, self._config.num_layers, " layers", self._progress) as bar:

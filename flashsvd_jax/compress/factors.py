@@ -125,7 +125,7 @@ def gains(weight: np.ndarray, loss: Loss) -> np.ndarray:
         return np.maximum(np.asarray(xp.linalg.eigvalsh(gram))[::-1], 0.0)
 
 
-def computed_rank(rank: int, weight: np.ndarray, xp: Any) -> int:
+def computed_rank(rank: int, weight: Array, xp: Any) -> int:
     """JAX compiles anew for each rank, so it computes some more components and few different numbers of them."""
     return rank if xp is np else min(-(-rank // _RANK_STEP) * _RANK_STEP, *weight.shape)
 

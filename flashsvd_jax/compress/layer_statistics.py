@@ -28,10 +28,10 @@ class LayerPass:
       config: the dense model.
       tokens: int32 [windows, length].
       get: flat name -> array, of what the model embeds tokens by.
-      kind: of the statistics to take: "moment" or "magnitude".
+      kind: of the statistics to take: "moment" or "magnitude", None for none.
     """
 
-    def __init__(self, config: AnyConfig, tokens: np.ndarray, get: Callable[[str], np.ndarray], kind: Statistic):
+    def __init__(self, config: AnyConfig, tokens: np.ndarray, get: Callable[[str], np.ndarray], kind: Statistic | None):
         self._config, self._kind, self._layers = config, kind, model_layers(config)
         scores = 4 * tokens.shape[1] * max(config.num_heads * tokens.shape[1], config.intermediate_size)
         self._batch = batch_within_workspace(scores, len(tokens))
@@ -89,6 +89,18 @@ class LayerPass:
         weights, kind = self._layers.weights(index, get), self._layers.kind(index)
         for batch in self._batches():
             batch[:] = _measured_layer(self._layers, kind, None, weights, batch)[0]
+
+    def similarity(self, index: int, get: Callable[[str], np.ndarray]) -> float:
+        """Moves the stream on, and says how near it stays: the mean over tokens of the cosine of the stream before and after."""
+        weights, kind, total = self._layers.weights(index, get), self._layers.kind(index), 0.0
+        for batch in self._batches():
+            after = np.asarray(_measured_layer(self._layers, kind, None, weights, batch)[0])
+            products = (batch * after).sum(-1) / (np.linalg.norm(batch, axis=-1) * np.linalg.norm(after, axis=-1))
+            total += float(
+                np.nan_to_num(products).sum(dtype=np.float64)
+            )  # where one of them is 0, they have nothing in common
+            batch[:] = after
+        return total / self._stream[..., 0].size
 
     def _batches(self) -> Iterator[np.ndarray]:
         """Views of the stream."""

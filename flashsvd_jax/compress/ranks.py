@@ -17,6 +17,7 @@ from flashsvd_jax.compress.budget import Budget, Target, budget_of
 from flashsvd_jax.compress.effective_rank import effective_ranks
 from flashsvd_jax.compress.greedy import alike_ranks, greedy_ranks
 from flashsvd_jax.compress.heads import head_groups, ranked_parts
+from flashsvd_jax.compress.layer_importance import importance_ranks
 from flashsvd_jax.compress.recipe import Recipe
 from flashsvd_jax.compress.shared_bases import bases_of, joined, joined_ranks
 from flashsvd_jax.param_specs import Site
@@ -31,10 +32,12 @@ class Measures(NamedTuple):
 
     Attributes:
       gains: by the method's own loss, for "fisher" in units of the model's.
+      similarities: of what goes into each site's layer and what comes out, the mean over layers that share a basis.
       sensitivity: the model's loss with each site alone compressed at each of `SENSITIVITY_RATIOS`.
     """
 
     gains: Callable[[], Gains] = dict
+    similarities: Callable[[], Mapping[str, float]] = dict
     sensitivity: Callable[[], Mapping[str, list[float]]] = dict
 
 
@@ -82,4 +85,7 @@ def _by_ratio(
     if recipe.alloc in ("v2", "effective"):
         ranks, gains = v2_ranks if recipe.alloc == "v2" else effective_ranks, measures.gains()
         return lambda ratio: ranks(sites, ratio, gains, budget)
+    if recipe.alloc == "importance":
+        similarities = measures.similarities()
+        return lambda ratio: importance_ranks(sites, ratio, similarities, budget)
     return lambda ratio: uniform_ranks(sites, ratio, budget)

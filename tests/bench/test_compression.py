@@ -47,7 +47,7 @@ def test_rows_stand_beside_plain_svd_and_beside_uniform_ranks() -> None:
         ])
     )  # fmt: skip
     head, _, svd, drone = lines(text)
-    assert head == ["kept", "method", "uniform", "greedy", "greedy alike", "v2", "effective", "fisher"]
+    assert head == ["kept", "method", "uniform", "greedy", "greedy alike", "v2", "fisher"]
     assert svd[:2] == ["0.6", "`svd`"] and svd[3] == "-" and "(" not in svd[2]
     assert [float(cell.split("(")[1].split()[0]) for cell in (*drone[2:4], drone[5])] == pytest.approx(
         [0.75, 1.2, 0.8], abs=0.02
@@ -84,9 +84,8 @@ def test_cells_are_all_methods_ratios_and_allocations_once() -> None:
     found = list(cells())
     assert len({str(cell) for cell in found}) == len(found)
     plain = {(c.method, c.ratio, c.alloc) for c in found if not (c.update or c.finetune)}
-    assert {
-        (m, r, a) for m in METHODS for r in (0.8, 0.6, 0.4) for a in ("uniform", "greedy", "v2", "effective")
-    } <= plain
+    assert {(m, r, a) for m in METHODS for r in (0.8, 0.6, 0.4) for a in ("uniform", "greedy", "v2")} <= plain
+    assert {("basis_sharing", 0.6, "effective"), ("svdllm", 0.4, "importance")} <= plain  # D-Rank and AdaSVD
 
 
 def test_losses_by_which_sensitivity_chooses_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-@pytest.mark.parametrize("alloc", ["uniform", "greedy", "v2", "effective", "fisher"])
+@pytest.mark.parametrize("alloc", ["uniform", "greedy", "v2", "effective", "importance", "fisher"])
 @pytest.mark.parametrize("unit", ["ratio", "params"])
 def test_a_target_is_kept(alloc: str, unit: Any, deep: Deep, tmp_path: Path) -> None:
     amount = 0.6 if unit == "ratio" else 0.9 * count_params(deep.config)

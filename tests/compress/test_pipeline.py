@@ -263,7 +263,10 @@ def test_a_text_that_does_not_suffice(change: dict[str, Any], message: str, dens
     [
         ({"method": "cur"}, "no method named 'cur'"),
         ({"target": 1.5}, r"between 0 and 1, not 1\.5"),
-        ({"alloc": "fair"}, "alloc 'fair' is not one of uniform, greedy, fisher, v2, effective, sensitivity, file"),
+        (
+            {"alloc": "fair"},
+            "alloc 'fair' is not one of uniform, greedy, fisher, v2, effective, importance, sensitivity, file",
+        ),
         ({"multiple": 0}, "multiples of 1 or more"),
         ({"alpha": 0.0}, r"alpha must be above 0, not 0\.0"),
         ({"target": None}, "give either a target, such as a ratio, or ranks"),
