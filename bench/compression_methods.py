@@ -31,8 +31,11 @@ from flashsvd_jax.finetune import Settings, finetune
 
 RATIOS = (0.8, 0.6, 0.4)
 ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "fisher")
-# D-Rank and AdaSVD as published, and their ranks for factors that everything else is measured with.
-PAPERS = (("basis_sharing", "effective"), ("drone", "effective"), ("svdllm", "importance"), ("drone", "importance"))
+# D-Rank and AdaSVD as published, and ranks of their kind and trained ones for the factors that every other choice is measured with.
+PAPERS = (
+    ("basis_sharing", "effective"), ("drone", "effective"), ("svdllm", "importance"), ("drone", "importance"), ("drone", "learned"),
+    ("saes", "learned"),
+)  # fmt: skip
 SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
 FINETUNE = {"steps": 60, "batch": 4, "length": 512, "lr": 5e-4, "dtype": "float32"}
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ from flashsvd_jax.errors import RequestError, first_line
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.shapes import by_kind, uniform_rank
 
-ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "effective", "importance", "sensitivity", "file")
+ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "effective", "importance", "sensitivity", "learned", "file")
 SENSITIVITY_RATIOS = tuple(n / 10 for n in range(1, 10))
 """Of which ASVD measures what each does to the loss."""
 _BISECTIONS = 40

@@ -54,7 +54,7 @@ class LayerwiseCompression:
         dense.measure_fisher(self.work)
         found = self.work and self.work.load_json("ranks")
         if found is None:
-            measures = Measures(dense.gains, dense.similarities, dense.sensitivity)
+            measures = Measures(dense.gains, dense.similarities, dense.sensitivity, dense.learned_shares)
             found = choose_ranks(self._recipe, self._config, self._dtype.itemsize, measures)
             if self.work is not None:
                 self.work.save_json("ranks", found)

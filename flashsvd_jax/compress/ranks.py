@@ -18,6 +18,7 @@ from flashsvd_jax.compress.effective_rank import effective_ranks
 from flashsvd_jax.compress.greedy import alike_ranks, greedy_ranks
 from flashsvd_jax.compress.heads import head_groups, ranked_parts
 from flashsvd_jax.compress.layer_importance import importance_ranks
+from flashsvd_jax.compress.learned_ranks import learned_ranks
 from flashsvd_jax.compress.recipe import Recipe
 from flashsvd_jax.compress.shared_bases import bases_of, joined, joined_ranks
 from flashsvd_jax.param_specs import Site
@@ -33,12 +34,14 @@ class Measures(NamedTuple):
     Attributes:
       gains: by the method's own loss, for "fisher" in units of the model's.
       similarities: of what goes into each site's layer and what comes out, the mean over layers that share a basis.
+      learned: the share of parameters that each site keeps, trained for a ratio of all of them.
       sensitivity: the model's loss with each site alone compressed at each of `SENSITIVITY_RATIOS`.
     """
 
     gains: Callable[[], Gains] = dict
     similarities: Callable[[], Mapping[str, float]] = dict
     sensitivity: Callable[[], Mapping[str, list[float]]] = dict
+    learned: Callable[[float], Mapping[str, float]] = lambda ratio: {}
 
 
 def choose_ranks(recipe: Recipe, config: AnyConfig, itemsize: int, measures: Measures) -> dict[str, int]:
@@ -85,7 +88,17 @@ def _by_ratio(
     if recipe.alloc in ("v2", "effective"):
         ranks, gains = v2_ranks if recipe.alloc == "v2" else effective_ranks, measures.gains()
         return lambda ratio: ranks(sites, ratio, gains, budget)
+    if recipe.alloc == "learned":
+        shares = measures.learned(_ratio_within(budget, sites))
+        return lambda ratio: learned_ranks(sites, ratio, shares, budget)
     if recipe.alloc == "importance":
         similarities = measures.similarities()
         return lambda ratio: importance_ranks(sites, ratio, similarities, budget)
     return lambda ratio: uniform_ranks(sites, ratio, budget)
+
+
+def _ratio_within(budget: Budget, sites: list[Site]) -> float:
+    """The share of parameters that a budget of any unit allows at uniform ranks."""
+    ranks = largest_within(budget, sites, lambda ratio: uniform_ranks(sites, ratio, budget))
+    kept = sum(ranks[site.name] * (site.d_out + site.d_in) for site in sites)
+    return kept / sum(site.d_out * site.d_in for site in sites)

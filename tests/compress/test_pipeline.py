@@ -265,7 +265,7 @@ def test_a_text_that_does_not_suffice(change: dict[str, Any], message: str, dens
         ({"target": 1.5}, r"between 0 and 1, not 1\.5"),
         (
             {"alloc": "fair"},
-            "alloc 'fair' is not one of uniform, greedy, fisher, v2, effective, importance, sensitivity, file",
+            "alloc 'fair' is not one of uniform, greedy, fisher, v2, effective, importance, sensitivity, learned, file",
         ),
         ({"multiple": 0}, "multiples of 1 or more"),
         ({"alpha": 0.0}, r"alpha must be above 0, not 0\.0"),
