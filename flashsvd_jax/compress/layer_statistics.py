@@ -91,14 +91,22 @@ class LayerPass:
             batch[:] = _measured_layer(self._layers, kind, None, weights, batch)[0]
 
     def similarity(self, index: int, get: Callable[[str], np.ndarray]) -> float:
-        """Moves the stream on, and says how near it stays: the mean over tokens of the cosine of the stream before and after."""
+        """Moves the stream on, and says how near it stays: the mean over tokens of the cosine of the stream before and after.
+
+        Raises:
+          CheckpointError: it does not stay finite.
+        """
         weights, kind, total = self._layers.weights(index, get), self._layers.kind(index), 0.0
         for batch in self._batches():
             after = np.asarray(_measured_layer(self._layers, kind, None, weights, batch)[0])
-            products = (batch * after).sum(-1) / (np.linalg.norm(batch, axis=-1) * np.linalg.norm(after, axis=-1))
+            if not np.isfinite(after).all():
+                raise CheckpointError(
+                    f"the model is not usable: on the calibration text, layer {index} gives what is not finite"
+                )
+            sizes = np.linalg.norm(batch, axis=-1) * np.linalg.norm(after, axis=-1)
             total += float(
-                np.nan_to_num(products).sum(dtype=np.float64)
-            )  # where one of them is 0, they have nothing in common
+                ((batch * after).sum(-1) / np.maximum(sizes, np.finfo(np.float32).tiny)).sum(dtype=np.float64)
+            )
             batch[:] = after
         return total / self._stream[..., 0].size
 

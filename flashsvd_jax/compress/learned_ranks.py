@@ -20,6 +20,7 @@ import numpy as np
 
 from flashsvd_jax.compress.budget import Budget
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.models.decoder import full_logits
 from flashsvd_jax.models.weights import build_weights
 from flashsvd_jax.param_specs import Site
@@ -69,24 +70,27 @@ def learned_shares(
       ratio: of parameters to keep.
       tokens: int32 [windows, length].
       progress: show a bar when it takes more than two seconds.
+
+    Raises:
+      CheckpointError: the loss has no finite gradient.
     """
     names = list(components)
     sizes = np.array([c.up.shape[0] * c.down.shape[1] for c in components.values()], float)
     gradients = _gradients(config, get, components)
-    shares, first, second = np.full(len(names), ratio), np.zeros(len(names)), np.zeros(len(names))
+    shares, adam = np.full(len(names), ratio), _Adam(len(names))
     with progress_bar("learning ranks", STEPS, " steps", progress) as bar:
         for step in range(STEPS):
             found = gradients(dict(zip(names, shares, strict=True)), tokens[step % len(tokens)])
             # What a parameter more of each site does to the loss, beyond what it does at all sites: along the budget.
             worth = np.array([float(found[name]) for name in names]) / sizes
+            if not np.isfinite(worth).all():
+                raise CheckpointError(
+                    "the model is not usable: on the calibration text, its loss has no finite gradient"
+                )
             free = (shares > _LEAST) & (shares < 1)
             along = worth - (worth[free].mean() if free.any() else worth.mean())
-            first += (1 - _FIRST_MOMENT) * (along - first)
-            second += (1 - _SECOND_MOMENT) * (along**2 - second)
-            mean = first / (1 - _FIRST_MOMENT ** (step + 1))
-            size = np.sqrt(second / (1 - _SECOND_MOMENT ** (step + 1)))
             rate = _RATE * (1 + np.cos(np.pi * step / STEPS)) / 2
-            shares = moved(shares - rate * mean / np.maximum(size, 1e-300), sizes, ratio)
+            shares = moved(shares - rate * adam.direction(along), sizes, ratio)
             bar.update()
     return dict(zip(names, shares.tolist(), strict=True))
 
@@ -106,6 +110,21 @@ def moved(shares: np.ndarray, sizes: np.ndarray, ratio: float) -> np.ndarray:
         kept = np.clip(shares + middle, _LEAST, 1.0) @ sizes / sizes.sum()
         low, high = (middle, high) if kept <= ratio else (low, middle)
     return np.clip(shares + low, _LEAST, 1.0)
+
+
+class _Adam:
+    """Adam (Kingma and Ba 2015) for a few numbers."""
+
+    def __init__(self, count: int):
+        self._first, self._second, self._steps = np.zeros(count), np.zeros(count), 0
+
+    def direction(self, gradient: np.ndarray) -> np.ndarray:
+        """What a learning rate multiplies."""
+        self._steps += 1
+        self._first += (1 - _FIRST_MOMENT) * (gradient - self._first)
+        self._second += (1 - _SECOND_MOMENT) * (gradient**2 - self._second)
+        mean = self._first / (1 - _FIRST_MOMENT**self._steps)
+        return mean / np.maximum(np.sqrt(self._second / (1 - _SECOND_MOMENT**self._steps)), 1e-300)
 
 
 def _gradients(

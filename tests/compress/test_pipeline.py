@@ -317,6 +317,9 @@ def test_weights_that_are_not_finite_are_named(dense: Any, tmp_path: Path) -> No
         (src / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match=r"inputs of layers_0\.self_attn\.q_proj are not finite"):
         compress(src, tmp_path / "out", Recipe("drone", 0.5), CALIBRATION)
+    for alloc, message in (("importance", "layer 0 gives what is not finite"), ("learned", "no finite gradient")):
+        with pytest.raises(CheckpointError, match=message):
+            compress(src, tmp_path / "out", Recipe("svd", 0.5, alloc), CALIBRATION)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inf", "nan"]
 
 
