@@ -19,7 +19,7 @@ from flashsvd_jax.compress.float64 import Array, float64_module
 # As a share of each input's second moment, added to it before the inverse, as in SAES-SVD: of directions that hold less than that,
 # which are rounding errors of float32, nothing is learned. Inputs that are weak beside what other eigenvalues get added would make
 # that count, multiplied by what such an input is taken to say of stronger ones; they are brought above it.
-_RIDGE = 1e-7
+_RIDGE = 1e-6
 _FLOORS = 100.0
 STRENGTHS = (0.125, 0.792)
 """Between which SAES-SVD chooses one: the bounds that its paper draws in figure 6; it says only that they keep from too much."""

@@ -51,7 +51,7 @@ def test_factors_are_those_of_the_closed_form(shape: tuple[int, int], strength: 
     loss = AlignedLoss(inputs=x.T @ x, shift=(originals(x) - x).T @ x, strength=strength)
     expected = published(weight, x, originals(x), rank, strength)
     found = product(factorize(weight, rank, loss))
-    assert np.linalg.norm((found - expected) @ x.T) < 1e-3 * np.linalg.norm(expected @ x.T)
+    assert np.linalg.norm((found - expected) @ x.T) < 5e-3 * np.linalg.norm(expected @ x.T)
     x = np.random.default_rng(5).normal(size=x.shape)  # no direction so weak that what keeps inverses finite shows
     loss = AlignedLoss(inputs=x.T @ x, shift=(originals(x) - x).T @ x, strength=strength)
     expected = published(weight, x, originals(x), rank, strength)
@@ -93,6 +93,15 @@ def test_where_no_input_reaches_the_weight_stays() -> None:
     target = METHODS["aa_svd"].loss(statistics(x, originals(x))).target(weight, 9)
     np.testing.assert_allclose(np.asarray(target)[:, ::3], weight[:, ::3], atol=1e-6)
     assert np.abs(np.asarray(target) - weight).max() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["few", "singular"])
+def test_rounding_errors_of_statistics_in_float32_are_not_learned(kind: str) -> None:
+    weight, x = draw_weight(40, 40), draw_inputs(kind, 40)
+    x0, single = originals(x), x.astype(np.float32)
+    rounded = Statistics(moment=single.T @ single, shift=(x0.astype(np.float32) - single).T @ single)
+    exact, found = (np.asarray(METHODS["aa_svd"].loss(s).target(weight, 9)) for s in (statistics(x, x0), rounded))
+    assert np.linalg.norm(found - exact) < 0.5 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
