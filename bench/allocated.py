@@ -13,7 +13,7 @@ import numpy as np
 from flashsvd_jax.compress import Recipe, Target
 from flashsvd_jax.compress.budget import decode_milliseconds
 from flashsvd_jax.compress.decode_costs import DecodeCosts, load_costs
-from flashsvd_jax.compress.ranks import choose_ranks
+from flashsvd_jax.compress.ranks import Measures, choose_ranks
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import Factorization
@@ -64,7 +64,7 @@ def _chosen(
     dense: ModelConfig, gains: dict[str, np.ndarray], costs: DecodeCosts, alike: bool, milliseconds: float
 ) -> ModelConfig:
     recipe = Recipe("svd", Target("ms", milliseconds, costs), "greedy", alike=alike)
-    ranks = choose_ranks(recipe, dense, _ITEMSIZE, lambda: gains, dict)
+    ranks = choose_ranks(recipe, dense, _ITEMSIZE, Measures(lambda: gains))
     return dataclasses.replace(dense, factorization=Factorization.of(ranks))
 
 

@@ -25,12 +25,17 @@ from flashsvd_jax.bundled import CALIBRATION, DENSE, HELDOUT
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
 from flashsvd_jax.compress.dense_layers import DenseLayers
-from flashsvd_jax.compress.ranks import choose_ranks
+from flashsvd_jax.compress.ranks import Measures, choose_ranks
 from flashsvd_jax.evaluation import evaluate
 from flashsvd_jax.finetune import Settings, finetune
 
 RATIOS = (0.8, 0.6, 0.4)
 ALLOCATIONS = ("uniform", "greedy", "greedy alike", "v2", "fisher")
+# D-Rank and AdaSVD as published, and ranks of their kind and trained ones for the factors that every other choice is measured with.
+PAPERS = (
+    ("basis_sharing", "effective"), ("drone", "effective"), ("svdllm", "importance"), ("drone", "importance"), ("drone", "learned"),
+    ("saes", "learned"),
+)  # fmt: skip
 SETTINGS = ("method", "ratio", "alloc", "update", "finetune", "samples", "length", "seed")
 FINETUNE = {"steps": 60, "batch": 4, "length": 512, "lr": 5e-4, "dtype": "float32"}
 Row = dict[str, Any]
@@ -61,6 +66,8 @@ def cells() -> Iterator[Cell]:
         yield Cell(method, ratio, "sensitivity")
     for ratio in RATIOS:
         yield Cell("drone", ratio, "fisher alike")
+    for (method, alloc), ratio in itertools.product(PAPERS, RATIOS):
+        yield Cell(method, ratio, alloc)
 
 
 def settings(cell: Cell, options: argparse.Namespace) -> Row:
@@ -100,7 +107,7 @@ def by_sensitivity(recipe: Recipe, dense: Path, text: Calibration) -> Recipe:
     """The same with the ranks that it leads to: the losses that they are chosen by take long, and are the same for every ratio."""
     with open_folder(dense) as folder:
         losses = _sensitivity(recipe.method, dense, text)
-        ranks = choose_ranks(recipe.settled(folder.config), folder.config, 4, dict, lambda: losses)
+        ranks = choose_ranks(recipe.settled(folder.config), folder.config, 4, Measures(sensitivity=lambda: losses))
     return Recipe(recipe.method, None, "file", ranks=ranks)
 
 

@@ -198,12 +198,21 @@ FAMILIES: tuple[Family, ...] = (
 
 # Methods of which no form of their own is public, and how their models are read where they are stored in another's.
 WITHOUT_FORM = (
-    ("AdaSVD", "builds on SVD-LLM: `svdllm`"),
-    ("Adaptive Rank Selection", "as any pair of factors, `sequential` or `aa_svd`"),
+    ("AdaSVD", "`compress --method svdllm --alloc importance` makes it; builds on SVD-LLM: `svdllm`"),
+    (
+        "Adaptive Rank Selection",
+        "`compress --alloc learned` chooses ranks in its place; as any pair of factors, `sequential` or `aa_svd`",
+    ),
     ("DRONE", "`compress --method drone` makes it; a re-implementation multiplies back: `dense`"),
-    ("D-Rank", "Basis Sharing with a rank for each group: `basis_sharing`"),
-    ("SAES-SVD", "LowRankArena has reproduced it: `lowrankarena`"),
-    ("SoLA", "as any pair of factors"),
+    (
+        "D-Rank",
+        "`compress --method basis_sharing --alloc effective` makes it; Basis Sharing with a rank for each group: `basis_sharing`",
+    ),
+    ("SAES-SVD", "`compress --method saes` makes it; LowRankArena has reproduced it: `lowrankarena`"),
+    (
+        "SoLA",
+        "neither read nor made: neurons that it keeps dense would each take a further rank of the pair beside them",
+    ),
     ("SVD-LLM v2", "re-implemented with SVD-LLM's names and a rank for each projection: `svdllm`, `lowrankarena`"),
 )
 

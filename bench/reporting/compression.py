@@ -90,7 +90,7 @@ def _findings(rows: Rows) -> str:
         if said
         else []
     )
-    for alloc in (*ALLOCATIONS[1:], "sensitivity"):
+    for alloc in (*ALLOCATIONS[1:], "effective", "importance", "sensitivity", "learned"):
         pairs = [(rows.get(m, ratio, alloc), rows.get(m, ratio)) for ratio in rows.ratios for m in METHODS]
         better, worse = _counted(pairs), _counted([(b, a) for a, b in pairs])
         if better:
@@ -112,6 +112,12 @@ def _further(rows: Rows) -> str:
         ("`asvd`, ranks by sensitivity", "asvd", "sensitivity", ""),
         ("`drone`, ranks by sensitivity", "drone", "sensitivity", ""),
         ("`drone`, `fisher` ranks, `--alike`", "drone", "fisher alike", ""),
+        ("`basis_sharing`, `effective` ranks (D-Rank)", "basis_sharing", "effective", ""),
+        ("`drone`, `effective` ranks", "drone", "effective", ""),
+        ("`svdllm`, `importance` ranks (AdaSVD)", "svdllm", "importance", ""),
+        ("`drone`, `importance` ranks", "drone", "importance", ""),
+        ("`drone`, `learned` ranks", "drone", "learned", ""),
+        ("`saes`, `learned` ranks", "saes", "learned", ""),
     )
     lines = []
     for text, method, alloc, kind in kinds:

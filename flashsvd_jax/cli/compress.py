@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from flashsvd_jax.compress import Calibration, Recipe
 
 # Named here as well as in flashsvd_jax.compress, so that help does not wait for JAX; a test compares them.
-METHODS = ("svd", "fwsvd", "asvd", "drone", "svdllm", "basis_sharing")
+METHODS = ("svd", "fwsvd", "asvd", "drone", "svdllm", "saes", "aa_svd", "basis_sharing")
 HEADS = ("own", "whole")
-ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity")  # and "file", which --ranks stands for
+# and "file", which --ranks stands for
+ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "effective", "importance", "sensitivity", "learned")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

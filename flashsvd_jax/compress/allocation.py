@@ -16,7 +16,7 @@ from flashsvd_jax.errors import RequestError, first_line
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.shapes import by_kind, uniform_rank
 
-ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "sensitivity", "file")
+ALLOCATIONS = ("uniform", "greedy", "fisher", "v2", "effective", "importance", "sensitivity", "learned", "file")
 SENSITIVITY_RATIOS = tuple(n / 10 for n in range(1, 10))
 """Of which ASVD measures what each does to the loss."""
 _BISECTIONS = 40
@@ -42,18 +42,19 @@ def v2_ranks(sites: Sequence[Site], ratio: float, gains: Mapping[str, np.ndarray
         if losses.min() < np.e:
             shares = np.maximum(losses / (losses.max() or 1.0), _SMALLEST_LOSS)
             losses = np.e * shares / shares.min()
-        for site, removed in zip(members, _shared_out(1 / np.log(losses), 1 - ratio), strict=True):
+        for site, removed in zip(members, shared_out(1 / np.log(losses), 1 - ratio), strict=True):
             found[site.name] = budget.rounded(uniform_rank(site, 1 - removed))
     return found
 
 
-def _shared_out(weights: np.ndarray, mean: float, most: float = 0.99) -> np.ndarray:
-    """Numbers proportional to the weights with that mean, none above ``most``: what is cut off goes to the others."""
+def shared_out(weights: np.ndarray, mean: float, most: float | np.ndarray = 0.99) -> np.ndarray:
+    """Numbers proportional to the weights, above 0, with that mean, none above ``most``: what is cut off goes to the others."""
     total, free, found = mean * len(weights), np.ones(len(weights), bool), np.zeros(len(weights))
+    most = np.broadcast_to(np.asarray(most, float), found.shape)
     while free.any():
-        found[free] = weights[free] * (total - most * (~free).sum()) / weights[free].sum()
+        found[free] = weights[free] * (total - most[~free].sum()) / weights[free].sum()
         over = free & (found > most)
-        found[over], free = most, free & ~over
+        found[over], free = most[over], free & ~over
         if not over.any():
             break
     return found

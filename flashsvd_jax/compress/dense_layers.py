@@ -12,7 +12,8 @@ from flashsvd_jax.compress.calibration import Calibration
 from flashsvd_jax.compress.factors import Loss, factorize
 from flashsvd_jax.compress.fisher import fisher_statistics
 from flashsvd_jax.compress.heads import gains_of_groups, head_groups
-from flashsvd_jax.compress.layer_statistics import LayerPass
+from flashsvd_jax.compress.layer_statistics import AlignedPass, LayerPass
+from flashsvd_jax.compress.learned_ranks import Components, learned_shares
 from flashsvd_jax.compress.methods import Statistic, Statistics, method_named
 from flashsvd_jax.compress.recipe import Recipe
 from flashsvd_jax.compress.sensitivity import SENSITIVITY_WINDOWS, Sensitivity
@@ -94,10 +95,13 @@ class DenseLayers:
         else:
             self._fisher = {name: Statistics(fisher=rows) for name, rows in kept.items()}
 
-    def stream(self, kind: Statistic | None) -> LayerPass | None:
-        """The start of a pass over the layers that measures their inputs, where that is what is asked for."""
+    def stream(self, kind: Statistic | None, compressed: bool = False) -> LayerPass | None:
+        """The start of a pass over the layers, dense or as they are ``compressed``, that measures their inputs, where that is what
+        is asked for."""
         if kind not in ("moment", "magnitude"):
             return None
+        if compressed and self.method.aligned:
+            return AlignedPass(self._config, self._tokens, self._folder.get)
         return LayerPass(self._config, self._tokens, self._folder.get, kind)
 
     def losses(self, block: range, stream: LayerPass | None, advance: bool) -> Iterator[tuple[str, Loss]]:
@@ -151,6 +155,27 @@ class DenseLayers:
                 found[site] = [model.loss(index, {f"{site}.weight": up[:, :rank] @ down[:rank]}) for rank in ranks]
             model.advance(index)
         return found
+
+    def similarities(self) -> dict[str, float]:
+        """How near each site's layer leaves the residual stream to what it was, the mean of those that share a basis."""
+        stream = LayerPass(self._config, self._tokens, self._folder.get, None)
+        of_layers = [
+            stream.similarity(index, self._folder.get) for block in self._pass("choosing ranks") for index in block
+        ]
+        of_sites = {site: found for index, found in enumerate(of_layers) for site in self.sites(index)}
+        return {first: float(np.mean([of_sites[name] for name in names])) for first, names in self.bases.items()}
+
+    def learned_shares(self, ratio: float) -> dict[str, float]:
+        """Which share of its parameters each site keeps by `learned_ranks`, that of all together being the ratio."""
+        assert isinstance(self._config, ModelConfig)  # as above
+        components: dict[str, Components] = {}
+        stream = self.stream(self.method.needs)
+        for block in self._pass("factors of whole rank"):
+            for site, loss in self.losses(block, stream, advance=True):
+                weight = self.weight(self.bases[site])
+                up, down = factorize(weight, min(weight.shape), loss)
+                components[site] = Components(up.astype(np.float32), down.astype(np.float32), self.bases[site])
+        return learned_shares(self._config, self._folder.get, components, ratio, self._tokens, self._progress)
 
     def _pass(self, what: str) -> Iterator[range]:
         """The blocks of layers in order, with a bar."""

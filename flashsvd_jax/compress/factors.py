@@ -74,6 +74,10 @@ class Loss:
                 columns = float((moment if moment.ndim == 1 else moment.diagonal()).sum())
         return float(rows * columns)
 
+    def target(self, weight: np.ndarray, rank: int) -> Array:
+        """The matrix that factors of a rank are to be near to by this loss: the weight itself, where nothing else is aimed at."""
+        return weight
+
 
 class Factors(NamedTuple):
     """A weight as ``up @ down``: [d_out, rank] and [rank, d_in] in float64, each component's size split evenly between them."""
@@ -85,9 +89,10 @@ class Factors(NamedTuple):
 def factorize(weight: np.ndarray, rank: int, loss: Loss) -> Factors:
     """The factors of a rank, at most the smaller side, with the least loss; computed in float64."""
     row_scale = _row_scale(weight, loss)
+    target = loss.target(weight, rank)
     with float64_module() as xp:
-        scaled = xp.asarray(row_scale[:, None]) * xp.asarray(weight, xp.float64)
-        left = _leading_left_vectors(scaled, _computed_rank(rank, weight, xp), loss, xp)
+        scaled = xp.asarray(row_scale[:, None]) * xp.asarray(target, xp.float64)
+        left = leading_left_vectors(scaled, computed_rank(rank, weight, xp), loss, xp)
         up, down = left / row_scale[:, None], left.T @ scaled
         sizes, others = xp.linalg.norm(down, axis=1), xp.linalg.norm(up, axis=0)
         balance = xp.sqrt(xp.where(sizes > 0, sizes, others) / others)
@@ -115,12 +120,12 @@ def gains(weight: np.ndarray, loss: Loss) -> np.ndarray:
         if scaled.shape[0] <= scaled.shape[1]:
             gram = _outer_gram(scaled, loss)
         else:
-            matrix = _times_root(scaled, loss)
+            matrix = times_root(scaled, loss)
             gram = matrix.T @ matrix
         return np.maximum(np.asarray(xp.linalg.eigvalsh(gram))[::-1], 0.0)
 
 
-def _computed_rank(rank: int, weight: np.ndarray, xp: Any) -> int:
+def computed_rank(rank: int, weight: Array, xp: Any) -> int:
     """JAX compiles anew for each rank, so it computes some more components and few different numbers of them."""
     return rank if xp is np else min(-(-rank // _RANK_STEP) * _RANK_STEP, *weight.shape)
 
@@ -143,20 +148,20 @@ def _outer_gram(scaled: Array, loss: Loss) -> Array:
     return (scaled @ moment + loss.floor * scaled) @ scaled.T
 
 
-def _times_root(scaled: Array, loss: Loss) -> Array:
+def times_root(scaled: Array, loss: Loss) -> Array:
     """D W S from D W."""
     if loss.root is None:
         return scaled
     return scaled * loss.root if loss.root.ndim == 1 else scaled @ loss.root
 
 
-def _leading_left_vectors(scaled: Array, rank: int, loss: Loss, xp: Any) -> Array:
+def leading_left_vectors(scaled: Array, rank: int, loss: Loss, xp: Any) -> Array:
     """Orthonormal columns [d_out, rank] that span D W S's leading left singular vectors, through the smaller side's Gram matrix.
 
     Squaring blurs only directions below the square root of float64's precision, which lose nothing that counts.
     """
     if scaled.shape[0] <= scaled.shape[1]:
         return xp.linalg.eigh(_outer_gram(scaled, loss))[1][:, ::-1][:, :rank]
-    matrix = _times_root(scaled, loss)
+    matrix = times_root(scaled, loss)
     right = xp.linalg.eigh(matrix.T @ matrix)[1][:, ::-1][:, :rank]
     return xp.linalg.qr(matrix @ right)[0]  # orthonormal even where a column vanishes

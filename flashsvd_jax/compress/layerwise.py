@@ -10,7 +10,7 @@ from flashsvd_jax.compress.dense_layers import DenseLayers
 from flashsvd_jax.compress.factors import Factors
 from flashsvd_jax.compress.heads import factorize_groups, multiplied, refit_groups
 from flashsvd_jax.compress.layer_statistics import LayerPass
-from flashsvd_jax.compress.ranks import choose_ranks
+from flashsvd_jax.compress.ranks import Measures, choose_ranks
 from flashsvd_jax.compress.recipe import Recipe
 from flashsvd_jax.compress.shared_bases import shared_names
 from flashsvd_jax.factorization import Factorization
@@ -54,7 +54,8 @@ class LayerwiseCompression:
         dense.measure_fisher(self.work)
         found = self.work and self.work.load_json("ranks")
         if found is None:
-            found = choose_ranks(self._recipe, self._config, self._dtype.itemsize, dense.gains, dense.sensitivity)
+            measures = Measures(dense.gains, dense.similarities, dense.sensitivity, dense.learned_shares)
+            found = choose_ranks(self._recipe, self._config, self._dtype.itemsize, measures)
             if self.work is not None:
                 self.work.save_json("ranks", found)
         ranks = {name: rank for first, rank in found.items() for name in dense.bases[first]}
@@ -66,7 +67,7 @@ class LayerwiseCompression:
         replaced = {f"{site.name}.weight" for site in layer_sites(self._config)}
         for name in schema(self._config).keys() - replaced:
             writer.add(name, self._folder.get(name))
-        stream = self._dense.stream(self._dense.method.needs)
+        stream = self._dense.stream(self._dense.method.needs, self._sequential)
         updated = self._dense.stream("moment") if self._recipe.update else None
         with progress_bar("compressing", self._config.num_layers, " layers", self._progress) as bar:
             for block in self._dense.blocks:

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from flashsvd_jax.compress.alignment import AlignedLoss
 from flashsvd_jax.compress.factors import Loss
 from flashsvd_jax.compress.float64 import Array
 from flashsvd_jax.errors import RequestError
@@ -14,15 +15,17 @@ Statistic = Literal["moment", "magnitude", "fisher"]
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What was measured of one projection; a method needs one of these at most.
+    """What was measured of one projection; a method needs one of them at most, the shift beside the moment.
 
     Attributes:
       moment: [d_in, d_in], the sum of ``x^T x`` over the inputs x of all tokens.
+      shift: [d_in, d_in], the sum of ``(x0 - x)^T x`` over the same, x0 being a token's input in the dense model.
       magnitude: [d_in], the sum of ``|x|`` over the same.
       fisher: [d_out], the sum over a row of the squared gradients of the model's loss, summed over sequences.
     """
 
     moment: Array | None = None
+    shift: Array | None = None
     magnitude: np.ndarray | None = None
     fisher: np.ndarray | None = None
 
@@ -37,6 +40,8 @@ class Method:
       needs: the statistic that it needs, if any.
       sequential: whether a layer's inputs come from the layers before as they are compressed, not from the dense model.
       shares: whether neighbouring layers have first factors in common, see `shared_bases`.
+      aligned: whether outputs are to be near the dense model's, and not just near the weight's for the same inputs.
+      strength: how much they are, from 0 to 1; None where each projection chooses it.
     """
 
     name: str
@@ -44,6 +49,8 @@ class Method:
     needs: Statistic | None = None
     sequential: bool = False
     shares: bool = False
+    aligned: bool = False
+    strength: float | None = None
 
     def loss(self, statistics: Statistics, alpha: float = 0.5) -> Loss:
         """The loss it minimises; ``alpha`` is ASVD's exponent.
@@ -61,6 +68,8 @@ class Method:
         if self.needs == "magnitude":
             peak = found.max() or 1.0  # any factor gives the same factors; this one cannot overflow
             return Loss(inputs=(found / peak) ** (2 * alpha))
+        if self.aligned and statistics.shift is not None:
+            return AlignedLoss(inputs=found, shift=statistics.shift, strength=self.strength)
         return Loss(inputs=found)
 
 
@@ -73,6 +82,21 @@ METHODS = {
         Method("drone", "error of the outputs, inputs of the dense model (Chen et al. 2021)", "moment"),
         Method(
             "svdllm", "error of the outputs, inputs of the compressed layers before (Wang et al. 2024)", "moment", True
+        ),
+        Method(
+            "saes",
+            "as svdllm, outputs between the weight's own and the dense model's, where ranks lose least (Hu et al. 2026)",
+            "moment",
+            sequential=True,
+            aligned=True,
+        ),
+        Method(
+            "aa_svd",
+            "error against the dense model's outputs, inputs of the compressed layers before (AA-SVD 2026)",
+            "moment",
+            sequential=True,
+            aligned=True,
+            strength=1.0,
         ),
         Method(
             "basis_sharing",

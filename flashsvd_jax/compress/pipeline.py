@@ -37,8 +37,9 @@ def compress(
     """Compresses a dense decoder or encoder; the folder appears whole at ``dst``, or after an error not at all.
 
     In memory are the weights and statistics of one layer, or of those that share a basis, a file of the result, and the residual
-    stream of the calibration text, float32 [samples, length, embed]; twice that with an update. FWSVD has the whole model and its
-    gradients on the device, ranks by sensitivity the whole model.
+    stream of the calibration text, float32 [samples, length, embed]; twice that with an update, or a method that aims at the dense
+    model's outputs. FWSVD has the whole model and its gradients on the device, ranks by sensitivity the whole model, learned ones
+    its factors at whole rank, too.
 
     Args:
       src: the dense model, a folder in this project's layout.

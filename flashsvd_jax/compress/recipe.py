@@ -22,7 +22,9 @@ class Recipe:
       target: how large the result is to be; a number is the share of the layers' parameters that is kept. None with ``ranks``.
       alloc: "uniform", the same ratio at every projection; "greedy", by gain for cost over all of them, a gain
         being a share of a projection's own loss; "fisher", the same with gains scaled to the model's loss; "v2", by theoretical
-        loss within each kind, as SVD-LLM v2; "sensitivity", by what each does to the model's loss, as ASVD; "file" with ``ranks``.
+        loss within each kind, as SVD-LLM v2; "effective", by effective rank within each kind, as D-Rank; "importance", by how
+        near each layer leaves its inputs, as AdaSVD; "sensitivity", by what each does to the model's loss, as ASVD; "learned",
+        by gradients of that loss, as Dobi-SVD and Adaptive Rank Selection; "file" with ``ranks``.
       multiple: of which ranks are, where a projection is not too small for it. Targets in bytes and milliseconds also pass over
         ranks that kernels would pad.
       alpha: ASVD's exponent of the inputs' mean magnitude.
@@ -116,7 +118,7 @@ class Recipe:
             raise RequestError(
                 f"method {self.method} needs gradients of a loss, and an encoder has none by itself; choose another method"
             )
-        if self.alloc in ("fisher", "sensitivity"):
+        if self.alloc in ("fisher", "sensitivity", "learned"):
             raise RequestError(
                 f"alloc {self.alloc} measures a model's loss, and an encoder has none by itself; choose another one"
             )
@@ -141,7 +143,7 @@ class Recipe:
         """What needs a text; empty where nothing does."""
         if method_named(self.method).needs is not None:
             return f"method {self.method}"
-        if self.alloc in ("fisher", "sensitivity"):
+        if self.alloc in ("fisher", "importance", "sensitivity", "learned"):
             return f"alloc {self.alloc}"
         return "an update" if self.update else ""
 

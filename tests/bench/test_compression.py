@@ -85,6 +85,7 @@ def test_cells_are_all_methods_ratios_and_allocations_once() -> None:
     assert len({str(cell) for cell in found}) == len(found)
     plain = {(c.method, c.ratio, c.alloc) for c in found if not (c.update or c.finetune)}
     assert {(m, r, a) for m in METHODS for r in (0.8, 0.6, 0.4) for a in ("uniform", "greedy", "v2")} <= plain
+    assert {("basis_sharing", 0.6, "effective"), ("svdllm", 0.4, "importance")} <= plain  # D-Rank and AdaSVD
 
 
 def test_losses_by_which_sensitivity_chooses_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

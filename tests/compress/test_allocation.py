@@ -9,10 +9,10 @@ import pytest
 
 from flashsvd_jax.compress.allocation import (
     SENSITIVITY_RATIOS,
-    _shared_out,
     check_ranks,
     read_ranks,
     sensitivity_ranks,
+    shared_out,
     uniform_ranks,
     v2_ranks,
 )
@@ -193,7 +193,7 @@ def test_v2_of_losses_that_have_no_logarithm_above_0(scale: float) -> None:
 
 
 def test_what_v2_cannot_take_from_one_site_it_takes_from_the_others() -> None:
-    removed = _shared_out(np.array([100.0, 1.0, 1.0, 1.0]), 0.6)
+    removed = shared_out(np.array([100.0, 1.0, 1.0, 1.0]), 0.6)
     np.testing.assert_allclose(removed, [0.99, 0.47, 0.47, 0.47])
 
 

@@ -29,7 +29,7 @@ from flashsvd_jax.compress import Calibration, Recipe, Target, compress
 from flashsvd_jax.compress.allocation import read_ranks
 from flashsvd_jax.compress.factors import Loss, factorize
 from flashsvd_jax.compress.methods import Statistics
-from flashsvd_jax.compress.ranks import choose_ranks
+from flashsvd_jax.compress.ranks import Measures, choose_ranks
 from flashsvd_jax.compress.shared_bases import bases_of, joined, layer_blocks, summed
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.encoder_model import load_encoder
@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-@pytest.mark.parametrize("alloc", ["uniform", "greedy", "v2", "fisher"])
+@pytest.mark.parametrize("alloc", ["uniform", "greedy", "v2", "effective", "importance", "fisher"])
 @pytest.mark.parametrize("unit", ["ratio", "params"])
 def test_a_target_is_kept(alloc: str, unit: Any, deep: Deep, tmp_path: Path) -> None:
     amount = 0.6 if unit == "ratio" else 0.9 * count_params(deep.config)
@@ -250,7 +250,7 @@ def test_greedy_counts_every_layer_of_a_basis(deep: Deep) -> None:
     bases = bases_of(deep.config, 2)
     gains = {site.name: falling[: min(site.d_out, site.d_in)] for site in joined(layer_sites(deep.config), bases)}
     recipe = Recipe("basis_sharing", 0.5, "greedy")
-    ranks = choose_ranks(recipe, deep.config, 4, lambda: gains, dict)
+    ranks = choose_ranks(recipe, deep.config, 4, Measures(lambda: gains))
     last = [f"layers_{LAYERS - 1}.mlp.up_proj", "layers_0.mlp.up_proj"]
     assert ranks[last[1]] > ranks[last[0]]
 

@@ -13,7 +13,7 @@ from flashsvd_jax.cli import main
 from flashsvd_jax.compress import Recipe, Target
 from flashsvd_jax.compress.budget import CONTEXT, budget_of, decode_milliseconds
 from flashsvd_jax.compress.decode_costs import DecodeCosts, load_costs
-from flashsvd_jax.compress.ranks import choose_ranks
+from flashsvd_jax.compress.ranks import Measures, choose_ranks
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.factorization import Factorization
@@ -36,7 +36,7 @@ def gains() -> dict[str, np.ndarray]:
 
 
 def chosen(target: Target, alloc: str = "greedy") -> ModelConfig:
-    ranks = choose_ranks(Recipe("svd", target, alloc), DENSE, 2, gains, dict)
+    ranks = choose_ranks(Recipe("svd", target, alloc), DENSE, 2, Measures(gains))
     return dataclasses.replace(DENSE, factorization=Factorization.of(ranks))
 
 

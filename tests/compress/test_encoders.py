@@ -262,6 +262,7 @@ def test_an_interrupted_run_goes_on(tiny: Any, tmp_path: Path, monkeypatch: pyte
         (Recipe("fwsvd", 0.5), "method fwsvd needs gradients of a loss, and an encoder has none by itself"),
         (Recipe("svd", 0.5, "fisher"), "alloc fisher measures a model's loss, and an encoder has none"),
         (Recipe("svd", 0.5, "sensitivity"), "alloc sensitivity measures a model's loss"),
+        (Recipe("svd", 0.5, "learned"), "alloc learned measures a model's loss"),
         (Recipe("svd", Target("bytes", 9e4)), "90,000 bytes of weights a token is for decoding, which encoders do not do"),
         (
             Recipe("svd", None, "file", ranks={"layers_0.self_attn.q_proj": 9}),

@@ -12,6 +12,7 @@ from truncation import draw_inputs, draw_weight
 from flashsvd_jax import bundled
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.compress import Calibration, Recipe, compress
+from flashsvd_jax.compress.alignment import AlignedLoss
 from flashsvd_jax.compress.factors import Loss, factorize, gains, refit
 from flashsvd_jax.compress.float64 import float64_module
 
@@ -37,7 +38,9 @@ def test_factors_gains_and_updates(shape: tuple[int, int], kind: str, monkeypatc
         loss = Loss(fisher, x.T @ x)
         up, down = factorize(weight, 9, loss)
         refitted = refit(weight, factorize(weight, 9, Loss()), x.T @ x)
-        return [up @ down, gains(weight, loss), refitted.up @ refitted.down, np.array(loss.trace(*shape))]
+        aligned = factorize(weight, 9, AlignedLoss(inputs=x.T @ x, shift=np.roll(x, 1, 0).T @ x))
+        made = [product.up @ product.down for product in (refitted, aligned)]
+        return [up @ down, gains(weight, loss), *made, np.array(loss.trace(*shape))]
 
     found = results()
     monkeypatch.undo()
@@ -52,6 +55,7 @@ def test_factors_gains_and_updates(shape: tuple[int, int], kind: str, monkeypatc
     [
         Recipe("drone", 0.5, "greedy", update=True),
         Recipe("basis_sharing", 0.5),
+        Recipe("saes", 0.5),
     ],
     ids=lambda recipe: recipe.method,
 )

@@ -1,5 +1,6 @@
 """Inputs of projections and Fisher information, against what PyTorch's hooks and gradients say of the same models."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from module_inputs import module_inputs
 from torch import nn
 
 from flashsvd_jax.compress.fisher import fisher_statistics
-from flashsvd_jax.compress.layer_statistics import LayerPass
+from flashsvd_jax.compress.layer_statistics import AlignedPass, LayerPass
 from flashsvd_jax.schema import flatten, sites
 
 TOKENS = np.random.default_rng(0).integers(1, 50, (6, 20)).astype(np.int32)
@@ -65,6 +66,28 @@ def test_batches_do_not_matter(batch: int) -> None:
     found = passed.statistics(1, flat.__getitem__)["layers_1.mlp.down_proj"].moment
     assert found is not None and found.dtype == np.float64
     np.testing.assert_allclose(found, x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_inputs_beside_those_of_the_dense_model(batch: int) -> None:
+    """Of a model whose first layer is another one; the other stream goes on with the dense weights."""
+    reference = hf_models.reference("llama")
+    flat = flatten(reference.params)
+    changed = {name: array * (0.5 if name.startswith("layers_0.mlp") else 1) for name, array in flat.items()}
+    other = copy.deepcopy(reference.model)
+    for linear in (m for m in other.get_submodule("model.layers.0.mlp").modules() if isinstance(m, nn.Linear)):
+        linear.weight.data *= 0.5
+    passed = AlignedPass(reference.config, TOKENS, flat.__getitem__)
+    first = passed.statistics(0, flat.__getitem__)
+    assert all(not np.asarray(found.shift).any() for found in first.values())
+    passed.advance(0, changed.__getitem__)
+    originals = torch_inputs(reference)
+    modules = {name: other.get_submodule(hf_models.hf_path("llama", name)) for name in originals}
+    inputs = module_inputs(other, modules, TOKENS)
+    for name, found in passed.statistics(1, flat.__getitem__).items():
+        x, shift = inputs[name], (originals[name] - inputs[name]).T @ inputs[name]
+        np.testing.assert_allclose(found.moment, x.T @ x, rtol=1e-4, atol=1e-4 * len(x))
+        np.testing.assert_allclose(found.shift, shift, rtol=1e-3, atol=1e-4 * np.abs(shift).max())
+        assert np.abs(shift).max() > 0.01 * np.abs(x.T @ x).max()
 
 
 @pytest.mark.parametrize("architecture", ["llama_tied", "qwen2"])

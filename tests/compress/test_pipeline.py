@@ -17,6 +17,7 @@ from torch import nn
 from flashsvd_jax import bundled
 from flashsvd_jax.checkpoint import FolderWriter, load_params, open_folder
 from flashsvd_jax.compress import METHODS, Calibration, Recipe, compress
+from flashsvd_jax.compress.alignment import STRENGTHS
 from flashsvd_jax.compress.allocation import SENSITIVITY_RATIOS, sensitivity_ranks
 from flashsvd_jax.compress.greedy import greedy_ranks
 from flashsvd_jax.errors import CheckpointError, RequestError
@@ -72,6 +73,36 @@ def test_factors_are_those_of_whitening_with_the_inputs_that_the_method_reads(
         if METHODS[method].sequential:
             for name, linear in layer.items():
                 linear.weight.data = torch.tensor(found[name])
+
+
+@pytest.mark.parametrize("method", ["saes", "aa_svd"])
+def test_aligned_factors_are_those_of_the_papers_with_inputs_of_both_models(
+    method: str, dense: Any, tmp_path: Path
+) -> None:
+    """SAES-SVD's closed form for a strength in its bounds, AA-SVD's for 1, written down with PyTorch and numpy."""
+    compress(dense.folder, tmp_path / "out", Recipe(method, 0.5), CALIBRATION)
+    found, model = products(tmp_path / "out"), copy.deepcopy(dense.reference.model)
+    tokens = CALIBRATION.windows(Tokenizer(dense.folder), dense.config)
+    originals = module_inputs(dense.reference.model, weights(dense.reference.model), tokens)
+    with open_folder(tmp_path / "out") as opened:
+        ranks = opened.config.factorization.rank_by_site
+    strengths = np.linspace(*STRENGTHS, 200) if method == "saes" else [1.0]
+    for index in range(dense.config.num_layers):
+        layer = {name: linear for name, linear in weights(model).items() if name.startswith(f"layers_{index}.")}
+        measured = {name: inputs(model, tokens, name) for name in layer}
+        for name, linear in layer.items():
+            x, weight = measured[name], linear.weight.detach().double().numpy()
+            change = weight @ np.linalg.lstsq(x, originals[name] - x)[0].T
+            errors = []
+            for strength in strengths:
+                expected = whitened(weight + strength * change, x, ranks[name])
+                errors.append(np.linalg.norm((found[name] - expected) @ x.T) / np.linalg.norm(expected @ x.T))
+            assert min(errors) < 2e-3
+            if method == "aa_svd" and index > 0:
+                plain = whitened(weight, x, ranks[name])
+                assert np.linalg.norm((found[name] - plain) @ x.T) > 0.02 * np.linalg.norm(plain @ x.T)
+        for name, linear in layer.items():
+            linear.weight.data = torch.tensor(found[name])
 
 
 def test_updated_second_factors_are_least_squares_for_inputs_of_the_compressed_layers(
@@ -232,7 +263,10 @@ def test_a_text_that_does_not_suffice(change: dict[str, Any], message: str, dens
     [
         ({"method": "cur"}, "no method named 'cur'"),
         ({"target": 1.5}, r"between 0 and 1, not 1\.5"),
-        ({"alloc": "fair"}, "alloc 'fair' is not one of uniform, greedy, fisher, v2, sensitivity, file"),
+        (
+            {"alloc": "fair"},
+            "alloc 'fair' is not one of uniform, greedy, fisher, v2, effective, importance, sensitivity, learned, file",
+        ),
         ({"multiple": 0}, "multiples of 1 or more"),
         ({"alpha": 0.0}, r"alpha must be above 0, not 0\.0"),
         ({"target": None}, "give either a target, such as a ratio, or ranks"),
@@ -283,6 +317,9 @@ def test_weights_that_are_not_finite_are_named(dense: Any, tmp_path: Path) -> No
         (src / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match=r"inputs of layers_0\.self_attn\.q_proj are not finite"):
         compress(src, tmp_path / "out", Recipe("drone", 0.5), CALIBRATION)
+    for alloc, message in (("importance", "layer 0 gives what is not finite"), ("learned", "no finite gradient")):
+        with pytest.raises(CheckpointError, match=message):
+            compress(src, tmp_path / "out", Recipe("svd", 0.5, alloc), CALIBRATION)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["inf", "nan"]
 
 

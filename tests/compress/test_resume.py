@@ -20,7 +20,12 @@ from flashsvd_jax.errors import CheckpointError, RequestError
 
 TEXT = bundled.CALIBRATION.read_text(encoding="utf-8")[:5000]
 CALIBRATION = Calibration(TEXT, "text.txt", samples=4, length=48, seed=1)
-RECIPES = [Recipe("svdllm", 0.5, "greedy"), Recipe("fwsvd", 0.5), Recipe("drone", 0.5, update=True)]
+RECIPES = [
+    Recipe("svdllm", 0.5, "greedy"),
+    Recipe("saes", 0.5, "effective"),
+    Recipe("fwsvd", 0.5),
+    Recipe("drone", 0.5, update=True),
+]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.method)

@@ -34,7 +34,7 @@ def test_factors_and_gains_are_those_of_numpy(
     np.testing.assert_allclose(ladder, gains(weight, loss), rtol=1e-7, atol=1e-9 * ladder.max())
 
 
-@pytest.mark.parametrize("method", ["drone", "basis_sharing"])
+@pytest.mark.parametrize("method", ["drone", "saes", "basis_sharing"])
 def test_a_model_is_compressed_to_what_numpy_gives(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
