@@ -208,6 +208,7 @@ WITHOUT_FORM = (
         "D-Rank",
         "`compress --method basis_sharing --alloc effective` makes it; Basis Sharing with a rank for each group: `basis_sharing`",
     ),
+    ("GF-SVD", "neither form nor code is public, and what its paper tells openly does not suffice to make it"),
     ("SAES-SVD", "`compress --method saes` makes it; LowRankArena has reproduced it: `lowrankarena`"),
     (
         "SoLA",
