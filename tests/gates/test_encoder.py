@@ -30,7 +30,7 @@ def low_rank(**fields: Any) -> EncoderConfig:
     return EncoderConfig.from_hf({**BASE, **fields}, Factorization.of(dict.fromkeys(names, 200)))
 
 
-@pytest.mark.parametrize(("batch", "length", "products"), [(1, 16, "triton"), (8, 512, "xla_rounded")])
+@pytest.mark.parametrize(("batch", "length", "products"), [(1, 16, "triton"), (64, 512, "xla_rounded")])
 @pytest.mark.parametrize("fields", [
     {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
     {"model_type": "modernbert", "architectures": ["ModernBertForSequenceClassification"]},

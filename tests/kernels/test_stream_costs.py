@@ -18,7 +18,7 @@ from pallas_kernels import (
     prefer,
 )
 from pallas_kernels.target import H200
-from pallas_kernels.triton.stream_costs import AttentionCall, FeedForwardCall, estimates, slower
+from pallas_kernels.triton.stream_costs import MARGIN, AttentionCall, FeedForwardCall, estimates, slower
 from pallas_kernels.tuned import table
 
 A100 = dataclasses.replace(H200, kind="NVIDIA A100", capability=(8, 0), cores=108)
@@ -74,6 +74,15 @@ def test_few_tokens_fill_few_cores_and_go_by_products() -> None:
         with prefer("stream"):
             assert feed_forward.choose(*args, **options)[0].name == "stream"
         assert feed_forward.choose(*layer(32768, 320), **options)[0].name == "stream"
+
+
+def test_streaming_may_take_a_little_longer_as_it_needs_less_memory() -> None:
+    """Of a block of 8192 tokens at BERT-base's ratio 0.5."""
+    call = FeedForwardCall(8192, 768, 3072, (320,), 320)
+    with assume_target(H200):
+        times = estimates(call)
+        assert times is not None and times["products"] < times["stream"] < (1 + MARGIN) * times["products"]
+        assert slower(call) is None
 
 
 @pytest.mark.parametrize(("device", "dtype"), [(A100, jnp.bfloat16), (H200, jnp.float32)])
