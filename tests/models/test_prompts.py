@@ -11,6 +11,7 @@ from compiled_decoder import extend_logits, full, prefill_logits, used_cache
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
+from flashsvd_jax.models import prompts
 from flashsvd_jax.models.prompts import LAYERS_OF_A_RUN, begin, first_chunk, layer_runs, next_chunk
 from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.sampling import SamplingParams
@@ -37,11 +38,19 @@ def test_runs_are_of_one_length_where_they_can_be(layers: int, lengths: list[int
     assert [run.is_last for run in runs] == [False] * (len(runs) - 1) + [True]
 
 
+@pytest.fixture
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three layers at most, so that a model need not be deep to have several."""
+    monkeypatch.setattr(prompts, "LAYERS_OF_A_RUN", 3)
+
+
 @pytest.mark.parametrize("windows", [(None,), (None, 5)])
+@pytest.mark.usefixtures("short_runs")
 def test_several_runs_give_what_the_whole_gives(windows: tuple[int | None, ...]) -> None:
-    """A prompt, and its continuation, in three runs of two lengths, against all layers at once without a cache."""
-    config = deep(22, *windows)
+    """A prompt, and its continuation, in runs of two layers and of three, against all layers at once without a cache."""
+    config = deep(7, *windows)
     weights = random_weights(config, dtype="float32")
+    assert [len(run.weights) for run in layer_runs(config, weights.layers)] == [2, 2, 3]
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24)).astype(np.int32)
     want = np.asarray(full(config, weights, tokens))
     lengths = np.array([24, 20], np.int32)
@@ -52,9 +61,10 @@ def test_several_runs_give_what_the_whole_gives(windows: tuple[int | None, ...])
         np.testing.assert_allclose(got[row, :length], want[row, :length], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("short_runs")
 def test_runs_alike_are_compiled_once_and_decoding_finds_all_of_the_cache() -> None:
     """Three runs: two alike, and the last, which keeps one token."""
-    config = deep(24)
+    config = deep(9)
     weights = random_weights(config, dtype="float32")
     engine = Engine(config, weights, max_length=64, decode_chunk=4, prefill_chunk=16)
     prompt, greedy = [1 + n % 50 for n in range(20)], SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
