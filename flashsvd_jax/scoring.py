@@ -14,7 +14,7 @@ from flashsvd_jax.engine import SMALLEST_BUCKET
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.model import Model
-from flashsvd_jax.models.decoder import full_logits
+from flashsvd_jax.models.decoder import full_logits, token_losses
 from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.progress import progress_bar
@@ -243,6 +243,4 @@ def _token_scores(
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     real = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
     logits = full_logits(config, weights, inputs, real)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    # Not log_softmax: that would be a second array of the logits' size.
-    return chosen - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+    return -token_losses(logits, targets), jnp.argmax(logits, axis=-1) == targets

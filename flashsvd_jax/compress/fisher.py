@@ -8,7 +8,7 @@ import numpy as np
 
 from flashsvd_jax.compress.methods import Statistics
 from flashsvd_jax.config import ModelConfig
-from flashsvd_jax.models.decoder import full_logits
+from flashsvd_jax.models.decoder import full_logits, token_losses
 from flashsvd_jax.models.weights import build_weights
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import schema
@@ -34,8 +34,7 @@ def fisher_statistics(
     def loss(measured: Mapping[str, jax.Array], rest: Mapping[str, jax.Array], window: jax.Array) -> jax.Array:
         weights = build_weights(config, {**rest, **measured}.__getitem__)
         logits = full_logits(config, weights, window[None, :-1])[0]
-        chosen = jnp.take_along_axis(logits, window[1:, None], axis=-1)[:, 0]
-        return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+        return token_losses(logits, window[1:]).mean()
 
     @jax.jit
     def rows(

@@ -21,7 +21,7 @@ import numpy as np
 from flashsvd_jax.compress.budget import Budget
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import CheckpointError
-from flashsvd_jax.models.decoder import full_logits
+from flashsvd_jax.models.decoder import full_logits, token_losses
 from flashsvd_jax.models.weights import build_weights
 from flashsvd_jax.param_specs import Site
 from flashsvd_jax.progress import progress_bar
@@ -142,8 +142,7 @@ def _gradients(
             parts = jnp.split(_gated(up, down, shares[name]), len(members))
             weights |= {f"{site}.weight": part for site, part in zip(members, parts, strict=True)}
         logits = full_logits(config, build_weights(config, weights.__getitem__), window[None, :-1])[0]
-        chosen = jnp.take_along_axis(logits, window[1:, None], axis=-1)[:, 0]
-        return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+        return token_losses(logits, window[1:]).mean()
 
     gradient = jax.jit(jax.grad(loss))
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.length_batches import batch_within_workspace
-from flashsvd_jax.models.decoder import head_logits, through_layer
+from flashsvd_jax.models.decoder import head_logits, through_layer, token_losses
 from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.packing import Packer
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights, build_weights, layer_weights
@@ -71,5 +71,4 @@ def _layer(config: ModelConfig, window: int | None, weights: LayerWeights, x: ja
 def _summed_loss(config: ModelConfig, weights: DecoderWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
     with jax.default_matmul_precision("highest"):
         logits = head_logits(config, weights, x[:, :-1])
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - chosen).sum()
+    return token_losses(logits, tokens[:, 1:]).sum()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.finetune.trained import Arrays, merged
-from flashsvd_jax.models.decoder import head_logits, through_layer
+from flashsvd_jax.models.decoder import head_logits, through_layer, token_losses
 from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.packing import Packer
 from flashsvd_jax.models.weights import build_weights, layer_weights
@@ -37,8 +37,7 @@ def mean_loss(config: ModelConfig, trained: Arrays, frozen: Arrays, tokens: jax.
         for index in range(config.num_layers):
             x = jax.checkpoint(partial(_layer, config, index, dtype))(trained, frozen, x)
         logits = head_logits(config, outer, x)
-    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
-    return (jax.nn.logsumexp(logits, axis=-1) - chosen).mean()
+    return token_losses(logits, tokens[:, 1:]).mean()
 
 
 def _layer(config: ModelConfig, index: int, dtype: Any, trained: Arrays, frozen: Arrays, x: jax.Array) -> jax.Array:

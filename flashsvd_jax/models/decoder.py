@@ -168,5 +168,12 @@ def head_logits(config: ModelConfig, weights: DecoderWeights, x: jax.Array) -> j
         return soft_cap(project(x, _head(weights), dtype=jnp.float32, norm=weights.norm)[0], config.logit_softcap)
 
 
+def token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Minus the log-probability of each token of ``targets`` [...] by logits [..., vocab]: float32 [...]."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # Not log_softmax: that would be a second array of the logits' size.
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
 def _head(weights: DecoderWeights) -> PackedProjection:
     return pack([Projection(weight=weights.embedding)]) if weights.head is None else weights.head

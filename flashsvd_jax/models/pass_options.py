@@ -26,8 +26,8 @@ def pass_options(layers: Sequence[Any]) -> dict[str, Any] | None:
 def run_options(layers: Sequence[Any]) -> dict[str, Any] | None:
     """The same for a run of layers of a prompt, whose kernels are sent one by one.
 
-    One program serves several runs, and each has its weights elsewhere: as a CUDA graph it would be updated for every run, which
-    takes the host longer than to send the kernels, and the GPU waits (bench/NOTES.md).
+    One program serves several runs, and each has its weights elsewhere. As a CUDA graph it took the host longer to send than the
+    GPU to compute, which is put down to its being updated for every run; without one it was not timed yet (bench/NOTES.md).
     """
     found = pass_options(layers) or {}
     if target().platform == "cuda" and not target().interpret:
