@@ -23,7 +23,7 @@ from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.models.pass_options import run_options
+from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.prompt_steps import PromptSteps
 from flashsvd_jax.sampling.counts import no_counts
@@ -110,7 +110,7 @@ class Engine:
         self._preferred = None if kernels == "auto" else kernels
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
-        jit_of_prompts = partial(self._jit, compiler_options=run_options(weights.layers))
+        jit_of_prompts = partial(self._jit, compiler_options=pass_options(weights.layers))
         self._prompts = PromptSteps(config, weights, self.cache_slots, jit_of_prompts)
         self._decode = {greedy: self._decode_step(greedy) for greedy in (True, False)}
 

@@ -20,7 +20,13 @@ def test_kernels_are_compiled_for_few_shapes(ranks: str) -> None:
 
 
 @pytest.mark.parametrize("step", [LAYERS, END])
-def test_the_host_waits_for_nothing_and_updates_no_graph(step: int) -> None:
+def test_the_host_waits_for_nothing(step: int) -> None:
     compiled = compile_lowered_by(lower_prompt, "uniform", 1, 512, step)
     assert compiled.kernels
-    assert not [thunk for thunk in compiled.walk() if thunk.kind in ("kConditional", "kCommandBuffer")]
+    assert not [thunk for thunk in compiled.walk() if thunk.kind == "kConditional"]
+
+
+def test_sums_are_not_split_without_trial() -> None:
+    compiled = compile_lowered_by(lower_prompt, "uniform", 2, 512, LAYERS)
+    assert any("gemm_fusion" in kernel.name for kernel in compiled.kernels)
+    assert not [kernel.name for kernel in compiled.kernels if "reduce" in kernel.name and "loop" in kernel.name]
