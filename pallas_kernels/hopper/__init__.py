@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.feed_forward import feed_forward as feed_forward_op
 from pallas_kernels.heads import project_heads
-from pallas_kernels.hopper import heads, products
+from pallas_kernels.hopper import feed_forward, heads, products
 from pallas_kernels.products import project, rows
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import MOST_KINDS, Implementation
@@ -44,3 +45,6 @@ def register() -> None:
     why = {"unavailable": unavailable, "slower": slower, "most_kinds": MOST_KINDS}
     project.register(Implementation(NAME, products.project, products.refuses, **why))
     project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, **why))
+    feed_forward_op.register(
+        Implementation(NAME, feed_forward.feed_forward, feed_forward.refuses, unavailable, slower=feed_forward.slower)
+    )

@@ -107,7 +107,7 @@ def _second(
         for number, start in enumerate(range(0, of.columns, of.piece)):
             values = total[:, start : start + of.piece]
             if gating is not None:
-                active = _activation(gate, latents.dtype)(gating[:, start : start + of.piece].astype(jnp.float32))
+                active = activation_of(gate, latents.dtype)(gating[:, start : start + of.piece].astype(jnp.float32))
                 values = active * values.astype(jnp.float32)
             write(staged, number, values, refs[-1].at[pl.ds(row, HALF), pl.ds(column + start, of.piece)])
 
@@ -116,7 +116,7 @@ def _second(
     return launch(name, of, count, lambda tile: sum(steps), (latents, *ups), [shape], multiply, copy)[0]
 
 
-def _activation(name: str | None, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
+def activation_of(name: str | None, dtype: jnp.dtype) -> Callable[[jax.Array], jax.Array]:
     """Of float32 values, without divisions: they and an accurate hyperbolic tangent would take longer than the product."""
     if name == "silu":
         return lambda x: x * _logistic(x)

@@ -141,7 +141,7 @@ class Ring:
         return pl.run_scoped(in_scope, accumulator)
 
 
-def _swizzled(columns: int) -> tuple[Any, Any]:
+def swizzled(columns: int) -> tuple[Any, Any]:
     """How tiles so wide lie in shared memory: 8 rows at once, their 16-byte pieces in an order that no two banks clash in."""
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
 
@@ -174,7 +174,7 @@ def launch(
       copy: ``copy(ring, first, tile, references)``, what the third does.
     """
     dtype, programs = operands[0].dtype, min(count, tiles.device.cores // tiles.peers)
-    swizzled, narrow = _swizzled(STEP), _swizzled(tiles.piece)
+    wide, narrow = swizzled(STEP), swizzled(tiles.piece)
 
     def body(*refs: Any) -> None:
         *arrays, a, b, staged, full, empty = refs
@@ -213,8 +213,8 @@ def launch(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=[
-            plgpu.SMEM((tiles.stages, ROWS, STEP), dtype, transforms=swizzled),
-            plgpu.SMEM((tiles.stages, tiles.columns, STEP), dtype, transforms=swizzled),
+            plgpu.SMEM((tiles.stages, ROWS, STEP), dtype, transforms=wide),
+            plgpu.SMEM((tiles.stages, tiles.columns, STEP), dtype, transforms=wide),
             plgpu.SMEM((MULTIPLIERS, 2, HALF, tiles.piece), dtype, transforms=narrow),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # a copy of x, one of the weight
             _let_go(tiles),

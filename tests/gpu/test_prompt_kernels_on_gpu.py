@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_cases import FEED_FORWARDS as HOPPER_FEED_FORWARDS
 from hopper_cases import (
     GATED,
     HEADS,
@@ -76,6 +77,11 @@ FEED_FORWARDS_HERE = FEED_FORWARDS | {
     "bert, narrow": FeedForwardCase(1000, 768, 3072, (192,), 192, "gelu", bias=True),
     "modernbert": FeedForwardCase(512, 768, 1152, (240, 240), 240, "gelu"),
 }
+HOPPER_FEED_FORWARDS_HERE = HOPPER_FEED_FORWARDS | {
+    # More tiles than run at once: 67 pairs of 128 tokens.
+    "bert": FeedForwardCase(17152, 768, 3072, (320,), 320, "gelu", bias=True),
+    "modernbert": FeedForwardCase(1024, 768, 1152, (240, 240), 240, "gelu", residual=True),
+}
 kinds = pytest.mark.parametrize("dtype", TOLERANCE)
 
 
@@ -123,6 +129,17 @@ def test_feed_forward(name: str, dtype: str) -> None:
     if chosen.name != "stream":
         pytest.skip(refusals["stream"])
     compare(feed_forward, "stream", args, options, feed_forward_exact(*args, **options), dtype)
+
+
+@pytest.mark.parametrize("name", HOPPER_FEED_FORWARDS_HERE)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_feed_forward_on_hopper(name: str, dtype: str) -> None:
+    args, options = feed_forward_call(HOPPER_FEED_FORWARDS_HERE[name], dtype)
+    with prefer("hopper"):
+        chosen, refusals = feed_forward.choose(*args, **options)
+    if chosen.name != "hopper":
+        pytest.skip(refusals["hopper"])
+    compare(feed_forward, "hopper", args, options, feed_forward_exact(*args, **options), dtype)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5])

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from prompt_kernel_cases import TORCH_ACTIVATIONS
+from prompt_kernel_cases import TORCH_ACTIVATIONS, FeedForwardCase
 
 from pallas_kernels import PackedProjection, Projection, pack
 
@@ -44,6 +44,11 @@ GATED = {
 HEADS = {
     "ranks that differ, grouped": HeadsCase(2, 128, 40, 2, 1, 128, (128, 64, 192)),
     "heads of 64": HeadsCase(1, 256, 40, 4, 2, 64, (64, 64, 64)),
+}
+FEED_FORWARDS = {
+    "a bias and what is added": FeedForwardCase(256, 128, 192, (120,), 72, "gelu", bias=True, residual=True),
+    "gated, ranks that differ": FeedForwardCase(384, 128, 64, (72, 136), 64, "silu", bias=True),
+    "more latents behind": FeedForwardCase(128, 64, 128, (24,), 200, "gelu_tanh", residual=True),
 }
 
 

@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from hopper_cases import GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact, products_exact
+from hopper_cases import FEED_FORWARDS, GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact, products_exact
 from kernel_cases import relative_error
+from prompt_kernel_cases import feed_forward_call, feed_forward_exact
 
-from pallas_kernels import Norm, Op, Projection, assume_target, pack, prefer, project, project_heads
+from pallas_kernels import Norm, Op, Projection, assume_target, feed_forward, pack, prefer, project, project_heads
+from pallas_kernels.hopper import feed_forward_sizes
 from pallas_kernels.hopper.ring import tiling
 from pallas_kernels.target import H200, Target
 
@@ -45,6 +47,17 @@ def test_heads(name: str) -> None:
         assert relative_error(one, want) <= TOLERANCE
 
 
+@pytest.mark.parametrize("in_turns", [True, False])
+@pytest.mark.parametrize("name", FEED_FORWARDS)
+def test_feed_forward(name: str, in_turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed_forward_sizes, "IN_TURNS", in_turns)
+    args, options = feed_forward_call(FEED_FORWARDS[name], "bfloat16")
+    with assume_target(INTERPRETED):
+        got = jax.jit(lambda args: feed_forward(*args, **options, implementation="hopper"))(args)
+    assert got.dtype == jnp.bfloat16
+    assert relative_error(got, feed_forward_exact(*args, **options)) <= TOLERANCE
+
+
 def test_tiles_leave_little_of_the_device_idle() -> None:
     few, many = (tiling(H200, rows, [11008], range(128, 209, 16)) for rows in (512, 4096))
     assert 4 * -(-11008 // few.columns) <= 2 * H200.cores  # two rounds
@@ -62,6 +75,14 @@ def test_refusals_say_why() -> None:
     table, gate = jnp.zeros((1, 128, 64)), {"gate": "silu"}
     pair, three = pack([low(64)] * 2), pack([low(64)] * 3)
     norm = Norm(jnp.ones(128), 1e-5)
+    wide, back, many = jnp.zeros((1, 128, 64), jnp.bfloat16), jnp.zeros((64, 128), jnp.bfloat16), {"activation": "gelu"}
+
+    def layer(up: int = 64, down: int = 64, inner: int = 128) -> tuple[Any, Any]:
+        first = Projection(down=jnp.zeros((up, 64), jnp.bfloat16), up=jnp.zeros((inner, up), jnp.bfloat16))
+        return pack([first]), pack(
+            [Projection(down=jnp.zeros((down, inner), jnp.bfloat16), up=back[:, :1].repeat(down, 1))]
+        )
+
     cases: list[tuple[Op, tuple[Any, ...], dict[str, Any], str]] = [
         (project, (x, pair), {}, "2 members"),
         (project, (x, pack([low(64, bias=True), low(64)])), gate, "biases"),
@@ -71,6 +92,12 @@ def test_refusals_say_why() -> None:
         (project, (x[:, :100], pair), gate, "100 rows"),
         (project, (x, pack([low(64), low(72)])), gate, "ranks (64, 72)"),
         (project, (x, pack([low(64, 96)] * 2)), gate, "96 columns"),
+        (feed_forward, (wide.astype(jnp.float32), *layer()), many, "float32"),
+        (feed_forward, (wide, pack([Projection(weight=back.T)]), layer()[1]), many, "dense projection"),
+        (feed_forward, (wide[:, :100], *layer()), many, "100 tokens"),
+        (feed_forward, (wide, *layer(inner=96)), many, "96 columns"),
+        (feed_forward, (wide, *layer(up=328)), many, "ranks 328, 64"),
+        (feed_forward, (wide, *layer(down=328)), many, "ranks 64, 328"),
         (project_heads, (x, three, table, table, 128, norm), {}, "norms of heads"),
         (project_heads, (x, three, table[..., :16], table[..., :16], 128), {}, "rotated in 32"),
         (project_heads, (x[:, :64], three, table, table, 128), {}, "64 tokens"),
@@ -99,3 +126,19 @@ def test_others_serve_what_they_are_faster_at() -> None:
             assert project.choose(x, packed, gate="silu")[0].name == chosen
             with prefer("hopper"):
                 assert project.choose(x, packed, gate="silu")[0].name == "hopper"
+
+
+def test_few_tokens_go_elsewhere() -> None:
+    """A tile fills a multiprocessor, so that with half as many as there are of these half of the device would be idle."""
+
+    def layer(tokens: int) -> tuple[Any, ...]:
+        def one(rank: int, d_in: int, d_out: int) -> Any:
+            down, up = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((rank, d_in), (d_out, rank)))
+            return jax.eval_shape(lambda down, up: pack([Projection(down=down, up=up)]), down, up)
+
+        return jax.ShapeDtypeStruct((64, tokens // 64, 768), jnp.bfloat16), one(320, 768, 3072), one(320, 3072, 768)
+
+    with assume_target(H200):
+        assert feed_forward.choose(*layer(32768), activation="gelu")[0].name == "hopper"
+        chosen, refusals = feed_forward.choose(*layer(8192), activation="gelu")
+        assert chosen.name == "stream" and "52% of the device would be idle" in refusals["hopper"]

@@ -73,7 +73,7 @@ def test_few_tokens_fill_few_cores_and_go_by_products() -> None:
         assert feed_forward.choose(*args, **options, implementation="stream")[0].name == "stream"
         with prefer("stream"):
             assert feed_forward.choose(*args, **options)[0].name == "stream"
-        assert feed_forward.choose(*layer(32768, 320), **options)[0].name == "stream"
+        assert feed_forward.choose(*layer(8192, 320), **options)[0].name == "stream"
 
 
 def test_streaming_may_take_a_little_longer_as_it_needs_less_memory() -> None:

@@ -133,6 +133,21 @@ def _feed_forward(label: str, inner: int, ranks: tuple[int, ...], down_rank: int
     return KernelCall(f"feed-forward-{label}", "feed_forward", "stream", args, {}, options, max_registers=255)
 
 
+def _hopper_feed_forward(
+    label: str, inner: int, ranks: tuple[int, ...], down_rank: int, width: int = 768, bias: bool = True
+) -> KernelCall:
+    """With biases as BERT has them, or none and something to add as in ModernBERT."""
+    x, pairs = (
+        array(64, 512, width),
+        [packed(width, *[(inner, rank) for rank in ranks]), packed(inner, (width, down_rank))],
+    )
+    if bias:
+        pairs = [dataclasses.replace(pair, biases=tuple(array(n) for n in pair.d_outs)) for pair in pairs]
+    name, options = f"hopper-feed-forward-{label}", {"activation": "gelu"}
+    arrays = {} if bias else {"residual": x}
+    return KernelCall(name, "feed_forward", "hopper", (x, *pairs), arrays, options, max_registers=THIRD_OF_REGISTERS)
+
+
 def _norms() -> list[KernelCall]:
     x, root = array(512, 4096), Norm(array(4096), 1e-5)  # pyright: ignore[reportArgumentType]
     layer = LayerNorm(array(768), array(768), 1e-12)  # pyright: ignore[reportArgumentType]
@@ -250,6 +265,10 @@ KERNEL_CALLS: list[KernelCall] = [
     _feed_forward("bert-narrow", 3072, (192,), 192),
     _feed_forward("modernbert", 1152, (240, 240), 240),
     *_norms(),
+    _hopper_feed_forward("bert", 3072, (307,), 307),
+    _hopper_feed_forward("minilm", 1536, (192,), 192, width=384),
+    _hopper_feed_forward("modernbert", 1152, (240, 240), 240, bias=False),
+    _hopper_feed_forward("modernbert-narrow", 1152, (192, 192), 192, bias=False),
     _hopper("gated", 512, 11008, 1492, "silu"),
     _hopper("gated", 4096, 11008, 1492, "silu"),
     _hopper("gated-8b", 512, 14336, 1911, "gelu_tanh"),
