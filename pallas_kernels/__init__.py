@@ -22,7 +22,7 @@ from pallas_kernels.heads import project_heads, project_heads_by
 from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, normed, rms_norm
 from pallas_kernels.padded_attention import attend_padded, attend_padded_by
 from pallas_kernels.persistent.stalls import stall_reason
-from pallas_kernels.products import project
+from pallas_kernels.products import adds_as_it_writes, project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
 from pallas_kernels.registry import (
     MOST_KINDS,
@@ -57,6 +57,7 @@ __all__ = [
     "Target",
     "Visible",
     "add_norm",
+    "adds_as_it_writes",
     "after_attention",
     "assume_target",
     "attend",

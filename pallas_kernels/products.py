@@ -135,6 +135,15 @@ def rows(x: jax.Array) -> int:
     return math.prod(x.shape[:-1])
 
 
+def adds_as_it_writes(x: jax.Array, packed: PackedProjection) -> bool:
+    """Whether what serves `project` for as many vectors as x has can add a residual to its product on the way to memory.
+
+    XLA's products do. Where others are faster, `add_norm` is to add it, for which both are read once more.
+    """
+    of_width = jax.ShapeDtypeStruct((*x.shape[:-1], packed.first.shape[1]), x.dtype)
+    return project.choose(of_width, packed)[0].name == "xla_rounded"
+
+
 def unsuited(x_dtype: jnp.dtype, weights: Sequence[jax.Array]) -> str | None:
     """Why kernels cannot multiply rows of a dtype by these weights [n, k], or None."""
     for weight in weights:

@@ -9,7 +9,17 @@ import jax.numpy as jnp
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.models.weights import LayerWeights
 from flashsvd_jax.rope import rotary_tables
-from pallas_kernels import DecoderLayer, LayerNorm, Norm, add_norm, feed_forward, normed, of_kinds, project
+from pallas_kernels import (
+    DecoderLayer,
+    LayerNorm,
+    Norm,
+    add_norm,
+    adds_as_it_writes,
+    feed_forward,
+    normed,
+    of_kinds,
+    project,
+)
 
 Tables = list[tuple[jax.Array, jax.Array]]
 """Cosines and sines of each rotary embedding that occurs, float32 [batch, tokens, columns]."""
@@ -85,12 +95,20 @@ def through_layers(
             attended = attention(index, inner)
             if kept is not None and index == len(layers) - 1:
                 x, attended = kept(x), kept(attended)
+            # Of the last layer what is added is told apart, as the norm behind it is not among these.
+            alone = index == len(layers) - 1
             with jax.named_scope("attention_out"):
-                attended = _out_norm(project(attended, layer.o)[0], layer.attention_out_norm)
+                in_product = layer.attention_out_norm is None and adds_as_it_writes(attended, layer.o)
+                (attended,) = project(attended, layer.o, residual=x if in_product else None)
             with jax.named_scope("mlp"):
-                x, inner = add_norm(x, attended, layer.mlp_norm)
-                inner = feed_forward(inner, layer.gate_up, layer.down, activation=layer.gate)
-                added = _out_norm(inner, layer.mlp_out_norm)
+                if in_product:
+                    x, inner = attended, normed(attended, layer.mlp_norm)
+                else:
+                    x, inner = add_norm(x, _out_norm(attended, layer.attention_out_norm), layer.mlp_norm)
+                in_product = not alone and layer.mlp_out_norm is None and adds_as_it_writes(inner, layer.down)
+                given = layer.gate_up, layer.down
+                inner = feed_forward(inner, *given, activation=layer.gate, residual=x if in_product else None)
+                x, added = (inner, None) if in_product else (x, _out_norm(inner, layer.mlp_out_norm))
     assert added is not None  # there is a layer
     return x, added
 

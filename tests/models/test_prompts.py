@@ -11,11 +11,13 @@ from compiled_decoder import extend_logits, full, prefill_logits, used_cache
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
-from flashsvd_jax.models import prompts
+from flashsvd_jax.models import decoder_layers, prompts
 from flashsvd_jax.models.prompts import LAYERS_OF_A_RUN, begin, first_chunk, layer_runs, next_chunk
 from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.shapes import shape_config
+from pallas_kernels import PackedProjection, Projection, adds_as_it_writes, assume_target, pack
+from pallas_kernels.target import H200
 
 
 def deep(layers: int, *windows: int | None) -> ModelConfig:
@@ -104,3 +106,39 @@ def test_behind_the_last_layer_is_the_last_token_of_each_prompt(start: int) -> N
     for row in range(4):
         want = (whole.x + whole.added)[row, at[row]]
         np.testing.assert_allclose((last.x + last.added)[row, 0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("short_runs")
+def test_products_that_add_give_what_norms_that_add_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, what serves products decides which of them adds to the residual stream."""
+    config = deep(4)
+    weights = random_weights(config, dtype="float32")
+    tokens, lengths = np.arange(24, dtype=np.int32)[None], np.array([20], np.int32)
+
+    def logits() -> np.ndarray:
+        return np.asarray(prefill_logits(config, weights, used_cache(config, 1, 32), tokens, lengths)[1])
+
+    want, asked = logits(), list[tuple[int, ...]]()
+
+    def adds(x: jax.Array, packed: PackedProjection) -> bool:
+        asked.append((*x.shape, packed.first.shape[1]))
+        return True
+
+    jax.clear_caches()  # what was traced before
+    monkeypatch.setattr(decoder_layers, "adds_as_it_writes", adds)
+    jax.clear_caches()  # of what was traced without it, and of what is traced with it
+    got = logits()
+    jax.clear_caches()
+    np.testing.assert_allclose(got[:, :20], want[:, :20], rtol=1e-5, atol=1e-5)
+    # Of two runs of two layers: each attention's output, and down of all but the last of a run.
+    assert len(asked) == 4 + 2
+
+
+def test_what_adds_to_the_residual_stream_on_a_gpu() -> None:
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)  # noqa: E731
+    low = jax.eval_shape(lambda down, up: pack([Projection(down=down, up=up)]), shape(1024, 4096), shape(4096, 1024))
+    dense = jax.eval_shape(lambda weight: pack([Projection(weight=weight)]), shape(4096, 11008))
+    for rows, packed, adds in ((8192, low, True), (512, low, False), (512, dense, True), (1, dense, False)):
+        with assume_target(H200):
+            assert adds_as_it_writes(shape(1, rows, 4096), packed) == adds
+        assert not adds_as_it_writes(shape(1, rows, 4096), packed)
