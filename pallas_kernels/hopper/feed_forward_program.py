@@ -10,8 +10,7 @@ shared memory in place of the latents for (3).
 
 A third warpgroup copies. Factors come in blocks of 64 x 64 through one ring, in the order in which they are multiplied, and each of
 two neighbouring programs copies half of a block to both: all factors go by for each tile, and the second-level cache would
-otherwise have to give more bytes than it can. Blocks of x come between them, one for each warpgroup. In (2) warpgroups take turns
-at multiplying, as one alone keeps the tensor cores busy, and the other has an activation to compute.
+otherwise have to give more bytes than it can. Blocks of x come between them, one for each warpgroup.
 """
 
 import dataclasses
@@ -29,7 +28,6 @@ from pallas_kernels.hopper.blocks import BLOCK, Blocks, block_of
 from pallas_kernels.hopper.feed_forward_sizes import Sizes
 from pallas_kernels.hopper.products import activation_of
 from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, ROWS, swizzled
-from pallas_kernels.hopper.turns import Turns
 
 _REGISTERS = {"multiplying": 240, "copying": 24}
 """Of a thread, see `ring._REGISTERS`."""
@@ -52,7 +50,7 @@ def run(
     dtype, peers = flat[0].dtype, sizes.peers
 
     def body(*refs: Any) -> None:
-        operands, (out, held, places, staged, full, empty, turn) = refs[:-7], refs[-7:]
+        operands, (out, held, places, staged, full, empty) = refs[:-6], refs[-6:]
         factors = _Factors.of(sizes, iter(operands), out)
         ring = Blocks(places, full, empty, sizes.stages, peers)
         warpgroup = lax.axis_index("warpgroup")
@@ -62,15 +60,14 @@ def run(
         def _() -> None:
             plgpu.set_max_registers(_REGISTERS["multiplying"], action="increase")
             ring.begin()
-            turns = Turns(turn if sizes.in_turns else None, warpgroup)
-            tile = _Tile(sizes, factors, ring, held, staged.at[warpgroup], warpgroup * HALF, turns)
+            tile = _Tile(sizes, factors, ring, held, staged.at[warpgroup], warpgroup * HALF)
             ring.let_go(ring.after(tile.multiply(jnp.int32(0), row), -1))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == MULTIPLIERS)
         def _() -> None:
             plgpu.set_max_registers(_REGISTERS["copying"], action="decrease")
-            ring.until_all_let_go(_Tile(sizes, factors, ring, held, None, None, None).copy(jnp.int32(0), row))
+            ring.until_all_let_go(_Tile(sizes, factors, ring, held, None, None).copy(jnp.int32(0), row))
 
     body.__name__ = "feed_forward"
     lines = swizzled(BLOCK)
@@ -91,7 +88,6 @@ def run(
             plgpu.SMEM((MULTIPLIERS, HALF, BLOCK), dtype, transforms=lines),
             plgpu.Barrier(num_arrivals=1, num_barriers=sizes.stages),
             empty(num_arrivals=MULTIPLIERS, num_barriers=sizes.stages),
-            plgpu.Barrier(num_arrivals=1, num_barriers=MULTIPLIERS),
         ],
         interpret=plgpu.InterpretGPUParams() if sizes.device.interpret else None,
     )(*flat, first, *ups, second, *biases)
@@ -132,7 +128,6 @@ class _Tile:
     held: Any
     staged: Any
     half: Any
-    turns: Any
 
     def copy(self, place: jax.Array, row: jax.Array) -> jax.Array:
         """Of the warpgroup that copies; gives the place behind its last block."""
@@ -145,28 +140,28 @@ class _Tile:
 
             return lax.fori_loop(0, count, one, place)
 
-        def compress(member: int, k: jax.Array, place: jax.Array) -> jax.Array:
-            start, count = sizes.members[member]
+        def compress(kind: int, k: jax.Array, place: jax.Array) -> jax.Array:
+            start, count = sizes.latents[kind]
             place = blocks(place, MULTIPLIERS, lambda n: block_of(factors.x, row + n, k * BLOCK), shared=False)
             return blocks(place, count, lambda n: block_of(factors.first, start + n, k * BLOCK))
 
         def between(k: jax.Array, place: jax.Array) -> jax.Array:
-            for up, count in zip(factors.ups, sizes.counts, strict=True):
-                place = blocks(place, count, lambda n, up=up: block_of(up, k * BLOCK, n))
+            for up, kind in zip(factors.ups, sizes.members, strict=True):
+                place = blocks(place, sizes.counts[kind], lambda n, up=up: block_of(up, k * BLOCK, n))
             return blocks(place, sizes.sums, lambda n: block_of(factors.second, n, k * BLOCK))
 
         def expand(k: jax.Array, place: jax.Array) -> jax.Array:
             return blocks(place, sizes.sums, lambda n: block_of(factors.last, k * BLOCK, n))
 
-        for member in range(len(sizes.members)):
-            place = lax.fori_loop(0, sizes.steps, partial(compress, member), place)
+        for kind in range(len(sizes.latents)):
+            place = lax.fori_loop(0, sizes.steps, partial(compress, kind), place)
         place = lax.fori_loop(0, sizes.inner // BLOCK, between, place)
         return lax.fori_loop(0, sizes.steps, expand, place)
 
     def multiply(self, place: jax.Array, row: jax.Array) -> jax.Array:
         """Of those that multiply, likewise."""
-        for member, count in enumerate(self.sizes.counts):
-            place = self._hold(sum(self.sizes.counts[:member]), count, self._compress, place)
+        for kind, count in enumerate(self.sizes.counts):
+            place = self._hold(self.sizes.place(kind), count, self._compress, place)
             for of_x in (1, 2):
                 self.ring.let_go(self.ring.after(place, -count - of_x))
         place = self._hold(0, self.sizes.sums, self._between, place)
@@ -207,29 +202,24 @@ class _Tile:
         return lax.fori_loop(0, self.sizes.steps, step, place)
 
     def _between(self, sums: Any, place: jax.Array) -> jax.Array:
-        sizes, turns = self.sizes, self.turns
+        sizes = self.sizes
 
         def step(k: jax.Array, place: jax.Array) -> jax.Array:
-            first, lifted = 0, []
-            for count, bias in zip(sizes.counts, self.factors.biases, strict=False):
-                is_last = first + count == sizes.latents
-                value, place = self._lifted(place, range(first, first + count), bias, k, turns if is_last else None)
+            lifted = []
+            for kind, bias in zip(sizes.members, self.factors.biases, strict=False):
+                first = sizes.place(kind)
+                value, place = self._lifted(place, range(first, first + sizes.counts[kind]), bias, k)
                 lifted.append(value)
-                first += count
             y = activation_of(sizes.activation, self.held.dtype)(lifted[0])
             y = lax.optimization_barrier((y if len(lifted) == 1 else y * lifted[1]).astype(self.held.dtype))
             if sizes.device.interpret:  # which multiplies nothing but what is in memory
                 self.staged[...] = y
                 y = self.staged
-            turns.begin()
             for n, total in enumerate(sums):
                 self.ring.multiply(self.ring.after(place, n), total, y)
             return self.ring.after(place, len(sums))
 
-        turns.begin(1)
-        place = lax.fori_loop(0, sizes.inner // BLOCK, step, place)
-        turns.end(0)
-        return place
+        return lax.fori_loop(0, sizes.inner // BLOCK, step, place)
 
     def _expand(self, place: jax.Array, row: jax.Array) -> jax.Array:
         factors, own = self.factors, pl.ds(row + self.half, HALF)
@@ -248,11 +238,8 @@ class _Tile:
 
         return lax.fori_loop(0, self.sizes.steps, step, place)
 
-    def _lifted(
-        self, place: jax.Array, held: range, bias: Any, k: jax.Array, turns: "Turns | None" = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Products of held blocks with as many of the ring, float32 [HALF, BLOCK]: columns ``k`` of an up factor's output. Ends a
-        turn when all have begun."""
+    def _lifted(self, place: jax.Array, held: range, bias: Any, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Products of held blocks with as many of the ring, float32 [HALF, BLOCK]: columns ``k`` of an up factor's output."""
 
         def in_scope(sums: Any) -> tuple[jax.Array, jax.Array]:
             def step(n: jax.Array, place: jax.Array) -> jax.Array:
@@ -260,8 +247,6 @@ class _Tile:
                 return self.ring.after(place, 1)
 
             behind = lax.fori_loop(0, len(held), step, place)
-            if turns is not None:
-                turns.end()
             return sums[...], behind
 
         total, place = pl.run_scoped(in_scope, _sums())

@@ -14,8 +14,6 @@ MOST_SUMS = 5
 """Blocks of latents whose sums a warpgroup has registers for."""
 STAGES = (16, 12, 10, 8, 6)
 """Places that the ring may have; with other numbers the compiler spills."""
-IN_TURNS = True
-"""Whether warpgroups multiply in turns where the ring is long enough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +23,8 @@ class Sizes:
     Attributes:
       device: that it is for.
       tokens, width, inner: rows and columns of x, and columns between the pairs.
-      members: of up, where each begins among the latents and how many blocks of them it has.
+      latents: before the activation, where they begin and how many blocks there are of each kind.
+      members: of up, the kind of latents that each lifts; a gate and what it gates may lift the same.
       sums: blocks of latents behind the activation.
       biased: of each member of up and of down, whether it has a bias.
       activation: its name.
@@ -37,7 +36,8 @@ class Sizes:
     tokens: int
     width: int
     inner: int
-    members: tuple[tuple[int, int], ...]
+    latents: tuple[tuple[int, int], ...]
+    members: tuple[int, ...]
     sums: int
     biased: tuple[bool, ...]
     activation: str
@@ -46,29 +46,28 @@ class Sizes:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Blocks of latents before the activation, of each member."""
-        return tuple(count for _, count in self.members)
+        """Blocks of latents of each kind."""
+        return tuple(count for _, count in self.latents)
 
-    @property
-    def latents(self) -> int:
-        """All of these."""
-        return sum(self.counts)
+    def place(self, kind: int) -> int:
+        """Of the first of them, where latents are held."""
+        return sum(self.counts[:kind])
 
     @property
     def held(self) -> int:
         """Blocks that a program holds for its tokens."""
-        return max(self.latents, self.sums)
+        return max(sum(self.counts), self.sums)
 
     @property
     def stages(self) -> int:
-        """Of the ring."""
-        size = self.device.shared_memory - 2 * self.held * ROWS * BLOCK - 2 * MULTIPLIERS * HALF * BLOCK - 1024
-        return next((n for n in STAGES if n <= size // (2 * BLOCK * BLOCK)), 0)
+        """Of the ring; none if a program would wait for good.
 
-    @property
-    def in_turns(self) -> bool:
-        """Whether warpgroups multiply in turns. Then one may be a turn ahead, and blocks are held until the other has read them."""
-        return IN_TURNS and self.stages >= self.latents + self.sums + 2
+        Blocks of x stay, and so does the last that is multiplied with them, until the first product of the next step has begun:
+        by then there are the next blocks of x too, and one that is multiplied with these.
+        """
+        size = self.device.shared_memory - 2 * self.held * ROWS * BLOCK - 2 * MULTIPLIERS * HALF * BLOCK - 1024
+        found = next((n for n in STAGES if n <= size // (2 * BLOCK * BLOCK)), 0)
+        return found if found >= MULTIPLIERS + max(self.counts) + MULTIPLIERS + 1 else 0
 
     @property
     def tiles(self) -> int:
@@ -82,10 +81,14 @@ class Sizes:
 
 
 def sizes_of(x: jax.Array, up: PackedProjection, down: PackedProjection, activation: str, has_residual: bool) -> Sizes:
-    members = tuple((start, -(-width // BLOCK)) for start, width in zip(up.starts, up.widths, strict=True))
+    """Those of a call of `feed_forward`."""
+    kinds = [*zip(up.starts, up.widths, strict=True)]
+    latents = [*dict.fromkeys(kinds)]
+    blocks = tuple((start, -(-width // BLOCK)) for start, width in latents)
+    members = tuple(latents.index(kind) for kind in kinds)
     biased = tuple(bias is not None for bias in (*up.biases, *down.biases))
     alone = rows(x) % (PEERS * ROWS) or target().interpret  # see `ring.tiling`
     return Sizes(
-        target(), rows(x), x.shape[-1], up.d_outs[0], members, -(-down.widths[0] // BLOCK), biased, activation, has_residual,
-        1 if alone else PEERS,
+        target(), rows(x), x.shape[-1], up.d_outs[0], blocks, members, -(-down.widths[0] // BLOCK), biased, activation,
+        has_residual, 1 if alone else PEERS,
     )  # fmt: skip

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 from hopper_cases import FEED_FORWARDS, GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact, products_exact
 from kernel_cases import relative_error
-from prompt_kernel_cases import feed_forward_call, feed_forward_exact
+from prompt_kernel_cases import FeedForwardCase, feed_forward_call, feed_forward_exact
 
 from pallas_kernels import Norm, Op, Projection, assume_target, feed_forward, pack, prefer, project, project_heads
 from pallas_kernels.hopper import feed_forward_sizes
+from pallas_kernels.hopper.feed_forward_sizes import sizes_of
 from pallas_kernels.hopper.ring import tiling
 from pallas_kernels.target import H200, Target
 
@@ -47,15 +48,40 @@ def test_heads(name: str) -> None:
         assert relative_error(one, want) <= TOLERANCE
 
 
-@pytest.mark.parametrize("in_turns", [True, False])
 @pytest.mark.parametrize("name", FEED_FORWARDS)
-def test_feed_forward(name: str, in_turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed_forward_sizes, "IN_TURNS", in_turns)
+def test_feed_forward(name: str) -> None:
     args, options = feed_forward_call(FEED_FORWARDS[name], "bfloat16")
     with assume_target(INTERPRETED):
         got = jax.jit(lambda args: feed_forward(*args, **options, implementation="hopper"))(args)
     assert got.dtype == jnp.bfloat16
     assert relative_error(got, feed_forward_exact(*args, **options)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("ranks", [(64,), (320,), (192, 136)])
+def test_feed_forward_with_as_short_a_ring_as_there_may_be(
+    ranks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a place less, programs wait for blocks that wait for them, and that is refused."""
+    fewest = 5 + -(-max(ranks) // 64)
+    args, options = feed_forward_call(FeedForwardCase(256, 192, 128, ranks, 72, "gelu"), "bfloat16")
+    monkeypatch.setattr(feed_forward_sizes, "STAGES", (fewest,))
+    with assume_target(INTERPRETED):
+        got = jax.jit(lambda args: feed_forward(*args, **options, implementation="hopper"))(args)
+        monkeypatch.setattr(feed_forward_sizes, "STAGES", (fewest - 1,))
+        with pytest.raises(ValueError, match="more than a program can hold"):
+            feed_forward(*args, **options, implementation="hopper")
+    assert relative_error(got, feed_forward_exact(*args, **options)) <= TOLERANCE
+
+
+def test_feed_forward_of_a_gate_that_shares_latents() -> None:
+    args, options = feed_forward_call(FeedForwardCase(128, 64, 128, (288, 288), 72, "gelu"), "bfloat16")
+    x, up, down = args
+    one = dataclasses.replace(up, first=up.first[:288], starts=(0, 0))
+    with assume_target(INTERPRETED):
+        assert sizes_of(x, one, down, "gelu", False).counts == (5,)
+        got = jax.jit(lambda args: feed_forward(*args, **options, implementation="hopper"))((x, one, down))
+        assert "not been timed" in feed_forward.choose(x, one, down, **options)[1]["hopper"]  # unless it is asked for
+    assert relative_error(got, feed_forward_exact(x, one, down, **options)) <= TOLERANCE
 
 
 def test_tiles_leave_little_of_the_device_idle() -> None:

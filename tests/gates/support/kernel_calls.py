@@ -141,6 +141,10 @@ def _hopper_feed_forward(
         array(64, 512, width),
         [packed(width, *[(inner, rank) for rank in ranks]), packed(inner, (width, down_rank))],
     )
+    if len(set(ranks)) < len(ranks):  # as of one projection that is cut in two
+        rank = pairs[0].widths[0]
+        first = array(rank, width)
+        pairs[0] = dataclasses.replace(pairs[0], first=first, starts=(0,) * len(ranks))
     if bias:
         pairs = [dataclasses.replace(pair, biases=tuple(array(n) for n in pair.d_outs)) for pair in pairs]
     name, options = f"hopper-feed-forward-{label}", {"activation": "gelu"}
@@ -267,8 +271,8 @@ KERNEL_CALLS: list[KernelCall] = [
     *_norms(),
     _hopper_feed_forward("bert", 3072, (307,), 307),
     _hopper_feed_forward("minilm", 1536, (192,), 192, width=384),
-    _hopper_feed_forward("modernbert", 1152, (240, 240), 240, bias=False),
-    _hopper_feed_forward("modernbert-narrow", 1152, (192, 192), 192, bias=False),
+    _hopper_feed_forward("gate-that-shares-latents", 1152, (240, 240), 240, bias=False),
+    _hopper_feed_forward("gated", 1152, (240, 184), 184, bias=False),
     _hopper("gated", 512, 11008, 1492, "silu"),
     _hopper("gated", 4096, 11008, 1492, "silu"),
     _hopper("gated-8b", 512, 14336, 1911, "gelu_tanh"),
