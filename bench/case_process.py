@@ -59,15 +59,26 @@ def taking_turns(together: int) -> Iterator[dict[str, str]]:
         yield {_LOCK: lock.name, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """A signal to end is an exception meanwhile, so that contexts are left."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def in_turn[Case, Process: contextlib.AbstractContextManager[Any]](
     todo: Iterable[Case], ahead: int, start: Callable[[int, Case, dict[str, str]], Process | None]
 ) -> Iterator[tuple[Case, Process]]:
     """What is to be done with its processes, in order, so many of which start before their turn.
 
-    ``start(number, case, turns)`` starts one, with what `taking_turns` gives, or gives None where the case is left out.
+    ``start(number, case, turns)`` starts one, with what `taking_turns` gives, or gives None where the case is left out. A signal to
+    end, as `timeout` sends it, ends them too: what went on using the GPU would slow down what is timed next.
     """
     waiting, running = deque(enumerate(todo, 1)), deque[tuple[Case, Process]]()
-    with taking_turns(ahead + 1) as turns, contextlib.ExitStack() as started:
+    with _ending_in_order(), taking_turns(ahead + 1) as turns, contextlib.ExitStack() as started:
         while waiting or running:
             while waiting and len(running) <= ahead:
                 number, case = waiting.popleft()

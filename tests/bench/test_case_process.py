@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,6 +25,16 @@ import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 open(sys.argv[1], "w").write(str(child.pid))
 child.wait()
+"""
+
+
+PARENT = """
+import os, sys
+from pathlib import Path
+from case_process import ScriptProcess, in_turn
+start = lambda number, case, turns: ScriptProcess(Path(case), sys.argv[2], os.environ)
+for case, process in in_turn([sys.argv[1]], 0, start):
+    process.row(60)
 """
 
 
@@ -55,6 +67,23 @@ def test_what_hangs_ends_with_its_children(tmp_path: Path) -> None:
     while running(child) and time.time() < end:
         time.sleep(0.05)
     assert not running(child)
+
+
+def test_a_signal_to_end_ends_what_was_started(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    (tmp_path / "script.py").write_text(HANGS)
+    (tmp_path / "parent.py").write_text(PARENT)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *(str(tmp_path / name) for name in ("parent.py", "script.py", "pid"))]
+    parent = subprocess.Popen(command, env=env)
+    while not pid.exists() or not pid.read_text():
+        time.sleep(0.05)
+    parent.terminate()
+    assert parent.wait(20) == 128 + signal.SIGTERM
+    end = time.time() + 10
+    while running(int(pid.read_text())) and time.time() < end:
+        time.sleep(0.05)
+    assert not running(int(pid.read_text()))
 
 
 def running(pid: int) -> bool:
