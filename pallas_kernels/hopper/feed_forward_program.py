@@ -56,6 +56,11 @@ def run(
         warpgroup = lax.axis_index("warpgroup")
         row = (lax.axis_index("program") * peers + lax.axis_index("peer")) * ROWS
 
+        @pl.when(warpgroup == MULTIPLIERS)
+        def _() -> None:
+            plgpu.set_max_registers(_REGISTERS["copying"], action="decrease")
+            ring.until_all_let_go(_Tile(sizes, factors, ring, held, None, None).copy(jnp.int32(0), row))
+
         @pl.when(warpgroup < MULTIPLIERS)
         def _() -> None:
             plgpu.set_max_registers(_REGISTERS["multiplying"], action="increase")
@@ -63,11 +68,6 @@ def run(
             tile = _Tile(sizes, factors, ring, held, staged.at[warpgroup], warpgroup * HALF)
             ring.let_go(ring.after(tile.multiply(jnp.int32(0), row), -1))
             plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(warpgroup == MULTIPLIERS)
-        def _() -> None:
-            plgpu.set_max_registers(_REGISTERS["copying"], action="decrease")
-            ring.until_all_let_go(_Tile(sizes, factors, ring, held, None, None).copy(jnp.int32(0), row))
 
     body.__name__ = "feed_forward"
     lines = swizzled(BLOCK)
@@ -211,7 +211,7 @@ class _Tile:
                 value, place = self._lifted(place, range(first, first + sizes.counts[kind]), bias, k)
                 lifted.append(value)
             y = activation_of(sizes.activation, self.held.dtype)(lifted[0])
-            y = lax.optimization_barrier((y if len(lifted) == 1 else y * lifted[1]).astype(self.held.dtype))
+            y = (y if len(lifted) == 1 else y * lifted[1]).astype(self.held.dtype)
             if sizes.device.interpret:  # which multiplies nothing but what is in memory
                 self.staged[...] = y
                 y = self.staged
@@ -225,10 +225,11 @@ class _Tile:
         factors, own = self.factors, pl.ds(row + self.half, HALF)
 
         def step(k: jax.Array, place: jax.Array) -> jax.Array:
-            y, place = self._lifted(place, range(self.sizes.sums), factors.biases[-1], k)
-            columns = pl.ds(k * BLOCK, BLOCK)
+            columns, added = pl.ds(k * BLOCK, BLOCK), None
             if factors.residual is not None:
                 added = plgpu.load(factors.residual.at[own, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+            y, place = self._lifted(place, range(self.sizes.sums), factors.biases[-1], k)
+            if added is not None:
                 y += added.astype(jnp.float32)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self.staged[...] = y.astype(self.staged.dtype)
@@ -249,13 +250,12 @@ class _Tile:
             behind = lax.fori_loop(0, len(held), step, place)
             return sums[...], behind
 
-        total, place = pl.run_scoped(in_scope, _sums())
         if bias is None:
-            return total, place
-        columns = plgpu.load(
-            bias.at[pl.ds(k * BLOCK, BLOCK)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-        ).astype(jnp.float32)
-        return total + lax.broadcast_in_dim(columns, total.shape, (1,)), place
+            return pl.run_scoped(in_scope, _sums())
+        # Asked for first, so that it is there when the products are.
+        columns = plgpu.load(bias.at[pl.ds(k * BLOCK, BLOCK)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+        total, place = pl.run_scoped(in_scope, _sums())
+        return total + lax.broadcast_in_dim(columns.astype(jnp.float32), total.shape, (1,)), place
 
 
 def _sums() -> Any:
