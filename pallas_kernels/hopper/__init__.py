@@ -1,4 +1,4 @@
-"""Products of prompts on Hopper's tensor cores, as Mosaic GPU kernels, for what cuBLAS does not do with a product's results."""
+"""Low-rank layers of prompts and encoders on Hopper's tensor cores, for what cuBLAS does not do with products. Mosaic GPU kernels."""
 
 from typing import Any
 
@@ -45,6 +45,5 @@ def register() -> None:
     why = {"unavailable": unavailable, "slower": slower, "most_kinds": MOST_KINDS}
     project.register(Implementation(NAME, products.project, products.refuses, **why))
     project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, **why))
-    feed_forward_op.register(
-        Implementation(NAME, feed_forward.feed_forward, feed_forward.refuses, unavailable, slower=feed_forward.slower)
-    )
+    served = feed_forward.feed_forward, feed_forward.refuses, unavailable
+    feed_forward_op.register(Implementation(NAME, *served, slower=feed_forward.slower, most_kinds=MOST_KINDS))
