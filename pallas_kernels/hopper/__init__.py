@@ -1,4 +1,4 @@
-"""Low-rank layers of prompts and encoders on Hopper's tensor cores, for what cuBLAS does not do with products. Mosaic GPU kernels."""
+"""Low-rank layers of prompts and encoders on Hopper, as Mosaic GPU kernels, for what cuBLAS does not do with products."""
 
 from typing import Any
 
