@@ -92,11 +92,9 @@ def through_layers(
                     inner = normed(x, layer.input_norm)
                 else:
                     x, inner = add_norm(x, added, layer.input_norm)
-            attended = attention(index, inner)
-            if kept is not None and index == len(layers) - 1:
+            attended, is_last = attention(index, inner), index == len(layers) - 1
+            if kept is not None and is_last:
                 x, attended = kept(x), kept(attended)
-            # Of the last layer what is added is told apart, as the norm behind it is not among these.
-            alone = index == len(layers) - 1
             with jax.named_scope("attention_out"):
                 in_product = layer.attention_out_norm is None and adds_as_it_writes(attended, layer.o)
                 (attended,) = project(attended, layer.o, residual=x if in_product else None)
@@ -105,7 +103,7 @@ def through_layers(
                     x, inner = attended, normed(attended, layer.mlp_norm)
                 else:
                     x, inner = add_norm(x, _out_norm(attended, layer.attention_out_norm), layer.mlp_norm)
-                in_product = not alone and layer.mlp_out_norm is None and adds_as_it_writes(inner, layer.down)
+                in_product = not is_last and layer.mlp_out_norm is None and adds_as_it_writes(inner, layer.down)
                 given = layer.gate_up, layer.down
                 inner = feed_forward(inner, *given, activation=layer.gate, residual=x if in_product else None)
                 x, added = (inner, None) if in_product else (x, _out_norm(inner, layer.mlp_out_norm))
