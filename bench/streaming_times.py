@@ -1,6 +1,8 @@
 """Times encoders' layers from rank space and by products: what decides between the two (`pallas_kernels/triton/stream_costs.py`).
 
-Writes such a table as `pallas_kernels/triton/tuned/<device>_streaming.json`, and prints what the one there is estimates.
+Writes such a table as `pallas_kernels/triton/tuned/<device>_streaming.json`, and prints what the one there is estimates. Hopper's
+kernel is timed beside them. Every time is a row too (suite "layer") in bench/results/<device>/kernels.jsonl, beside its floor: the
+operations of the products over the rate of large ones.
 """
 
 import argparse
@@ -14,7 +16,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jobs import append_row
+from one_shape import rows_file
 from prompt_cases import median_seconds
+from prompt_timing import matrix_rate
 
 from flashsvd_jax.benchmark import provenance, read_bandwidth
 from flashsvd_jax.compile_cache import enable_persistent_cache
@@ -22,6 +27,7 @@ from pallas_kernels import Projection, Visible, attend_padded, feed_forward, har
 from pallas_kernels.triton.stream_costs import WAYS, AttentionCall, Call, FeedForwardCall, estimates
 
 CALLS, REPEATS, LAUNCH_US = 10, 5, 2.5
+TIMED = (*WAYS, "hopper")
 _BERT = {"width": 768, "heads": 12, "kv_heads": 12, "head_dim": 64}
 
 
@@ -73,10 +79,10 @@ def operands(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def milliseconds(call: Call) -> dict[str, float]:
-    """Of a call either way; a way that refuses it is left out."""
+    """Of a call each way; a way that refuses it is left out."""
     op, times = {"feed_forward": feed_forward, "attend_padded": attend_padded}[call.op], dict[str, float]()
     args, options = operands(call)
-    for way in WAYS:
+    for way in TIMED:
         run = partial(
             jax.jit(partial(op, implementation=way), static_argnames=("activation", "head_dim")), *args, **options
         )
@@ -89,6 +95,16 @@ def milliseconds(call: Call) -> dict[str, float]:
     return times
 
 
+def row_of(call: Call, way: str, ms: float, rate: float) -> dict[str, Any]:
+    """A time, and the floor by a rate of operations a second; the attention's scores count as products do."""
+    operations = call.work("products", 1).operations
+    return {
+        "suite": "layer", "op": call.op, "impl": way, "call": dataclasses.asdict(call), "ms": ms,
+        "floor_ms": round(1e3 * operations / rate, 4), "tflops": round(operations / ms / 1e9, 1),
+        "matmul_tflops": round(rate / 1e12, 1),
+    }  # fmt: skip
+
+
 def queued(run: Callable[[], Any]) -> None:
     """Calls that the host does not wait for one by one."""
     jax.block_until_ready([run() for _ in range(CALLS)])
@@ -98,11 +114,13 @@ def main() -> int:
     """Runs the measurement."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table")
-    out = parser.parse_args().out
-    if jax.default_backend() != "gpu":
-        print("error: kernels are timed on a GPU", file=sys.stderr)
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="bench/results/<device>/kernels.jsonl if not given")
+    parsed = parser.parse_args()
+    out, rows = parsed.out, rows_file(parsed.rows)
+    if rows is None:
         return 1
     enable_persistent_cache()
+    rate = matrix_rate()
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, **provenance()}
     table: dict[str, Any] = {
         "why": f"bench/streaming_times.py, {CALLS} calls queued, bfloat16: {', '.join(about.values())}",
@@ -110,7 +128,9 @@ def main() -> int:
     }  # fmt: skip
     for call in MEASURED:
         times, before = milliseconds(call), estimates(call) or {}
-        entry = {"call": dataclasses.asdict(call), "ms": times}
+        for way, ms in times.items():
+            append_row(rows, {**row_of(call, way, ms, rate), **about})
+        entry = {"call": dataclasses.asdict(call), "ms": {way: times[way] for way in WAYS if way in times}}
         table.setdefault(call.op, []).append(entry)
         print(
             f"{call}\n  "

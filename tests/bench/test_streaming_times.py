@@ -5,7 +5,7 @@ import json
 
 import pytest
 import streaming_times
-from streaming_times import MEASURED, attention, layer, milliseconds, operands, rendered
+from streaming_times import MEASURED, attention, layer, milliseconds, operands, rendered, row_of
 
 from pallas_kernels.triton.stream_costs import AttentionCall, Call, FeedForwardCall
 from pallas_kernels.tuned import table
@@ -23,6 +23,13 @@ def test_operands_are_of_the_call(call: Call) -> None:
         x, qkv, visible = args
         assert AttentionCall.of(x.shape, qkv, visible, 64, options["tables"] is not None) == call
     assert set(milliseconds(call)) == {"products"}  # on a CPU
+
+
+def test_a_row_has_its_floor() -> None:
+    row = row_of(layer(1024, 64, 64), "hopper", 0.5, 1e14)
+    operations = 2 * 1024 * (768 + 3072) * (64 + 64)
+    assert row["floor_ms"] == round(1e3 * operations / 1e14, 4) and row["tflops"] == round(operations / 0.5e9, 1)
+    assert row["impl"] == "hopper" and row["call"]["up_ranks"] == (64,)
 
 
 def test_it_writes_tables_as_the_package_has_them() -> None:
