@@ -134,7 +134,10 @@ def main() -> int:
         table.setdefault(call.op, []).append(entry)
         print(
             f"{call}\n  "
-            + ", ".join(f"{way} {ms:.3f} ms, estimated {before.get(way, 0):.3f}" for way, ms in times.items())
+            + ", ".join(
+                f"{way} {ms:.3f} ms" + (f", estimated {before[way]:.3f}" if way in before else "")
+                for way, ms in times.items()
+            )
         )
         out.write_text(rendered(table), encoding="utf-8")  # what has been measured by now, in case time runs out
     return 0

@@ -27,10 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.blocks import BLOCK, Blocks, block_of
 from pallas_kernels.hopper.feed_forward_sizes import Sizes
 from pallas_kernels.hopper.products import activation_of
-from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, ROWS, swizzled
-
-_REGISTERS = {"multiplying": 240, "copying": 24}
-"""Of a thread, see `ring._REGISTERS`."""
+from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, REGISTERS, ROWS, let_go_barriers, swizzled
 
 
 @partial(jax.jit, static_argnames="sizes")  # see `products`
@@ -58,20 +55,19 @@ def run(
 
         @pl.when(warpgroup == MULTIPLIERS)
         def _() -> None:
-            plgpu.set_max_registers(_REGISTERS["copying"], action="decrease")
-            ring.until_all_let_go(_Tile(sizes, factors, ring, held, None, None).copy(jnp.int32(0), row))
+            plgpu.set_max_registers(REGISTERS["copying"], action="decrease")
+            ring.until_all_let_go(_copy(sizes, factors, ring, row))
 
         @pl.when(warpgroup < MULTIPLIERS)
         def _() -> None:
-            plgpu.set_max_registers(_REGISTERS["multiplying"], action="increase")
+            plgpu.set_max_registers(REGISTERS["multiplying"], action="increase")
             ring.begin()
             tile = _Tile(sizes, factors, ring, held, staged.at[warpgroup], warpgroup * HALF)
-            ring.let_go(ring.after(tile.multiply(jnp.int32(0), row), -1))
+            ring.let_go(ring.after(tile.multiply(row), -1))
             plgpu.wait_smem_to_gmem(0)
 
     body.__name__ = "feed_forward"
     lines = swizzled(BLOCK)
-    empty: Any = plgpu.Barrier if peers == 1 else partial(plgpu.ClusterBarrier, collective_axes=("peer",))
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((sizes.tokens, sizes.width), dtype),
@@ -87,7 +83,7 @@ def run(
             plgpu.SMEM((sizes.stages, BLOCK, BLOCK), dtype, transforms=lines),
             plgpu.SMEM((MULTIPLIERS, HALF, BLOCK), dtype, transforms=lines),
             plgpu.Barrier(num_arrivals=1, num_barriers=sizes.stages),
-            empty(num_arrivals=MULTIPLIERS, num_barriers=sizes.stages),
+            let_go_barriers(peers, sizes.stages),
         ],
         interpret=plgpu.InterpretGPUParams() if sizes.device.interpret else None,
     )(*flat, first, *ups, second, *biases)
@@ -118,9 +114,39 @@ class _Factors:
         return cls(x, residual, first, ups, second, last, biases, out)
 
 
+def _copy(sizes: Sizes, factors: _Factors, ring: Blocks, row: jax.Array) -> jax.Array:
+    """What the warpgroup that copies does for a tile, in the order of multiplication; gives the place in the ring behind it."""
+
+    def blocks(place: jax.Array, count: int, of: Callable[[jax.Array], Any], shared: bool = True) -> jax.Array:
+        def one(n: jax.Array, place: jax.Array) -> jax.Array:
+            ring.fill(place, of(n * BLOCK), shared=shared)
+            return ring.after(place, 1)
+
+        return lax.fori_loop(0, count, one, place)
+
+    def compress(kind: int, k: jax.Array, place: jax.Array) -> jax.Array:
+        start, count = sizes.latents[kind]
+        place = blocks(place, MULTIPLIERS, lambda n: block_of(factors.x, row + n, k * BLOCK), shared=False)
+        return blocks(place, count, lambda n: block_of(factors.first, start + n, k * BLOCK))
+
+    def between(k: jax.Array, place: jax.Array) -> jax.Array:
+        for up, kind in zip(factors.ups, sizes.members, strict=True):
+            place = blocks(place, sizes.counts[kind], lambda n, up=up: block_of(up, k * BLOCK, n))
+        return blocks(place, sizes.sums, lambda n: block_of(factors.second, n, k * BLOCK))
+
+    def expand(k: jax.Array, place: jax.Array) -> jax.Array:
+        return blocks(place, sizes.sums, lambda n: block_of(factors.last, k * BLOCK, n))
+
+    place = jnp.int32(0)
+    for kind in range(len(sizes.latents)):
+        place = lax.fori_loop(0, sizes.steps, partial(compress, kind), place)
+    place = lax.fori_loop(0, sizes.inner // BLOCK, between, place)
+    return lax.fori_loop(0, sizes.steps, expand, place)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """What the warpgroups do with a tile, whose blocks begin at a ``place`` of the ring, and whose tokens at a ``row``."""
+    """What a warpgroup that multiplies does with its ``half`` of a tile; ``held`` and ``staged`` are shared memory."""
 
     sizes: Sizes
     factors: _Factors
@@ -129,41 +155,13 @@ class _Tile:
     staged: Any
     half: Any
 
-    def copy(self, place: jax.Array, row: jax.Array) -> jax.Array:
-        """Of the warpgroup that copies; gives the place behind its last block."""
-        sizes, factors, ring = self.sizes, self.factors, self.ring
-
-        def blocks(place: jax.Array, count: int, of: Callable[[jax.Array], Any], shared: bool = True) -> jax.Array:
-            def one(n: jax.Array, place: jax.Array) -> jax.Array:
-                ring.fill(place, of(n * BLOCK), shared=shared)
-                return ring.after(place, 1)
-
-            return lax.fori_loop(0, count, one, place)
-
-        def compress(kind: int, k: jax.Array, place: jax.Array) -> jax.Array:
-            start, count = sizes.latents[kind]
-            place = blocks(place, MULTIPLIERS, lambda n: block_of(factors.x, row + n, k * BLOCK), shared=False)
-            return blocks(place, count, lambda n: block_of(factors.first, start + n, k * BLOCK))
-
-        def between(k: jax.Array, place: jax.Array) -> jax.Array:
-            for up, kind in zip(factors.ups, sizes.members, strict=True):
-                place = blocks(place, sizes.counts[kind], lambda n, up=up: block_of(up, k * BLOCK, n))
-            return blocks(place, sizes.sums, lambda n: block_of(factors.second, n, k * BLOCK))
-
-        def expand(k: jax.Array, place: jax.Array) -> jax.Array:
-            return blocks(place, sizes.sums, lambda n: block_of(factors.last, k * BLOCK, n))
-
-        for kind in range(len(sizes.latents)):
-            place = lax.fori_loop(0, sizes.steps, partial(compress, kind), place)
-        place = lax.fori_loop(0, sizes.inner // BLOCK, between, place)
-        return lax.fori_loop(0, sizes.steps, expand, place)
-
-    def multiply(self, place: jax.Array, row: jax.Array) -> jax.Array:
-        """Of those that multiply, likewise."""
+    def multiply(self, row: jax.Array) -> jax.Array:
+        """All of it, of the tile that begins at a row; gives the place in the ring behind the last block."""
+        place = jnp.int32(0)
         for kind, count in enumerate(self.sizes.counts):
             place = self._hold(self.sizes.place(kind), count, self._compress, place)
-            for of_x in (1, 2):
-                self.ring.let_go(self.ring.after(place, -count - of_x))
+            for of_x in range(MULTIPLIERS):
+                self.ring.let_go(self.ring.after(place, -count - 1 - of_x))
         place = self._hold(0, self.sizes.sums, self._between, place)
         return self._expand(place, row)
 

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from pallas_kernels.hopper.blocks import BLOCK
-from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, PEERS, ROWS
+from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, ROWS, peers_of
 from pallas_kernels.products import rows
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.target import Target, target
@@ -87,8 +87,7 @@ def sizes_of(x: jax.Array, up: PackedProjection, down: PackedProjection, activat
     blocks = tuple((start, -(-width // BLOCK)) for start, width in latents)
     members = tuple(latents.index(kind) for kind in kinds)
     biased = tuple(bias is not None for bias in (*up.biases, *down.biases))
-    alone = rows(x) % (PEERS * ROWS) or target().interpret  # see `ring.tiling`
     return Sizes(
         target(), rows(x), x.shape[-1], up.d_outs[0], blocks, members, -(-down.widths[0] // BLOCK), biased, activation,
-        has_residual, 1 if alone else PEERS,
+        has_residual, peers_of(target(), rows(x)),
     )  # fmt: skip

@@ -30,7 +30,7 @@ STEP = 64
 """Elements of the contraction axis at once: 128 bytes, a line of swizzled shared memory."""
 MULTIPLIERS = 2
 PEERS = 2
-_REGISTERS = {"multiplying": 240, "copying": 24}
+REGISTERS = {"multiplying": 240, "copying": 24}
 """Of a thread. A launch of 384 threads has 168 for each, 64512, and not one more: a warpgroup that asks for more waits for good."""
 
 
@@ -64,14 +64,18 @@ class Tiling:
         return 16 if self.columns % 32 else 32
 
 
+def peers_of(device: Target, rows: int) -> int:
+    """Programs that copy weights together: one where tiles do not come in pairs, and one that is interpreted, as several that wait
+    for each other stop for good there now and then."""
+    return 1 if rows % (PEERS * ROWS) or device.interpret else PEERS
+
+
 def tiling(device: Target, rows: int, outputs: Sequence[int], columns: Iterable[int]) -> Tiling:
     """Of these columns of a tile, those with which the tiles of outputs so wide are done soonest."""
 
     def of(columns: int) -> Tiling:
         room = device.shared_memory - MULTIPLIERS * 2 * HALF * 32 * 2 - 1024
-        # Interpreted programs that wait for each other stop for good now and then.
-        alone = rows % (PEERS * ROWS) or device.interpret
-        return Tiling(device, rows, columns, min(6, room // ((ROWS + columns) * STEP * 2)), 1 if alone else PEERS)
+        return Tiling(device, rows, columns, min(6, room // ((ROWS + columns) * STEP * 2)), peers_of(device, rows))
 
     def cycles(tiles: Tiling) -> int:
         """Of a step, in which shared memory takes both tiles in and gives each warpgroup its half of x and all of the weight, 128
@@ -146,11 +150,11 @@ def swizzled(columns: int) -> tuple[Any, Any]:
     return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns)  # pyright: ignore[reportAbstractUsage]
 
 
-def _let_go(tiles: Tiling) -> Any:
-    """Barriers at which all warpgroups that multiply arrive, those of the peer too."""
-    if tiles.peers == 1:
-        return plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=tiles.stages)
-    return plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=MULTIPLIERS, num_barriers=tiles.stages)
+def let_go_barriers(peers: int, stages: int) -> Any:
+    """At which all warpgroups that multiply arrive, those of the peer too."""
+    if peers == 1:
+        return plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=stages)
+    return plgpu.ClusterBarrier(collective_axes=("peer",), num_arrivals=MULTIPLIERS, num_barriers=stages)
 
 
 TileWork = Callable[..., None]
@@ -191,14 +195,14 @@ def launch(
 
         @pl.when(warpgroup < MULTIPLIERS)
         def _() -> None:
-            plgpu.set_max_registers(_REGISTERS["multiplying"], action="increase")
+            plgpu.set_max_registers(REGISTERS["multiplying"], action="increase")
             ring.let_go_of_all()
             each_tile(multiply, staged.at[warpgroup])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == MULTIPLIERS)
         def _() -> None:
-            plgpu.set_max_registers(_REGISTERS["copying"], action="decrease")
+            plgpu.set_max_registers(REGISTERS["copying"], action="decrease")
             ring.until_all_let_go(each_tile(copy))
 
     body.__name__ = name
@@ -217,7 +221,7 @@ def launch(
             plgpu.SMEM((tiles.stages, tiles.columns, STEP), dtype, transforms=wide),
             plgpu.SMEM((MULTIPLIERS, 2, HALF, tiles.piece), dtype, transforms=narrow),
             plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),  # a copy of x, one of the weight
-            _let_go(tiles),
+            let_go_barriers(tiles.peers, tiles.stages),
         ],
         interpret=plgpu.InterpretGPUParams() if tiles.device.interpret else None,
     )(*operands)

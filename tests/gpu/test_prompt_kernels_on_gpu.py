@@ -120,26 +120,25 @@ def test_attend_padded(name: str, dtype: str) -> None:
     compare(attend_padded, "stream", args, options, streamed_exact(*args, **options), dtype)
 
 
+def compare_feed_forward(implementation: str, case: FeedForwardCase, dtype: str) -> None:
+    args, options = feed_forward_call(case, dtype)
+    with prefer(implementation):
+        chosen, refusals = feed_forward.choose(*args, **options)
+    if chosen.name != implementation:
+        pytest.skip(refusals[implementation])
+    compare(feed_forward, implementation, args, options, feed_forward_exact(*args, **options), dtype)
+
+
 @pytest.mark.parametrize("name", FEED_FORWARDS_HERE)
 @kinds
 def test_feed_forward(name: str, dtype: str) -> None:
-    args, options = feed_forward_call(FEED_FORWARDS_HERE[name], dtype)
-    with prefer("stream"):
-        chosen, refusals = feed_forward.choose(*args, **options)
-    if chosen.name != "stream":
-        pytest.skip(refusals["stream"])
-    compare(feed_forward, "stream", args, options, feed_forward_exact(*args, **options), dtype)
+    compare_feed_forward("stream", FEED_FORWARDS_HERE[name], dtype)
 
 
 @pytest.mark.parametrize("name", HOPPER_FEED_FORWARDS_HERE)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_feed_forward_on_hopper(name: str, dtype: str) -> None:
-    args, options = feed_forward_call(HOPPER_FEED_FORWARDS_HERE[name], dtype)
-    with prefer("hopper"):
-        chosen, refusals = feed_forward.choose(*args, **options)
-    if chosen.name != "hopper":
-        pytest.skip(refusals["hopper"])
-    compare(feed_forward, "hopper", args, options, feed_forward_exact(*args, **options), dtype)
+    compare_feed_forward("hopper", HOPPER_FEED_FORWARDS_HERE[name], dtype)
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5])

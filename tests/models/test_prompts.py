@@ -124,7 +124,6 @@ def test_products_that_add_give_what_norms_that_add_give(monkeypatch: pytest.Mon
         asked.append((*x.shape, packed.first.shape[1]))
         return True
 
-    jax.clear_caches()  # what was traced before
     monkeypatch.setattr(decoder_layers, "adds_as_it_writes", adds)
     jax.clear_caches()  # of what was traced without it, and of what is traced with it
     got = logits()
