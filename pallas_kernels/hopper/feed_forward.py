@@ -41,8 +41,6 @@ def refuses(
 def slower(x: jax.Array, up: PackedProjection, down: PackedProjection, **options: Any) -> str | None:
     """Why others are expected to serve a call sooner, or None."""
     sizes = sizes_of(x, up, down, "", has_residual=False)
-    if len(sizes.latents) < len(sizes.members):
-        return "a gate that shares its latents with what it gates, which has not been timed"
     at_once = sizes.device.cores // sizes.peers
     turns = -(-sizes.tiles // at_once)
     busy = sizes.tiles / (turns * at_once)

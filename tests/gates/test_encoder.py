@@ -47,9 +47,7 @@ def test_it_lowers_for_cuda(fields: dict[str, Any], batch: int, length: int, pro
     with record(chosen):
         lower_for_cuda(partial(outputs, config), weights, tokens, mask)
     assert set(chosen["attend_padded"]) == {"products"}  # ranks of 200 for a head of 64
-    # The gate of a ModernBERT shares its latents with what it gates.
-    of_many = "hopper" if fields["model_type"] == "bert" else "stream"
-    assert set(chosen["feed_forward"]) == {of_many if batch > 1 else "products"}
+    assert set(chosen["feed_forward"]) == {"hopper" if batch > 1 else "products"}
     assert products in chosen["project"]
 
 
