@@ -18,6 +18,7 @@ from kernel_cases import (
     product_exact,
     relative_error,
 )
+from near_ties import shortfalls
 from persistent_faults import skip_unless_hopper
 
 from converters import convert
@@ -82,19 +83,22 @@ def test_attend_cached(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", ["products", "persistent"])
 def test_the_bundled_model_says_the_same_with_and_without_kernels(name: str, tmp_path: Path) -> None:
+    """Up to a tie within what rounding changes, from which on each goes on with what it said."""
     if name == "persistent":
         skip_unless_hopper()
-    prompt = ["def area(width, height):\n    return"]
+    prompt = "def area(width, height):\n    return"
     convert(COMPRESSED, tmp_path / "model", base=DENSE, progress=False)
-    texts = {}
     for kernels in (name, "xla"):
         model = load(tmp_path / "model", kernels=kernels, max_length=640, dtype="bfloat16")
         params = SamplingParams(temperature=0.0, max_tokens=512, ignore_eos=True)
-        texts[kernels] = [batch_generate(model, prompt, params)[0].token_ids for _ in range(2)]
-        assert texts[kernels][0] == texts[kernels][1]
+        said, again = (batch_generate(model, [prompt], params)[0].token_ids for _ in range(2))
+        assert said == again
         assert set(model.engine(1).kernels_used["decode_layers"]) == {kernels}
-        assert len(texts[kernels][0]) == 512
-    assert texts[name][0] == texts["xla"][0]
+        assert len(said) == 512
+        assert model.tokenizer is not None
+        short, rounding = shortfalls(model.config, model.weights, model.tokenizer.encode(prompt), said)
+        assert (short <= rounding).all()
+        assert (short > 0).sum() <= 5
 
 
 @pytest.mark.parametrize("name", ["products", "persistent"])
