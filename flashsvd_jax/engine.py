@@ -25,21 +25,15 @@ from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
+from flashsvd_jax.prompt_chunks import PromptChunks, cut
 from flashsvd_jax.prompt_steps import PromptSteps
 from flashsvd_jax.sampling.counts import no_counts
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, keeps_scores, power_of_two, prefer, record, stall_reason, target
+from pallas_kernels import implementation_names, prefer, record, stall_reason, target
 from pallas_kernels.registry import Record
 
-SMALLEST_BUCKET = 16
-CACHE_UNIT = 64
-"""Slots of a cache come in this many: kernels read tiles of keys and values, and a tile should be of one sequence."""
-
-PREFILL_CHUNK = 1024
-GPU_PREFILL_CHUNK = 2048
-"""Of kernels that keep no scores: a chunk costs less memory, and its products want this many rows."""
 DECODE_CHUNK = 8
 
 
@@ -74,10 +68,12 @@ class Engine:
       batch: sequences computed together.
       max_length: longest prompt plus completion, in tokens.
       decode_chunk: tokens per dispatch; more hides the host, fewer stream sooner.
-      prefill_chunk: longer prompts are processed in pieces of this many tokens; what suits the device if not given.
+      prefill_chunk: longer prompts are processed in pieces of this many tokens; what suits the device if not given, see
+        `prompt_chunks`.
       kernels: "auto" for the fastest implementation of every op, or the name of one that is tried first, such as "xla".
 
     Attributes:
+      chunks: how prompts are cut.
       kernels_used: implementations that the steps compiled so far use, and why others refused.
     """
 
@@ -93,25 +89,21 @@ class Engine:
         kernels: str = "auto",
     ):
         check_kernels(kernels)
-        if prefill_chunk is None:
-            prefill_chunk = PREFILL_CHUNK if kernels == "xla" or keeps_scores() else GPU_PREFILL_CHUNK
-        if batch < 1 or max_length < 2 or decode_chunk < 1 or prefill_chunk < 1:
+        if batch < 1 or max_length < 2 or decode_chunk < 1 or (prefill_chunk is not None and prefill_chunk < 1):
             raise RequestError("batch, decode_chunk and prefill_chunk must be at least 1, max_length at least 2")
         if config.learned_positions and max_length > config.max_position:
             raise RequestError(
                 f"{max_length} tokens are more than the {config.max_position} positions that the model's table holds"
             )
         self.config, self.weights, self.batch, self.max_length = config, weights, batch, max_length
-        self.decode_chunk, self.prefill_chunk = decode_chunk, power_of_two(prefill_chunk)
-        # A whole number of chunks, so that a padded chunk never runs past the last slot. Both are powers of two.
-        unit = CACHE_UNIT if max_length <= self.prefill_chunk else max(CACHE_UNIT, self.prefill_chunk)
-        self.cache_slots = -(-max_length // unit) * unit
+        self.decode_chunk = decode_chunk
+        self.chunks = PromptChunks.of(batch, max_length, kernels, prefill_chunk)
         self.kernels_used: Record = {}
         self._preferred = None if kernels == "auto" else kernels
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
         jit_of_prompts = partial(self._jit, compiler_options=pass_options(weights.layers))
-        self._prompts = PromptSteps(config, weights, self.cache_slots, jit_of_prompts)
+        self._prompts = PromptSteps(config, weights, self.chunks.slots, jit_of_prompts)
         self._decode = {greedy: self._decode_step(greedy) for greedy in (True, False)}
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
@@ -127,9 +119,9 @@ class Engine:
         """
         requests = self._requests(prompts, params)
         greedy = not wants_more_than_greedy(requests.options)
-        steps_left, buckets = int(np.max(requests.max_tokens)) - 1, self.buckets(max(map(len, prompts)))
-        self._compile(buckets, requests, greedy, decodes=steps_left > 0)
-        state, first, sampled = self._prompts(self._chunks(buckets, prompts), requests, greedy)
+        steps_left, lengths = int(np.max(requests.max_tokens)) - 1, self.chunks.lengths(max(map(len, prompts)))
+        self._compile(lengths, requests, greedy, decodes=steps_left > 0)
+        state, first, sampled = self._prompts(cut(prompts, self.batch, lengths), requests, greedy)
         requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending or steps_left > 0:
@@ -145,12 +137,6 @@ class Engine:
             if (host[-1] < 0).all():
                 return
 
-    def buckets(self, length: int) -> list[int]:
-        """The padded lengths in which a prompt of this length is processed, in order."""
-        whole, rest = divmod(length, self.prefill_chunk)
-        tail = [min(max(power_of_two(rest), SMALLEST_BUCKET), self.prefill_chunk, self.cache_slots)] if rest else []
-        return [self.prefill_chunk] * whole + tail
-
     def lower_decode(self, *, greedy: bool = True) -> Any:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
         shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
@@ -159,7 +145,7 @@ class Engine:
 
     def _empty_state(self) -> DecodeState:
         nothing = jnp.zeros((self.batch,), jnp.int32)
-        cache = empty_cache(self.config, self.batch, self.cache_slots, self.weights.embedding.dtype)
+        cache = empty_cache(self.config, self.batch, self.chunks.slots, self.weights.embedding.dtype)
         return DecodeState(cache, nothing, nothing, no_counts(self.batch, self.config.vocab_size))
 
     def _decode_step(self, greedy: bool) -> BackgroundStep:
@@ -169,9 +155,9 @@ class Engine:
             self._jit(decode, self.config, self.decode_chunk, donate_argnums=1, compiler_options=options)
         )
 
-    def _compile(self, buckets: Sequence[int], requests: Requests, greedy: bool, *, decodes: bool) -> None:
-        """Compiles what requests of these buckets need and what is not compiled yet, side by side."""
-        chunks = [jax.ShapeDtypeStruct((self.batch, bucket), jnp.int32) for bucket in buckets]
+    def _compile(self, lengths: Sequence[int], requests: Requests, greedy: bool, *, decodes: bool) -> None:
+        """Compiles what requests with chunks of these lengths need and what is not compiled yet, side by side."""
+        chunks = [jax.ShapeDtypeStruct((self.batch, length), jnp.int32) for length in lengths]
         (state, *_), steps = self._prompts.compile(chunks, requests, greedy)
         if decodes:
             self._decode[greedy].begin(self.weights, state, requests)
@@ -222,10 +208,3 @@ class Engine:
             "options": sampling_arrays(everyone, self.config.eos_token_ids, self.config.vocab_size, seeds),
         }
         return Requests(**arrays)
-
-    def _chunks(self, buckets: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Prompts padded, and cut into chunks of these lengths."""
-        padded = np.zeros((self.batch, sum(buckets)), np.int32)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-        return np.split(padded, np.cumsum(buckets)[:-1], axis=1)

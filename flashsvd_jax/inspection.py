@@ -10,7 +10,6 @@ from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.reader import ModelFolder, open_folder
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.encoder_config import EncoderConfig
-from flashsvd_jax.engine import CACHE_UNIT
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.inspection_result import Expansion, Inspection, SiteInfo
@@ -21,6 +20,7 @@ from flashsvd_jax.models.encoder import pass_kernels
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
 from flashsvd_jax.models.expansion import expanded_sets
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
+from flashsvd_jax.prompt_chunks import CACHE_UNIT
 from flashsvd_jax.schema import schema, sites
 from pallas_kernels import hardware_rank
 from pallas_kernels.registry import Record

@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, empty_cache, write
 from flashsvd_jax.models.decoder_layers import Tables, heads_of, layers_of, rotations_at, through_layers
 from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
-from pallas_kernels import DecoderLayer, Visible, attend, attend_cached, layer_kinds, project, project_heads
+from pallas_kernels import DecoderLayer, Visible, attend, layer_kinds, project_heads
 
 LAYERS_OF_A_RUN = 8
 """At most: few enough that sending the first takes little time, enough that the host stays ahead of the device."""
@@ -121,14 +122,13 @@ def next_chunk(config: ModelConfig, run: LayerRun, cache: KVCache, chunk: Chunk)
     def attention(index: int, x: jax.Array) -> jax.Array:
         nonlocal cache
         layer = layers[index]
-        projected = project(x, layer.qkv)
-        with jax.named_scope("attention"):
-            attended, keys, values = attend_cached(
-                *projected, cache.keys[index], cache.values[index], *chunk.tables[layer.rotation], chunk.start, chunk.lengths,
-                window=layer.window, q_norm=layer.q_norm, k_norm=layer.k_norm, scale=layer.scale, softcap=layer.softcap,
-            )  # fmt: skip
-        cache = cache.replace(index, keys, values)
-        return attended
+        q, _, _, keys, values = project_heads(x, *heads_of(config, layer, chunk.tables))
+        written = write(cache, index, keys, values, chunk.start)
+        # Without the barrier XLA's CPU backend fuses the update into the product that reads it too, and copies the cache for that.
+        keys, values = lax.optimization_barrier((written.keys[index], written.values[index]))
+        cache = written.replace(index, keys, values)
+        visible = Visible(chunk.lengths, start=chunk.start, window=layer.window, padding="ignored")
+        return attend(q, keys, values, visible, scale=layer.scale, softcap=layer.softcap)
 
     chunk = _behind(run, layers, chunk, attention)  # which changes the cache
     return cache, chunk

@@ -60,7 +60,7 @@ def test_longer_chunks_have_a_bucket_for_each_power_of_two(tiny: Any, complete: 
     engine = tiny.new_engine(batch=4, prefill_chunk=32)
     lengths = [16, 3, 17, 32, 33, 48, 64, 50, 80, 95]
     new = [compiled_by(lambda length=length: complete(engine, [prompt(length)], [SHORT])) for length in lengths]
-    buckets = [engine.buckets(length) for length in lengths]
+    buckets = [engine.chunks.lengths(length) for length in lengths]
     chunks = {(place > 0, bucket) for chunks in buckets for place, bucket in enumerate(chunks)}
     assert len(chunks) == 4
     begins, decode = len({bucket for _, bucket in chunks}), 1

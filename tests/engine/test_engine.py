@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from compiled_decoder import full
 
+from flashsvd_jax import prompt_chunks
 from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.engine import Engine, TokenBlock
 from flashsvd_jax.errors import KernelError, RequestError
@@ -131,13 +132,14 @@ def test_the_size_of_a_prompts_chunks_changes_nothing(
     assert complete(tiny.engine(batch=4, prefill_chunk=prefill_chunk), prompts, SAMPLED) == drawn
 
 
-def test_buckets_cover_a_prompt_with_whole_chunks_and_one_power_of_two(tiny: Any) -> None:
-    engine = tiny.engine(batch=4, prefill_chunk=32)
-    assert [engine.buckets(n) for n in (1, 16, 17, 32, 33, 50, 95)] == [
-        [16], [16], [32], [32], [32, 16], [32, 32], [32, 32, 32]
-    ]  # fmt: skip
-    whole = tiny.engine(batch=4, prefill_chunk=1024)
-    assert [whole.buckets(n) for n in (1, 50, 64, 65, 95)] == [[16], [64], [64], [128], [128]]
+def test_chunks_of_several_units_change_nothing(
+    tiny: Any, complete: Complete, prompts: list[list[int]], drawn: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"keeps_scores": lambda: False, "UNIT_WITHOUT_SCORES": 16, "TOKENS_AT_ONCE": 4 * 32}.items():
+        monkeypatch.setattr(prompt_chunks, name, value)
+    engine = Engine(tiny.config, tiny.weights, batch=4, max_length=96)
+    assert [engine.chunks.lengths(n) for n in (33, 50)] == [[32, 16], [32, 32]]
+    assert complete(engine, prompts, SAMPLED) == drawn
 
 
 def test_tokens_after_the_end_of_a_row_are_minus_one(tiny: Any, prompts: list[list[int]]) -> None:

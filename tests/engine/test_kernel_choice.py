@@ -19,7 +19,7 @@ from flashsvd_jax.schema import schema
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import assume_target, hardware_rank
 from pallas_kernels.persistent import stalls
-from pallas_kernels.target import H200, Target
+from pallas_kernels.target import H200
 
 
 def test_an_unknown_name_is_refused_before_anything_is_made(tiny: Any) -> None:
@@ -90,13 +90,3 @@ def test_generation_ends_in_that_error(tiny: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(BackgroundStep, "__call__", stalled)
     with pytest.raises(KernelError, match="gave up waiting"):
         list(engine.generate([[1, 2, 3]], [SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)]))
-
-
-@pytest.mark.parametrize(
-    ("device", "kernels", "chunk"), [(Target("cpu"), "auto", 1024), (H200, "auto", 2048), (H200, "xla", 1024)]
-)
-def test_chunks_of_prompts_are_longer_where_no_scores_are_kept(
-    tiny: Any, device: Target, kernels: str, chunk: int
-) -> None:
-    with assume_target(device):
-        assert Engine(tiny.config, tiny.weights, max_length=64, kernels=kernels).prefill_chunk == chunk
