@@ -93,16 +93,18 @@ def compare(op: Op, name: str, args: Any, options: dict[str, Any], want: np.ndar
     np.testing.assert_array_equal(got, run(args))
 
 
-@pytest.mark.parametrize("implementation", ["triton", "cudnn"])
+@pytest.mark.parametrize("implementation", ["triton", "cudnn", "cudnn_parts"])
 @pytest.mark.parametrize("name", ATTENDED_HERE)
 @kinds
 def test_attend(name: str, dtype: str, implementation: str) -> None:
     args = attended_call(ATTENDED_HERE[name], dtype)
-    if implementation == "cudnn":
-        if attend.choose(*args)[0].name != "cudnn":
-            pytest.skip("refused: " + attend.choose(*args)[1]["cudnn"])
+    if implementation != "triton":
         if args[3].causal:
             args = (*args[:3], dataclasses.replace(args[3], padding="ignored"))
+        with prefer(implementation):
+            chosen, refusals = attend.choose(*args)
+        if chosen.name != implementation:
+            pytest.skip("refused: " + refusals[implementation])
     want = attended_exact(*args)
     if args[3].padding == "ignored":  # only what is no padding is compared
         real = np.arange(want.shape[1]) < np.asarray(args[3].ends)[:, None]

@@ -61,6 +61,17 @@ def test_attention_without_scores(name: str, dtype: str) -> None:
     assert not np.asarray(got)[blind].any()
 
 
+@pytest.mark.parametrize("name", ["causal", "after others"])
+def test_queries_that_do_not_matter_change_no_others(name: str) -> None:
+    """As chunks of prompts ask for it: of ends of several lengths, some of which lie in a chunk."""
+    *given, visible = attended_call(ATTENDED[name], "bfloat16")
+    got = run(attend, "triton", (*given, dataclasses.replace(visible, padding="ignored")), {})
+    want = attended_exact(*given, visible)
+    real = np.asarray(visible.starts)[:, None] + np.arange(want.shape[1]) < np.asarray(visible.ends)[:, None]
+    assert np.isfinite(np.asarray(got, np.float32)).all() and 0 < real.sum() < real.size
+    assert relative_error(np.asarray(got, np.float64)[real], want[real]) <= TOLERANCE["bfloat16"]
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_scores_scaled_otherwise_or_bounded(softcap: float | None) -> None:
     args = attended_call(ATTENDED["causal window"], "float32")
