@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any
 
 _LOCK = "FLASHSVD_BENCH_LOCK"
+_WAITS, _HAS = "# waits for the GPU", "# has the GPU"
+_PATIENCE = 10
+"""Limits of time that a case may wait for others, each of which may prepare itself meanwhile."""
 _POLL_S = 0.02
 
 
@@ -45,7 +48,9 @@ def _held(kind: int) -> Iterator[None]:
         yield
         return
     with Path(lock).open("rb") as file:
+        print(_WAITS, flush=True)
         fcntl.flock(file, kind)  # until the file is closed, or the process ends
+        print(_HAS, flush=True)
         yield
 
 
@@ -119,8 +124,8 @@ class ScriptProcess(contextlib.AbstractContextManager["ScriptProcess"]):
 
     def rows(self, limit: float) -> Iterator[dict[str, Any]]:
         """Its rows as they come; anything else that a library prints is dropped. A row that takes longer than ``limit`` seconds is
-        the end."""
-        line, since = "", time.monotonic()
+        the end; waiting for other cases does not count."""
+        line, since, waits = "", time.monotonic(), False
         while True:
             ended = self._process.poll() is not None  # asked before, so that nothing it printed is missed
             while part := self._out.readline():
@@ -130,10 +135,12 @@ class ScriptProcess(contextlib.AbstractContextManager["ScriptProcess"]):
                     if row.startswith("{"):
                         yield json.loads(row)
                         since = time.monotonic()
+                    elif row.strip() in (_WAITS, _HAS):
+                        since, waits = time.monotonic(), row.strip() == _WAITS
             if ended:
                 break
-            if time.monotonic() - since > limit:
-                self.failure = f"no result after {limit:.0f} s"
+            if time.monotonic() - since > limit * (_PATIENCE if waits else 1):
+                self.failure = "others kept the GPU" if waits else f"no result after {limit:.0f} s"
                 return
             time.sleep(_POLL_S)
         if self._process.returncode:

@@ -17,7 +17,7 @@ import json, sys, time
 from case_process import gpu_alone
 with gpu_alone():
     start = time.time()
-    time.sleep(0.3)
+    time.sleep(float(sys.argv[1] or 0.3))
     print(json.dumps({"start": start, "end": time.time()}))
 """
 HANGS = """
@@ -50,6 +50,14 @@ def test_none_uses_the_gpu_while_another_does(tmp_path: Path) -> None:
         rows = [process.row(60) for process in [started(tmp_path, TURN, **turns) for _ in range(3)]]
     rows.sort(key=lambda row: row["start"])
     assert all(a["end"] <= b["start"] for a, b in itertools.pairwise(rows))
+
+
+def test_a_limit_is_of_the_case_itself_and_not_of_those_before_it(tmp_path: Path) -> None:
+    with taking_turns(3) as turns:
+        others = [started(tmp_path, TURN, "2", **turns) for _ in range(2)]
+        time.sleep(0.5)
+        assert "error" not in started(tmp_path, TURN, "1", **turns).row(2.5)
+        assert all("error" not in other.row(2.5) for other in others)
 
 
 def test_alone_there_is_nothing_to_wait_for(tmp_path: Path) -> None:
