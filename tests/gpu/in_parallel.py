@@ -1,18 +1,23 @@
 """Runs tests that need a GPU in several processes on one GPU: most of their time is compilation, which needs a core each.
 
 `python tests/gpu/in_parallel.py -n 12 [-- arguments of pytest]`, from anywhere. A process that takes longer than --limit seconds is
-ended. Prints what failed, and a line a process; the exit status is 0 if all passed. Of what is timed here nothing can be told.
+ended, and has failed. Prints what failed, and a line a process; the exit status is 0 if all passed. Of what is timed here nothing
+can be told.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 NO_TESTS = 5  # pytest's exit status for a process to which no test fell
+GRACE_S = 15
 
 
 def start(index: int, count: int, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
@@ -24,19 +29,29 @@ def start(index: int, count: int, arguments: list[str], log: Path) -> subprocess
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_FLAGS": "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", ""),
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider", *arguments]
+    options = ["-m", "gpu", "-q", "-rfE", "--durations=5", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *arguments]
     with log.open("wb") as out:
         return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=root)
 
 
-def ended(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Whether a process passed, in time; ends it if not."""
-    try:
-        return process.wait(max(0.0, deadline - time.time())) in (0, NO_TESTS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return False
+def passed_in_time(processes: Sequence[subprocess.Popen[bytes]], deadline: float) -> list[bool]:
+    """Of each whether it did; ends those that run longer."""
+    late = [process for process in processes if still_runs(process, deadline)]
+    for process in late:
+        process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+    for process in late:
+        if still_runs(process, deadline + GRACE_S):
+            process.kill()
+            process.wait()
+    return [process not in late and process.returncode in (0, NO_TESTS) for process in processes]
+
+
+def still_runs(process: subprocess.Popen[bytes], at: float) -> bool:
+    """Whether a process does at that time; waits for it until then."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(max(0.0, at - time.time()))
+    return process.poll() is None
 
 
 def main() -> int:
@@ -53,7 +68,7 @@ def main() -> int:
     logs = [parsed.logs / f"{index}.log" for index in range(parsed.n)]
     deadline, arguments = time.time() + parsed.limit, parsed.arguments or [str(HERE)]
     processes = [start(index, parsed.n, arguments, log) for index, log in enumerate(logs)]
-    passed = [ended(process, deadline) for process in processes]
+    passed = passed_in_time(processes, deadline)
     for log, good in zip(logs, passed, strict=True):
         lines = log.read_text(errors="replace").splitlines() or ["nothing printed"]
         if not good:
