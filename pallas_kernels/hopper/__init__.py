@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.attention import attend
 from pallas_kernels.feed_forward import feed_forward as feed_forward_op
 from pallas_kernels.heads import project_heads
-from pallas_kernels.hopper import feed_forward, heads, products
+from pallas_kernels.hopper import feed_forward, flash, heads, products
 from pallas_kernels.products import project, rows
 from pallas_kernels.projection import PackedProjection
 from pallas_kernels.registry import MOST_KINDS, Implementation
@@ -47,3 +48,4 @@ def register() -> None:
     project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, **why))
     served = feed_forward.feed_forward, feed_forward.refuses, unavailable
     feed_forward_op.register(Implementation(NAME, *served, slower=feed_forward.slower, most_kinds=MOST_KINDS))
+    attend.register(Implementation(NAME, flash.attend, flash.refuses, unavailable), on_request=True)  # not yet timed

@@ -65,6 +65,8 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1.2e-2, "float16": 2e-3}
 ATTENDED_HERE = ATTENDED | {
     "7b": PromptCase(32, 32, 128, 700, (700, 300)),
     "8b, after others": PromptCase(32, 8, 128, 512, (1536,), start=1024),
+    "7b, after others": PromptCase(32, 32, 128, 512, (1600, 1100), start=1088),
+    "heads of 64": PromptCase(12, 4, 64, 384, (384, 100)),
     "heads of 256": PromptCase(4, 2, 256, 333, (333,)),
     "bert": PromptCase(12, 12, 64, 512, (512, 100, 0), causal=False),
 }
@@ -93,7 +95,7 @@ def compare(op: Op, name: str, args: Any, options: dict[str, Any], want: np.ndar
     np.testing.assert_array_equal(got, run(args))
 
 
-@pytest.mark.parametrize("implementation", ["triton", "cudnn", "cudnn_parts"])
+@pytest.mark.parametrize("implementation", ["triton", "cudnn", "cudnn_parts", "hopper"])
 @pytest.mark.parametrize("name", ATTENDED_HERE)
 @kinds
 def test_attend(name: str, dtype: str, implementation: str) -> None:

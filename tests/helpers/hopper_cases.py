@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from prompt_kernel_cases import TORCH_ACTIVATIONS, FeedForwardCase
+from prompt_kernel_cases import TORCH_ACTIVATIONS, FeedForwardCase, PromptCase
 
 from pallas_kernels import PackedProjection, Projection, pack
 
@@ -40,6 +40,11 @@ GATED = {
     "ranks that differ": GatedCase(256, 40, 320, (128, 64)),
     "gelu": GatedCase(128, 40, 64, (64, 64), "gelu"),
     "tanh": GatedCase(128, 40, 64, (64, 64), "gelu_tanh"),
+}
+ATTENDED = {
+    "one tile": PromptCase(2, 1, 64, 128, (128,)),
+    "after others, grouped": PromptCase(4, 2, 64, 256, (439, 300), start=183),
+    "heads of 128, a tile of padding": PromptCase(2, 2, 128, 256, (256, 100)),
 }
 HEADS = {
     "ranks that differ, grouped": HeadsCase(2, 128, 40, 2, 1, 128, (128, 64, 192)),

@@ -5,12 +5,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from hopper_cases import FEED_FORWARDS, GATED, HEADS, gated_call, gated_exact, heads_call, heads_exact, products_exact
+from hopper_cases import (
+    ATTENDED,
+    FEED_FORWARDS,
+    GATED,
+    HEADS,
+    gated_call,
+    gated_exact,
+    heads_call,
+    heads_exact,
+    products_exact,
+)
 from kernel_cases import relative_error
-from prompt_kernel_cases import FeedForwardCase, feed_forward_call, feed_forward_exact
+from prompt_kernel_cases import (
+    FeedForwardCase,
+    PromptCase,
+    attended_call,
+    attended_exact,
+    feed_forward_call,
+    feed_forward_exact,
+)
 
-from pallas_kernels import Norm, Op, Projection, assume_target, feed_forward, pack, prefer, project, project_heads
+from pallas_kernels import (
+    Norm,
+    Op,
+    Projection,
+    assume_target,
+    attend,
+    feed_forward,
+    pack,
+    prefer,
+    project,
+    project_heads,
+)
 from pallas_kernels.hopper import feed_forward_sizes
 from pallas_kernels.hopper.feed_forward_sizes import sizes_of
 from pallas_kernels.hopper.ring import tiling
@@ -55,6 +84,17 @@ def test_feed_forward(name: str) -> None:
         got = jax.jit(lambda args: feed_forward(*args, **options, implementation="hopper"))(args)
     assert got.dtype == jnp.bfloat16
     assert relative_error(got, feed_forward_exact(*args, **options)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ATTENDED)
+def test_attention(name: str) -> None:
+    q, k, v, visible = attended_call(ATTENDED[name], "bfloat16")
+    want, ignoring = attended_exact(q, k, v, visible), dataclasses.replace(visible, padding="ignored")
+    with assume_target(INTERPRETED):
+        got = jax.jit(lambda *args: attend(*args, implementation="hopper"))(q, k, v, ignoring)
+    real = np.asarray(visible.starts)[:, None] + np.arange(q.shape[2]) < np.asarray(visible.ends)[:, None]
+    assert got.dtype == jnp.bfloat16 and np.isfinite(np.asarray(got, np.float32)).all()
+    assert relative_error(np.asarray(got, np.float64)[real], want[real]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("ranks", [(64,), (320,), (192, 136)])
@@ -102,6 +142,11 @@ def test_refusals_say_why() -> None:
     norm = Norm(jnp.ones(128), 1e-5)
     wide, gelu = jnp.zeros((1, 128, 64), jnp.bfloat16), {"activation": "gelu"}
 
+    def attended(padding: str = "ignored", dtype: str = "bfloat16", **sizes: Any) -> tuple[Any, ...]:
+        case = dataclasses.replace(PromptCase(1, 1, 64, 128, (128,)), **sizes)
+        *arrays, visible = attended_call(case, dtype)
+        return *arrays, dataclasses.replace(visible, padding=padding)
+
     def layer(up: int = 64, down: int = 64, inner: int = 128) -> tuple[Any, Any]:
         first = Projection(down=jnp.zeros((up, 64), jnp.bfloat16), up=jnp.zeros((inner, up), jnp.bfloat16))
         second = Projection(down=jnp.zeros((down, inner), jnp.bfloat16), up=jnp.zeros((64, down), jnp.bfloat16))
@@ -127,6 +172,13 @@ def test_refusals_say_why() -> None:
         (feed_forward, (wide, *layer(inner=96)), gelu, "96 columns"),
         (feed_forward, (wide, *layer(up=328)), gelu, "ranks 328, 64"),
         (feed_forward, (wide, *layer(down=328)), gelu, "ranks 64, 328"),
+        (attend, attended(), {"softcap": 5.0}, "bounded"),
+        (attend, attended(dtype="float32"), {}, "float32"),
+        (attend, attended(head_dim=96), {}, "head_dim 96"),
+        (attend, attended(tokens=100), {}, "100 queries"),
+        (attend, attended(window=9), {}, "a window"),
+        (attend, attended(causal=False), {}, "behind them"),
+        (attend, attended(padding="blind"), {}, "whose output matters"),
         (project_heads, (x, three, table, table, 128, norm), {}, "norms of heads"),
         (project_heads, (x, three, table[..., :16], table[..., :16], 128), {}, "rotated in 32"),
         (project_heads, (x[:, :64], three, table, table, 128), {}, "64 tokens"),

@@ -114,10 +114,14 @@ def _visible(batch: int, *, tokens: int = 0, **fields: Any) -> Visible:
 
 
 def _flash(
-    label: str, heads: int, kv_heads: int, head_dim: int, tokens: int, softcap: float | None = None, **fields: Any
-) -> KernelCall:
+    label: str, heads: int, kv_heads: int, head_dim: int, tokens: int, softcap: float | None = None,
+    implementation: str = "triton", **fields: Any,
+) -> KernelCall:  # fmt: skip
     args = (*(array(2, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads)), _visible(2, **fields))
-    return KernelCall(f"flash-{label}", "attend", "triton", args, {}, {"softcap": softcap}, max_registers=255)
+    registers = 255 if implementation == "triton" else THIRD_OF_REGISTERS
+    return KernelCall(
+        f"flash-{label}", "attend", implementation, args, {}, {"softcap": softcap}, max_registers=registers
+    )
 
 
 def _stream(label: str, rank: int, tables: bool = False, **fields: Any) -> KernelCall:
@@ -261,6 +265,18 @@ KERNEL_CALLS: list[KernelCall] = [
     _flash("heads-of-256", 8, 4, 256, 512),
     _flash("heads-of-256-bounded", 8, 4, 256, 512, softcap=50.0),
     _flash("bert", 12, 12, 64, 512, causal=False),
+    _flash("hopper-7b", 32, 32, 128, 2048, implementation="hopper", padding="ignored"),
+    _flash(
+        "hopper-8b-after-others",
+        32,
+        8,
+        128,
+        512,
+        implementation="hopper",
+        padding="ignored",
+        start=array(dtype=jnp.int32),
+    ),
+    _flash("hopper-heads-of-64", 12, 12, 64, 512, implementation="hopper", padding="ignored"),
     _stream("32", 29),
     _stream("48-padded-left", 44, tokens=512),
     _stream("modernbert", 44, tables=True, window=65),
