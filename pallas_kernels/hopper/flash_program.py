@@ -118,6 +118,9 @@ def _copy(place: Place, ring: _Ring, k: Any, v: Any) -> None:
             plgpu.copy_gmem_to_smem(array.at[place.kv, rows], to.at[stage], full.at[stage])
 
     lax.fori_loop(0, place.tiles, tile, None)
+    for stage in range(STAGES):  # no barrier ends with something unseen
+        plgpu.barrier_wait(ring.keys_empty.at[stage])
+        plgpu.barrier_wait(ring.values_empty.at[stage])
 
 
 def _multiply(place: Place, ring: _Ring, q: Any, out: Any, warpgroup: jax.Array) -> None:
@@ -136,6 +139,7 @@ def _multiply(place: Place, ring: _Ring, q: Any, out: Any, warpgroup: jax.Array)
     mine[...] = half.end(sums).astype(mine.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(mine, out.at[place.sequence, own, columns])
+    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(ring.turn.at[0]))
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -187,6 +191,7 @@ class _Half:
         last = lax.rem(self.place.tiles - 1, STAGES)
         plgpu.barrier_wait(self.ring.values_full.at[last])
         values = self._with_values(sums, last)
+        plgpu.barrier_arrive(self.ring.values_empty.at[last])
         return values * _wide(1 / sums.total, values.shape)
 
     def _with_values(self, sums: Sums, stage: jax.Array) -> jax.Array:
