@@ -78,6 +78,11 @@ STREAMED = {
 }
 
 
+def real_queries(visible: Visible, queries: int) -> np.ndarray:
+    """bool [batch, queries]: those before their sequence's end."""
+    return np.asarray(visible.starts)[:, None] + np.arange(queries) < np.asarray(visible.ends)[:, None]
+
+
 def attended_call(case: PromptCase, dtype: str) -> tuple[Any, ...]:
     """Arguments of `attend`, random."""
     rng, batch = np.random.default_rng(0), len(case.ends)
