@@ -21,10 +21,9 @@ from one_shape import RANKS, options, rows_file, shape_of
 
 from flashsvd_jax.benchmark import bytes_per_token, provenance, read_bandwidth
 from flashsvd_jax.config import ModelConfig
-from flashsvd_jax.kv_cache import KVCache, empty_cache
+from flashsvd_jax.kv_cache import CACHE_UNIT, KVCache, empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
-from flashsvd_jax.prompt_chunks import CACHE_UNIT
 from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import prefer
 from pallas_kernels.persistent import building, code, copies, launch, layers, loading, plan, tuning, words

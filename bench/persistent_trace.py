@@ -18,8 +18,7 @@ import numpy as np
 from one_shape import RANKS, options, shape_of
 from persistent_times import compile_step
 
-from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.prompt_chunks import CACHE_UNIT
+from flashsvd_jax.kv_cache import CACHE_UNIT, empty_cache
 from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import stall_reason
 from pallas_kernels.persistent import building, code, kernel, multiplying

@@ -7,10 +7,9 @@ import numpy as np
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.encoder_model import EncoderModel
 from flashsvd_jax.errors import RequestError
-from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches, scores_held
+from flashsvd_jax.length_batches import SMALLEST_BUCKET, batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.models.encoder import POOLINGS
 from flashsvd_jax.progress import progress_bar
-from flashsvd_jax.prompt_chunks import SMALLEST_BUCKET
 
 
 def encode(

@@ -13,14 +13,13 @@ from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.inspection_result import Expansion, Inspection, SiteInfo
-from flashsvd_jax.kv_cache import cache_bytes
+from flashsvd_jax.kv_cache import CACHE_UNIT, cache_bytes
 from flashsvd_jax.model import DEFAULT_MAX_LENGTH
 from flashsvd_jax.models.decoder import decode_kernel
 from flashsvd_jax.models.encoder import pass_kernels
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
 from flashsvd_jax.models.expansion import expanded_sets
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
-from flashsvd_jax.prompt_chunks import CACHE_UNIT
 from flashsvd_jax.schema import schema, sites
 from pallas_kernels import hardware_rank
 from pallas_kernels.registry import Record

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from flashsvd_jax.config import ModelConfig
 from pallas_kernels import write_slots
 
+CACHE_UNIT = 64
+"""Slots of a cache come in this many: kernels read tiles of keys and values, and a tile should be of one sequence."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

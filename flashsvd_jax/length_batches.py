@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pallas_kernels import keeps_scores, power_of_two
 from pallas_kernels.rounding import power_of_two_within
 
+SMALLEST_BUCKET = 16
 # Memory of the largest temporary of a pass, by which the batch size is chosen where none is given.
 _WORKSPACE_BYTES = 2**30
 

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flashsvd_jax.length_batches import bucket
+from flashsvd_jax.kv_cache import CACHE_UNIT
+from flashsvd_jax.length_batches import SMALLEST_BUCKET, bucket
 from pallas_kernels import keeps_scores, power_of_two
 from pallas_kernels.rounding import power_of_two_within
 
-SMALLEST_BUCKET = 16
-CACHE_UNIT = 64
-"""Slots of a cache come in this many: kernels read tiles of keys and values, and a tile should be of one sequence."""
 UNIT = 1024
 UNIT_WITHOUT_SCORES = 2048
 """Of kernels that keep no scores: a chunk costs less memory, and its products want this many rows."""

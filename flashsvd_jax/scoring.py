@@ -11,13 +11,12 @@ import numpy as np
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import RequestError
-from flashsvd_jax.length_batches import batch_within_workspace, bucket, length_batches, scores_held
+from flashsvd_jax.length_batches import SMALLEST_BUCKET, batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.decoder import full_logits, token_losses
 from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.progress import progress_bar
-from flashsvd_jax.prompt_chunks import SMALLEST_BUCKET
 
 PERPLEXITY_WINDOW = 2048
 # From so many windows on, the spread between them gives the error; tokens of one window are not independent.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -202,6 +203,17 @@ def write_slots(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array
         return lax.dynamic_update_slice_in_dim(cache, new, start.reshape(()), axis=2)
     put = jax.vmap(lambda old, rows, first: lax.dynamic_update_slice_in_dim(old, rows, first, axis=1))
     return put(cache, new, start)
+
+
+HALF_DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+"""What tensor cores multiply at their full rate, and libraries serve."""
+
+
+def unsuited_dtypes(q: jax.Array, k: jax.Array, v: jax.Array, served: Sequence[jnp.dtype]) -> str | None:
+    """Why a kernel that serves these dtypes cannot serve the arrays, or None."""
+    if q.dtype == k.dtype == v.dtype and q.dtype in served:
+        return None
+    return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of {', '.join(map(str, served))}"
 
 
 attend = Op("attend", attend_reference)

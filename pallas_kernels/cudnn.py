@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import Visible, attend
+from pallas_kernels.attention import HALF_DTYPES, Visible, attend, unsuited_dtypes
 from pallas_kernels.registry import Implementation
 from pallas_kernels.target import Target, is_assumed, not_nvidia, target
 
@@ -47,8 +47,8 @@ def refuses_arrays(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, s
     """What it can never serve, whoever sees whom."""
     if softcap is not None:
         return "bounded scores"
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of bfloat16, float16"
+    if (reason := unsuited_dtypes(q, k, v, HALF_DTYPES)) is not None:
+        return reason
     widest = 256 if target().capability >= (9, 0) else 128
     if q.shape[3] % 8 or q.shape[3] > widest:
         return f"head_dim {q.shape[3]}; it serves multiples of 8 up to {widest}"

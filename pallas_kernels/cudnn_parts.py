@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
 from pallas_kernels import cudnn
 from pallas_kernels.attention import Visible, attend
@@ -45,11 +44,11 @@ def attend_in_parts(
     start, options = visible.starts, {"scale": head_dim**-0.5 if scale is None else scale}
     # Real tokens are before their padding, so that no key before a query is of padding.
     lengths = {"q_seqlen": jnp.full(batch, queries, jnp.int32), "kv_seqlen": start}
-    out, log = _part(q, k, v, mask_type=MaskType.PADDING, **lengths, **options)
+    out, log = _part(q, k, v, mask_type="PADDING", **lengths, **options)
     is_any = (start > 0)[:, None, None]
     before = jnp.where(is_any[..., None], out, 0), jnp.where(is_any, log, -jnp.inf)
     own_k, own_v = (jax.vmap(lambda a, at: lax.dynamic_slice_in_dim(a, at, queries, axis=1))(a, start) for a in (k, v))
-    together = put_together(before, _part(q, own_k, own_v, mask_type=MaskType.CAUSAL, **options))
+    together = put_together(before, _part(q, own_k, own_v, mask_type="CAUSAL", **options))
     return together.swapaxes(1, 2).reshape(batch, queries, heads * head_dim)
 
 
@@ -59,8 +58,11 @@ def put_together(first: Part, second: Part) -> jax.Array:
     return (first[0] * share + second[0] * (1 - share)).astype(first[0].dtype)
 
 
-def _part(q: jax.Array, k: jax.Array, v: jax.Array, **options: Any) -> Part:
-    found: Any = dot_product_attention(q, k, v, qkv_layout="BNTH", return_residual=True, **options)
+def _part(q: jax.Array, k: jax.Array, v: jax.Array, *, mask_type: str, **options: Any) -> Part:
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    options = {"mask_type": MaskType[mask_type], "qkv_layout": "BNTH", **options}
+    found: Any = dot_product_attention(q, k, v, return_residual=True, **options)
     out, log = found
     return out, log
 

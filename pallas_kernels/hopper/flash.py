@@ -1,9 +1,8 @@
 """The op `attend` for queries that are, or come after, the tokens whose keys they see, on Hopper."""
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.attention import Visible
+from pallas_kernels.attention import HALF_DTYPES, Visible, unsuited_dtypes
 from pallas_kernels.hopper import flash_program
 from pallas_kernels.hopper.flash_sizes import FlashSizes
 from pallas_kernels.hopper.ring import ROWS
@@ -22,8 +21,8 @@ def refuses(
     """Why this kernel cannot serve a call."""
     if softcap is not None:
         return "bounded scores"
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of bfloat16, float16"
+    if (reason := unsuited_dtypes(q, k, v, HALF_DTYPES)) is not None:
+        return reason
     if q.shape[3] not in (64, 128):
         return f"head_dim {q.shape[3]}; it serves 64 and 128"
     if q.shape[2] % ROWS:
@@ -39,7 +38,7 @@ def attend(
     """As `pallas_kernels.attend`; what padding sees is zeros, or any of the keys."""
     batch, heads, queries, head_dim = q.shape
     sizes = FlashSizes(
-        target(), batch, heads, k.shape[1], queries, k.shape[2], head_dim, head_dim**-0.5 if scale is None else scale
+        target(), batch, heads, k.shape[1], queries, head_dim, head_dim**-0.5 if scale is None else scale
     )
     flat = q.swapaxes(1, 2).reshape(batch, queries, heads * head_dim)
     k, v = (a.reshape(-1, *a.shape[2:]) for a in (k, v))

@@ -80,11 +80,11 @@ def run(
             plgpu.SMEM((MULTIPLIERS, HALF, sizes.head_dim), dtype, transforms=lines),
             plgpu.SMEM((STAGES, *wide), dtype, transforms=lines),
             plgpu.SMEM((STAGES, *wide), dtype, transforms=lines),
-            plgpu.SMEM((MULTIPLIERS, HALF, KEYS if sizes.device.interpret else 64), dtype, transforms=lines),
             plgpu.Barrier(num_arrivals=1, num_barriers=MULTIPLIERS),
             *[barrier(num_arrivals=1)] * 2,
             *[barrier(num_arrivals=MULTIPLIERS)] * 2,
             plgpu.Barrier(num_arrivals=1, num_barriers=MULTIPLIERS),
+            *[plgpu.SMEM((MULTIPLIERS, HALF, KEYS), dtype, transforms=lines)] * bool(sizes.device.interpret),
         ],
         interpret=plgpu.InterpretGPUParams() if sizes.device.interpret else None,
     )(q, k, v, ends, starts)
@@ -92,19 +92,19 @@ def run(
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """Shared memory: queries of each warpgroup, keys, values, exponentials where they are interpreted; and what says that they are
-    there, and that they have been read."""
+    """Shared memory: queries of each warpgroup, keys, values; what says that they are there, and have been read; and, where
+    it is interpreted, weights."""
 
     queries: Any
     keys: Any
     values: Any
-    weights: Any
     queries_full: Any
     keys_full: Any
     values_full: Any
     keys_empty: Any
     values_empty: Any
     turn: Any
+    weights: Any = None
 
 
 def _copy(place: Place, ring: _Ring, k: Any, v: Any) -> None:

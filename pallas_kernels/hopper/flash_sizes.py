@@ -22,7 +22,6 @@ class FlashSizes:
     heads: int
     kv_heads: int
     queries: int
-    keys: int
     head_dim: int
     scale: float
 

@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import Visible
+from pallas_kernels.attention import Visible, unsuited_dtypes
 from pallas_kernels.products import SUPPORTED_DTYPES
 from pallas_kernels.target import target
 from pallas_kernels.triton.call import Launch
@@ -23,8 +23,8 @@ def refuses(
     softcap: float | None = None,
 ) -> str | None:
     """Why this kernel cannot serve a call."""
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in SUPPORTED_DTYPES:
-        return f"q is {q.dtype}, k {k.dtype} and v {v.dtype}; it serves one of bfloat16, float16, float32"
+    if (reason := unsuited_dtypes(q, k, v, SUPPORTED_DTYPES)) is not None:
+        return reason
     if q.shape[3] > 256:
         return f"head_dim {q.shape[3]}; it serves up to 256"
     return None

@@ -2,7 +2,8 @@
 
 import pytest
 
-from flashsvd_jax.prompt_chunks import CACHE_UNIT, PromptChunks, cut
+from flashsvd_jax.kv_cache import CACHE_UNIT
+from flashsvd_jax.prompt_chunks import PromptChunks, cut
 from pallas_kernels import Target, assume_target
 from pallas_kernels.target import H200
 
