@@ -1,7 +1,6 @@
 """Operations of low-rank inference: what they compute, and the ways to compute them. Knows nothing of models."""
 
 from pallas_kernels import cudnn as _cudnn
-from pallas_kernels import cudnn_parts as _cudnn_parts
 from pallas_kernels import hopper as _hopper
 from pallas_kernels import persistent as _persistent  # noqa: F401  (these register their implementations)
 from pallas_kernels import triton as _triton  # noqa: F401
@@ -39,9 +38,9 @@ from pallas_kernels.registry import (
 from pallas_kernels.rounding import power_of_two
 from pallas_kernels.target import Target, assume_target, target
 
-_cudnn.register()  # after Triton's kernels, so that it is tried before them
-_cudnn_parts.register()
+# After Triton's kernels, so that they are tried before them: what is registered last comes first.
 _hopper.register()
+_cudnn.register()
 
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 

@@ -48,4 +48,4 @@ def register() -> None:
     project_heads.register(Implementation(NAME, heads.project_heads, heads.refuses, **why))
     served = feed_forward.feed_forward, feed_forward.refuses, unavailable
     feed_forward_op.register(Implementation(NAME, *served, slower=feed_forward.slower, most_kinds=MOST_KINDS))
-    attend.register(Implementation(NAME, flash.attend, flash.refuses, unavailable), on_request=True)  # not yet timed
+    attend.register(Implementation(NAME, flash.attend, flash.refuses, unavailable))

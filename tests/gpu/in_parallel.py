@@ -27,6 +27,8 @@ def start(index: int, count: int, arguments: list[str], log: Path) -> subprocess
     env = {
         **os.environ, "JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(paths), "FLASHSVD_SHARD": f"{index}/{count}",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        # References are computed by numpy, whose library would else start a thread a core in every process.
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
         "XLA_FLAGS": "--xla_gpu_autotune_level=0 " + os.environ.get("XLA_FLAGS", ""),
     }  # fmt: skip
     options = ["-m", "gpu", "-q", "-rfE", "--durations=5", "-p", "no:cacheprovider"]

@@ -96,7 +96,7 @@ def compare(op: Op, name: str, args: Any, options: dict[str, Any], want: np.ndar
     np.testing.assert_array_equal(got, run(args))
 
 
-@pytest.mark.parametrize("implementation", ["triton", "cudnn", "cudnn_parts", "hopper"])
+@pytest.mark.parametrize("implementation", ["triton", "cudnn", "hopper"])
 @pytest.mark.parametrize("name", ATTENDED_HERE)
 @kinds
 def test_attend(name: str, dtype: str, implementation: str) -> None:

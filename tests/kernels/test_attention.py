@@ -141,7 +141,8 @@ def test_the_library_refuses_bounded_scores_and_few_queries(options: dict[str, f
         q = jnp.zeros((1, 2, tokens, 64), jnp.bfloat16)
         visible = Visible(jnp.full(1, tokens, jnp.int32), padding="ignored")
         with assume_target(H200):
-            assert attend.choose(q, q, q, visible, **options)[0].name == "triton"
+            suits_hopper = tokens == 128 and "softcap" not in options
+            assert attend.choose(q, q, q, visible, **options)[0].name == ("hopper" if suits_hopper else "triton")
             reason = cudnn.refuses(q, q, q, visible, **options)
         assert reason == (
             "bounded scores"

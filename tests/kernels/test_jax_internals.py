@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import pytest
-from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.lib.mlir.dialects import arith, scf
 from jax._src.pallas.mosaic_gpu import primitives
 from jax.experimental.mosaic.gpu import FragmentedArray, launch_context, utils
@@ -36,14 +35,7 @@ PERSISTENT: list[tuple[str, Any, str, set[str]]] = [
     ("multiplying", plgpu, "ACC", set()),
     ("multiplying", plgpu, "layout_cast", set()),
 ]
-USED = [(f"persistent/{where}", *used) for where, *used in PERSISTENT] + [
-    (
-        "cudnn_parts",
-        fused_attention_stablehlo,
-        "dot_product_attention",
-        {"q_seqlen", "kv_seqlen", "scale", "mask_type", "qkv_layout", "return_residual"},
-    )
-]
+USED = [(f"persistent/{where}", *used) for where, *used in PERSISTENT]
 
 
 @pytest.mark.parametrize(("where", "owner", "name", "parameters"), USED, ids=[f"{u[2]}" for u in USED])

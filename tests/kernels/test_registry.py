@@ -179,4 +179,4 @@ def test_the_default_target_is_the_default_device() -> None:
 
 
 def test_attention_of_prompts_goes_to_the_library_first() -> None:
-    assert ops()["attend"].names == ("cudnn", "triton", "xla", "cudnn_parts", "hopper")
+    assert ops()["attend"].names == ("cudnn", "hopper", "triton", "xla")
