@@ -47,13 +47,16 @@ class Packed(nn.Module):
         super().__init__()
         self.sizes = [part.first.shape[0] for part in parts]
         self.first = _frozen(torch.cat([part.first for part in parts]))
-        self.ups = nn.ParameterList([part.up for part in parts if part.up is not None])
+        ups = [part.up for part in parts]
+        self.ups = nn.ParameterList([up for up in ups if up is not None])
+        # Of each part its factor among ``ups``, None if it is dense.
+        self.places = [None if up is None else sum(u is not None for u in ups[:i]) for i, up in enumerate(ups)]
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        latents = F.linear(x, self.first).split(self.sizes, -1)
-        if not self.ups:
-            return list(latents)
-        return [F.linear(latent, up) for latent, up in zip(latents, self.ups, strict=True)]
+        firsts = F.linear(x, self.first).split(self.sizes, -1)
+        return [
+            y if place is None else F.linear(y, self.ups[place]) for y, place in zip(firsts, self.places, strict=True)
+        ]
 
 
 class Layer(nn.Module):

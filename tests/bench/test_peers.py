@@ -54,10 +54,11 @@ def both(config: ModelConfig, is_packed: bool = False) -> tuple[DecoderWeights, 
     return ours, PeerModel(config, get, BATCH, PROMPT + NEW + 1, is_packed)
 
 
+@pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_of_prompt_and_steps_are_ours(name: str) -> None:
+def test_logits_of_prompt_and_steps_are_ours(name: str, is_packed: bool) -> None:
     config = CONFIGS[name]
-    ours, peer = both(config)
+    ours, peer = both(config, is_packed)
     tokens = np.random.default_rng(5).integers(0, config.vocab_size, (BATCH, PROMPT + NEW))
     expected = np.asarray(full(config, ours, jnp.asarray(tokens, jnp.int32)))
     rows = torch.from_numpy(tokens)
