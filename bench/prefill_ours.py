@@ -15,7 +15,7 @@ import numpy as np
 from prefill_cases import PrefillCase
 from prompt_timing import timed_row
 
-from flashsvd_jax.background_compile import BackgroundStep
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.models.pass_options import pass_options
@@ -69,12 +69,12 @@ def lower_prompt(config: ModelConfig, batch: int, length: int) -> tuple[LoweredP
     """The pass of such prompts up to their first tokens, lowered, and what draws its arguments, random weights among them."""
     weights = jax.eval_shape(lambda: random_weights(config))
 
-    def jit(step: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        return jax.jit(partial(step, *given), compiler_options=pass_options(weights.layers), **options)
+    def steps_of(step: Callable[..., Any], *given: Any, **options: Any) -> BackgroundSteps:
+        return BackgroundSteps(jax.jit(partial(step, *given), compiler_options=pass_options(weights.layers), **options))
 
     greedy = sampling_arrays([SamplingParams(temperature=0.0)] * batch, (), config.vocab_size, [0] * batch)
     requests = Requests(np.full(batch, length, np.int32), np.ones(batch, np.int32), greedy)  # type: ignore[arg-type]
-    steps = PromptSteps(config, weights, length, jit)
+    steps = PromptSteps(config, weights, length, steps_of)
     lowered = steps.lower([jax.ShapeDtypeStruct((batch, length), jnp.int32)], requests)
     return LoweredPrompt(steps, lowered), lambda: (random_weights(config), np.ones((batch, length), np.int32), requests)
 

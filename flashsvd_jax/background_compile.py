@@ -3,7 +3,14 @@
 import functools
 from collections.abc import Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+
+from flashsvd_jax import kept_steps
+from flashsvd_jax.compile_cache import compiled_anew, count_read
+from flashsvd_jax.kept_steps import KeptStep
+from pallas_kernels import add_choices, record
+from pallas_kernels.registry import Record
 
 _THREADS = 4
 
@@ -13,22 +20,40 @@ class BackgroundStep:
 
     Args:
       jitted: what `jax.jit` gave.
+      made_of: as text, all that decides what it computes beside its arguments; executables are kept across processes by it, none
+        if it is None.
+      used: where choices of kernels go that an earlier process made as it traced the function.
     """
 
-    def __init__(self, jitted: Any):
-        self._jitted = jitted
+    def __init__(self, jitted: Any, made_of: str | None = None, used: Record | None = None):
+        self._jitted, self._made_of = jitted, made_of
+        self._used: Record = {} if used is None else used
+        self._chosen: Record = {}  # by this step, whenever it was traced
         self._compiled: Future[Any] | None = None
         self._gives: Any = None
+        self._read: tuple[Path, tuple[Any, ...]] | None = None  # from where, and for arguments of which shapes
 
     def begin(self, *shapes: Any) -> Any:
-        """Starts to compile it for arguments of such shapes, if nobody has. It is traced here, where the caller's settings are.
+        """Starts to compile it for arguments of such shapes, if nobody has, or to read what an earlier process has kept.
+
+        It is traced here, where the caller's settings are.
 
         Returns:
           The shapes of what it gives.
         """
-        if self._compiled is None:
+        if self._compiled is not None:
+            return self._gives
+        file = None if self._made_of is None else kept_steps.file_of(self._made_of, shapes)
+        kept = None if file is None else kept_steps.read(file)
+        if file is not None and kept is not None:
+            add_choices(self._used, kept.used)
+            self._gives, self._read = kept.gives, (file, shapes)
+            self._compiled = _threads().submit(_loaded, kept)
+            return self._gives
+        with record(self._chosen):
             traced = self._jitted.trace(*shapes)
-            self._gives, self._compiled = traced.out_info, _threads().submit(traced.lower().compile)
+        self._gives, self._read = traced.out_info, None
+        self._compiled = _threads().submit(_compiled, traced.lower(), file, self._gives, self._chosen)
         return self._gives
 
     def wait(self) -> None:
@@ -37,17 +62,24 @@ class BackgroundStep:
             return
         try:
             self._compiled.result()
-        except Exception:
+        except Exception as error:
             self._compiled = None
-            raise
+            if self._read is None:
+                raise
+            file, shapes = self._read
+            kept_steps.forget(file, error)
+            self.begin(*shapes)
+            self.wait()
 
     def shapes(self, *shapes: Any) -> Any:
         """The shapes of what it gives; nothing is compiled."""
-        return self._jitted.eval_shape(*shapes)
+        with record(self._chosen):
+            return self._jitted.eval_shape(*shapes)
 
     def lower(self, *shapes: Any) -> Any:
         """It lowered, as `jax.jit` does."""
-        return self._jitted.lower(*shapes)
+        with record(self._chosen):
+            return self._jitted.lower(*shapes)
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls it once it is compiled.
@@ -62,15 +94,33 @@ class BackgroundStep:
 
 
 class BackgroundSteps(dict[Hashable, BackgroundStep]):
-    """Of one jitted function, for each kind of its arguments one, made when it is asked for by the caller's name of that kind."""
+    """Of one jitted function, for each kind of its arguments one, made when it is asked for by the caller's name of that kind.
 
-    def __init__(self, jitted: Any):
+    Args:
+      of: as `BackgroundStep` takes.
+    """
+
+    def __init__(self, *of: Any):
         super().__init__()
-        self._jitted = jitted
+        self._of = of
 
     def __missing__(self, kind: Hashable) -> BackgroundStep:
-        step = self[kind] = BackgroundStep(self._jitted)
+        step = self[kind] = BackgroundStep(*self._of)
         return step
+
+
+def _compiled(lowered: Any, file: Path | None, gives: Any, used: Record) -> Any:
+    compiled, is_new = compiled_anew(lowered)
+    # What was read from a cache may lack what is written there again: on a CPU its functions.
+    if file is not None and is_new:  # in a task of its own, as nobody waits for that
+        _threads().submit(kept_steps.write, file, compiled, gives, used)
+    return compiled
+
+
+def _loaded(kept: KeptStep) -> Any:
+    compiled = kept.load()
+    count_read()
+    return compiled
 
 
 @functools.cache

@@ -6,8 +6,10 @@ JAX's persistent cache also holds XLA's autotuning results on a GPU, as long as 
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -16,11 +18,18 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 _counts = {_COMPILE_EVENT: 0, _HIT_EVENT: 0}
+_of_thread = threading.local()
 
 
 def _count(event: str, *_: object, **__: object) -> None:
     if event in _counts:
         _counts[event] += 1
+    if event == _HIT_EVENT:
+        _of_thread.hits = _hits_of_thread() + 1
+
+
+def _hits_of_thread() -> int:
+    return getattr(_of_thread, "hits", 0)
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
@@ -35,6 +44,19 @@ def compile_count() -> int:
 def cache_hits() -> int:
     """How many of them were read from the persistent cache."""
     return _counts[_HIT_EVENT]
+
+
+def compiled_anew(lowered: Any) -> tuple[Any, bool]:
+    """A lowered function compiled, and whether that was not read from the persistent cache."""
+    before = _hits_of_thread()
+    compiled = lowered.compile()
+    return compiled, _hits_of_thread() == before
+
+
+def count_read() -> None:
+    """Counts an executable that was read without JAX's doing, see `kept_steps`."""
+    _counts[_COMPILE_EVENT] += 1
+    _counts[_HIT_EVENT] += 1
 
 
 @contextlib.contextmanager
@@ -58,6 +80,13 @@ def cache_directory() -> Path | None:
         return Path(chosen)
     caches = os.environ.get("XDG_CACHE_HOME")
     return (Path(caches) if caches else Path.home() / ".cache") / "flashsvd_jax" / "executables"
+
+
+def is_kept() -> bool:
+    """Whether executables are kept by now, in a folder of this machine."""
+    directory = jax.config.jax_compilation_cache_dir
+    is_on = jax.config.jax_enable_compilation_cache and os.environ.get(ENVIRONMENT_VARIABLE) != "off"
+    return bool(directory) and is_on and "://" not in directory
 
 
 def enable_persistent_cache() -> Path | None:

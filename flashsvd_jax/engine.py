@@ -10,6 +10,7 @@ are all greedy choose and decode by steps of their own, which are compiled when 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax import decode_loop
-from flashsvd_jax.background_compile import BackgroundStep
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
@@ -102,8 +103,8 @@ class Engine:
         self._preferred = None if kernels == "auto" else kernels
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
-        jit_of_prompts = partial(self._jit, compiler_options=pass_options(weights.layers))
-        self._prompts = PromptSteps(config, weights, self.chunks.slots, jit_of_prompts)
+        steps_of_prompts = partial(self._steps, compiler_options=pass_options(weights.layers))
+        self._prompts = PromptSteps(config, weights, self.chunks.slots, steps_of_prompts)
         self._decode = {greedy: self._decode_step(greedy) for greedy in (True, False)}
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
@@ -141,33 +142,38 @@ class Engine:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
         shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
         requests = shapes(self._requests([[0]], [SamplingParams(max_tokens=1)]))
-        return self._decode[greedy].lower(self.weights, jax.eval_shape(self._empty_state), requests)
+        return self._decode[greedy].lower(self.weights, self._state_shapes, requests)
 
-    def _empty_state(self) -> DecodeState:
-        nothing = jnp.zeros((self.batch,), jnp.int32)
-        cache = empty_cache(self.config, self.batch, self.chunks.slots, self.weights.embedding.dtype)
-        return DecodeState(cache, nothing, nothing, no_counts(self.batch, self.config.vocab_size))
+    @functools.cached_property
+    def _state_shapes(self) -> DecodeState:
+        """Of what decoding begins with."""
+
+        def state() -> DecodeState:
+            nothing = jnp.zeros((self.batch,), jnp.int32)
+            cache = empty_cache(self.config, self.batch, self.chunks.slots, self.weights.embedding.dtype)
+            return DecodeState(cache, nothing, nothing, no_counts(self.batch, self.config.vocab_size))
+
+        return jax.eval_shape(state)
 
     def _decode_step(self, greedy: bool) -> BackgroundStep:
         decode = decode_loop.decode_greedily if greedy else decode_loop.decode
-        options = decode_loop.loop_options()
-        return BackgroundStep(
-            self._jit(decode, self.config, self.decode_chunk, donate_argnums=1, compiler_options=options)
-        )
+        options = {"donate_argnums": 1, "compiler_options": decode_loop.loop_options()}
+        return self._steps(decode, self.config, self.decode_chunk, **options)["of all shapes"]
 
     def _compile(self, lengths: Sequence[int], requests: Requests, greedy: bool, *, decodes: bool) -> None:
         """Compiles what requests with chunks of these lengths need and what is not compiled yet, side by side."""
+        if decodes:  # first, as it takes longest; the rest is traced meanwhile
+            self._decode[greedy].begin(self.weights, self._state_shapes, requests)
         chunks = [jax.ShapeDtypeStruct((self.batch, length), jnp.int32) for length in lengths]
-        (state, *_), steps = self._prompts.compile(chunks, requests, greedy)
-        if decodes:
-            self._decode[greedy].begin(self.weights, state, requests)
+        steps = self._prompts.compile(chunks, requests, greedy)
         # Nothing runs before all is there: XLA takes the time of products that it tries out.
         for step in (*steps, self._decode[greedy]):
             step.wait()
 
-    def _jit(self, step: Callable[..., Any], *given: Any, **options: Any) -> Any:
-        """`jax.jit` of a step and what its first arguments are."""
-        return jax.jit(self._choosing(partial(step, *given)), **options)
+    def _steps(self, step: Callable[..., Any], *given: Any, **options: Any) -> BackgroundSteps:
+        """Of a function, given what its first arguments are, with options of `jax.jit`."""
+        made_of = f"{step.__module__}.{step.__qualname__} {given} {options} {self._preferred}"
+        return BackgroundSteps(jax.jit(self._choosing(partial(step, *given)), **options), made_of, self.kernels_used)
 
     def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
         """The step, traced with this engine's choice of kernels."""

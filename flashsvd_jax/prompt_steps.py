@@ -46,42 +46,39 @@ class PromptSteps:
       config: the model.
       weights: its weights.
       slots: of the cache.
-      jit: `jax.jit` for a function and what its first arguments are, with the caller's options.
+      steps_of: makes the steps of a function, given what its first arguments are and options of `jax.jit`.
     """
 
-    def __init__(self, config: ModelConfig, weights: DecoderWeights, slots: int, jit: Callable[..., Any]):
+    def __init__(
+        self, config: ModelConfig, weights: DecoderWeights, slots: int, steps_of: Callable[..., BackgroundSteps]
+    ):
         self._config, self._outer = config, dataclasses.replace(weights, layers=())
         self._runs = prompts.layer_runs(config, weights.layers)
         kinds = [_kind(run) for run in self._runs]
         self._kinds = [kinds.index(kind) for kind in kinds]
         # By bucket; those of layers by the kind of run too, the last by whether a chunk came before.
-        self._begin = BackgroundSteps(jit(prompts.begin, config))
-        self._first = BackgroundSteps(jit(prompts.first_chunk, config, slots, donate_argnums=1))
-        self._next = BackgroundSteps(jit(prompts.next_chunk, config, donate_argnums=(1, 2)))
+        self._begin = steps_of(prompts.begin, config)
+        self._first = steps_of(prompts.first_chunk, config, slots, donate_argnums=1)
+        self._next = steps_of(prompts.next_chunk, config, donate_argnums=(1, 2))
         # What the last run gives is smaller, so what it is given cannot hold it.
-        self._first_of_last = BackgroundSteps(jit(prompts.first_chunk, config, slots))
-        self._next_of_last = BackgroundSteps(jit(prompts.next_chunk, config, donate_argnums=1))
-        self._end = {greedy: BackgroundSteps(jit(first_tokens, config, greedy)) for greedy in (True, False)}
+        self._first_of_last = steps_of(prompts.first_chunk, config, slots)
+        self._next_of_last = steps_of(prompts.next_chunk, config, donate_argnums=1)
+        self._end = {greedy: steps_of(first_tokens, config, greedy) for greedy in (True, False)}
 
     def __call__(self, chunks: Sequence[np.ndarray], requests: Requests, greedy: bool) -> Step:
         """Processes prompts, given in chunks of tokens int32 [batch, bucket], padded on the right."""
         return self.through(lambda step, *arguments: step(*arguments), chunks, requests, greedy)
 
-    def compile(
-        self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests, greedy: bool
-    ) -> tuple[Step, list[BackgroundStep]]:
-        """Begins to compile what chunks of such shapes need and what is not compiled yet.
-
-        Returns:
-          The shapes of what the call will give; the steps.
-        """
+    def compile(self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests, greedy: bool) -> list[BackgroundStep]:
+        """The steps that chunks of such shapes need, of which what is not compiled yet has begun to be."""
         steps = []
 
         def begun(step: BackgroundStep, *arguments: Any) -> Any:
             steps.append(step)
             return step.begin(*arguments)
 
-        return self.through(begun, chunks, requests, greedy), steps
+        self.through(begun, chunks, requests, greedy)
+        return steps
 
     def lower(self, chunks: Sequence[jax.ShapeDtypeStruct], requests: Requests) -> dict[BackgroundStep, Any]:
         """The steps of greedy requests for such chunks, each lowered, in order: for analysis, and to compile them elsewhere."""

@@ -18,7 +18,7 @@ from pallas_kernels.target import Target, setting, target
 _OPS: dict[str, "Op"] = {}
 _PREFERRED: ContextVar[str | None] = ContextVar("preferred implementation", default=None)
 _KINDS: ContextVar[int] = ContextVar("kinds of layers", default=1)
-_RECORD: ContextVar["Record | None"] = ContextVar("record of choices", default=None)
+_RECORDS: ContextVar[tuple["Record", ...]] = ContextVar("records of choices", default=())
 
 MOST_KINDS = 4
 """Of layers: as many as are worth compiling kernels for that take a second or more each."""
@@ -115,10 +115,9 @@ class Op:
 
     def __call__(self, *args: Any, implementation: str | None = None, **kwargs: Any) -> Any:
         chosen, refusals = self.choose(*args, implementation=implementation, **kwargs)
-        record = _RECORD.get()
-        if record is not None:
-            reasons = record.setdefault(self.name, {}).setdefault(chosen.name, set())
-            reasons.update(f"{name}: {reason}" for name, reason in refusals.items())
+        reasons = {f"{name}: {reason}" for name, reason in refusals.items()}
+        for record in _RECORDS.get():
+            add_choices(record, {self.name: {chosen.name: reasons}})
         return chosen.run(*args, **kwargs)
 
 
@@ -155,5 +154,12 @@ def of_kinds(count: int) -> AbstractContextManager[None]:
 
 
 def record(into: Record) -> AbstractContextManager[None]:
-    """Adds every choice made while a function is traced to ``into``."""
-    return setting(_RECORD, into)
+    """Adds every choice made while a function is traced to ``into``, and to what records already."""
+    return setting(_RECORDS, (*_RECORDS.get(), into))
+
+
+def add_choices(into: Record, more: Record) -> None:
+    """Adds the choices of one record to another."""
+    for op, implementations in more.items():
+        for name, reasons in implementations.items():
+            into.setdefault(op, {}).setdefault(name, set()).update(reasons)

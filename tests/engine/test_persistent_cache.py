@@ -28,7 +28,7 @@ GENERATE = """
 import numpy as np
 jax.config.update("jax_disable_most_optimizations", True)
 jax.numpy.ones(3) + 1  # compiled before the cache is chosen
-from flashsvd_jax.compile_cache import compile_count
+from flashsvd_jax.compile_cache import cache_hits, compile_count
 from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.generation import batch_generate
 from flashsvd_jax.model import Model
@@ -42,7 +42,9 @@ events.clear()
 completion = batch_generate(model, [[1, 2, 3]], seed=1, max_tokens=12)[0]
 print(json.dumps({
     "tokens": completion.token_ids, "compiled": completion.statistics.compiled,
-    "hits": events["cache_hits"], "misses": events["cache_misses"], "directory": jax.config.jax_compilation_cache_dir,
+    "hits": cache_hits(), "misses": events["cache_misses"], "directory": jax.config.jax_compilation_cache_dir,
+    "traced": events["compile_requests_use_cache"],
+    "used": {op: sorted(names) for op, names in model.engine(1).kernels_used.items()},
 }))
 """
 ENABLE = """
@@ -69,7 +71,7 @@ def files(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file() and not path.name.endswith("-atime")}
 
 
-def test_a_second_process_compiles_nothing_anew(tmp_path: Path) -> None:
+def test_a_second_process_traces_and_compiles_nothing_anew(tmp_path: Path) -> None:
     cache = tmp_path / "made" / "when needed"
     first = run(GENERATE, tmp_path, **{ENVIRONMENT_VARIABLE: str(cache)})
     assert first["directory"] == str(cache)
@@ -78,7 +80,8 @@ def test_a_second_process_compiles_nothing_anew(tmp_path: Path) -> None:
     assert len(made) >= 4
     second = run(GENERATE, tmp_path, **{ENVIRONMENT_VARIABLE: str(cache)})
     assert (second["compiled"], second["hits"], second["misses"]) == (4, 4, 0)
-    assert second["tokens"] == first["tokens"]
+    assert (first["traced"], second["traced"]) == (4, 0)
+    assert second["tokens"] == first["tokens"] and second["used"] == first["used"] != {}
     assert files(cache) == made
 
 

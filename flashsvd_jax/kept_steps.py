@@ -1,0 +1,141 @@
+"""Compiled steps kept across processes whole, so that a later process need not trace and lower them, seconds of Python for a model.
+
+JAX's own cache knows an executable by the program that was lowered. Here a step is known by all that decides what would be lowered:
+what it is made of, its arguments' shapes, the code of this project, versions, settings and the device. A file is
+
+    SHA-256 of what follows | pickle of `KeptStep`, of which the executable is the largest part
+
+in the folder of JAX's cache, and is trusted as that is: both hold programs that are run.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import serialize_executable
+
+import pallas_kernels
+from flashsvd_jax.compile_cache import is_kept
+from pallas_kernels import ops, target
+from pallas_kernels.registry import Record
+
+_log = logging.getLogger(__name__)
+_FOLDER = "steps"
+_DIGEST = hashlib.sha256().digest_size
+_ENVIRONMENT = ("XLA_", "CUBLAS", "CUDNN", "NVIDIA_", "TF_")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptStep:
+    """What a file holds.
+
+    Attributes:
+      executable: serialized.
+      trees: the structures of its arguments and of what it gives.
+      gives: the shapes of that.
+      used: the choices of kernels that were made as it was traced.
+    """
+
+    executable: bytes
+    trees: tuple[Any, Any]
+    gives: Any
+    used: Record
+
+    def load(self) -> Any:
+        """The compiled step, on the default device."""
+        return serialize_executable.deserialize_and_load(
+            self.executable, *self.trees, execution_devices=[jax.devices()[0]]
+        )
+
+
+def file_of(made_of: str, arguments: Iterable[Any]) -> Path | None:
+    """Where a step is kept for arguments of such shapes; None if nothing is to be kept.
+
+    Args:
+      made_of: what the step is made of.
+      arguments: trees of arrays or of their shapes.
+    """
+    if not is_kept() or (code := _code()) is None:
+        return None
+    leaves, tree = jax.tree.flatten(tuple(arguments))
+    placed = {device for leaf in leaves for device in getattr(getattr(leaf, "sharding", None), "device_set", ())}
+    if not placed <= {jax.devices()[0]}:
+        return None
+    described = [made_of, str(tree), *map(_described, leaves), code, _surroundings()]
+    name = hashlib.sha256("\n".join(described).encode()).hexdigest()
+    return Path(jax.config.jax_compilation_cache_dir) / _FOLDER / name
+
+
+def read(file: Path) -> KeptStep | None:
+    """What a file holds; None if there is none, or it is not what was written."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    try:
+        if hashlib.sha256(content[_DIGEST:]).digest() != content[:_DIGEST]:
+            raise ValueError("it is damaged")
+        return pickle.loads(content[_DIGEST:])
+    except Exception as error:  # whatever unpickling raises
+        forget(file, error)
+        return None
+
+
+def forget(file: Path, error: Exception) -> None:
+    """Removes a file that cannot be used, and says so."""
+    _log.warning("a kept step is of no use and compiled again: %s: %s: %s", file, type(error).__name__, error)
+    file.unlink(missing_ok=True)
+
+
+def write(file: Path, compiled: Any, gives: Any, used: Record) -> None:
+    """Keeps a compiled step; where that fails a warning says why, and nothing is left behind."""
+    try:
+        executable, *trees = serialize_executable.serialize(compiled)
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)), gives
+        )
+        content = pickle.dumps(KeptStep(executable, (trees[0], trees[1]), shapes, used))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Of a name of its own: several processes may write the same step.
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".part", delete=False) as part:
+            part.write(hashlib.sha256(content).digest() + content)
+        os.replace(part.name, file)
+    except Exception as error:  # a step that cannot be kept can still be run
+        _log.warning("a compiled step is not kept in %s: %s: %s", file.parent, type(error).__name__, error)
+
+
+def _described(leaf: Any) -> str:
+    return f"{leaf.dtype}{leaf.shape}{'weak' if getattr(leaf, 'weak_type', False) else ''}"
+
+
+@functools.cache
+def _code() -> str | None:
+    """A digest of this project's code and tables as they are on disk; None if they are not there as files."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(pallas_kernels.__file__).parent):
+        if not package.is_dir():
+            return None
+        for file in sorted(f for kind in ("*.py", "*.json") for f in package.rglob(kind)):
+            digest.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _surroundings() -> str:
+    """What else decides: versions, the device, which kernels it has, and settings."""
+    device, here = jax.devices()[0], target()
+    settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
+    parts = [
+        jax.__version__, device.device_kind, device.client.platform_version, here,
+        [(op.name, [(i.name, i.unavailable(here)) for i in op.implementations]) for op in ops().values()],
+        sorted((name, repr(value)) for name, value in settings.items() if "cache" not in name),
+        sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
+    ]  # fmt: skip
+    return "\n".join(map(repr, parts))

@@ -1,0 +1,219 @@
+"""Steps that are kept whole: found by all that decides what they compute, and never in the way if a file is no good."""
+
+import dataclasses
+import hashlib
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from flashsvd_jax import background_compile, kept_steps
+from flashsvd_jax.background_compile import BackgroundStep
+from flashsvd_jax.compile_cache import ENVIRONMENT_VARIABLE, cache_hits, compile_count
+from pallas_kernels import Norm, assume_target, record, rms_norm
+from pallas_kernels.registry import Record
+from pallas_kernels.target import H200
+
+VALUES = jnp.arange(1.0, 4.0)
+SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
+NORMED = np.arange(1.0, 4.0) / np.sqrt(14 / 3)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """Arguments with something beside arrays."""
+
+    x: Any
+    by: int = dataclasses.field(metadata={"static": True})
+
+
+@pytest.fixture(autouse=True)
+def folder(kept_executables: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where steps are kept, of a test alone."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    before = jax.config.jax_compilation_cache_dir
+    for directory in (str(tmp_path), before):
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()
+        if directory != before:
+            yield tmp_path / "steps"
+
+
+@pytest.fixture
+def counted() -> tuple[Callable[[jax.Array], jax.Array], list[None]]:
+    """A norm, and a list that grows as it is traced."""
+    traced: list[None] = []
+
+    def norm(x: jax.Array) -> jax.Array:
+        traced.append(None)
+        return rms_norm(x, Norm(jnp.ones_like(x), 0.0))
+
+    return norm, traced
+
+
+def call(function: Callable[[jax.Array], jax.Array], used: Record | None = None) -> np.ndarray:
+    """What a step gives as in a process of its own; what it keeps is written when this returns."""
+    step = BackgroundStep(jax.jit(lambda x: function(x)), "norm", used)
+    step.begin(SHAPE)
+    found = np.asarray(step(VALUES))
+    background_compile._threads().shutdown()
+    background_compile._threads.cache_clear()
+    return found
+
+
+def forget_what_jax_keeps(folder: Path) -> None:
+    for file in folder.parent.glob("*-cache"):
+        file.unlink()
+
+
+def test_what_jax_had_kept_is_not_kept_again(counted: Any, folder: Path) -> None:
+    """What is written of an executable that was read lacks its functions on a CPU, which only running it shows."""
+    norm, traced = counted
+    first = call(norm)
+    (file,) = folder.iterdir()
+    file.unlink()
+    for _ in range(2):
+        np.testing.assert_array_equal(call(norm), first)
+    assert len(traced) == 3 and not list(folder.iterdir())
+
+
+def test_it_is_traced_once_and_says_again_which_kernels_it_uses(counted: Any, folder: Path) -> None:
+    norm, traced = counted
+    used, again = Record(), Record()
+    with record(used):
+        first = call(norm)
+    before = compile_count(), cache_hits()
+    np.testing.assert_allclose(first, NORMED, rtol=1e-6)
+    np.testing.assert_array_equal(call(norm, again), first)
+    assert len(traced) == 1 and len(list(folder.iterdir())) == 1
+    assert again == used and used["rms_norm"].keys() == {"xla"}
+    assert (compile_count(), cache_hits()) == (before[0] + 1, before[1] + 1)
+
+
+def test_what_was_traced_before_is_kept_with_its_kernels(counted: Any) -> None:
+    step, again = BackgroundStep(jax.jit(counted[0]), "norm"), Record()
+    step.lower(SHAPE)
+    step(VALUES)
+    background_compile._threads().shutdown()
+    background_compile._threads.cache_clear()
+    call(counted[0], again)
+    assert again["rms_norm"].keys() == {"xla"} and len(counted[1]) == 1
+
+
+def test_what_is_not_to_be_kept_is_not(counted: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "off")
+    call(counted[0])
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/executables")
+    assert kept_steps.file_of("norm", [SHAPE]) is None
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert kept_steps.file_of("norm", [SHAPE]) is None and not folder.exists()
+
+
+def test_all_that_decides_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(made_of: str = "norm", *of: Any) -> str:
+        file = kept_steps.file_of(made_of, of or (Scaled(SHAPE, 2),))
+        assert file is not None
+        return file.name
+
+    plain = name()
+    assert plain == name() == name("norm", Scaled(VALUES, 2))  # an array has the name of its shape
+    others = [
+        name("other"),
+        name("norm", Scaled(SHAPE, 3)),
+        name("norm", SHAPE),
+        name("norm", Scaled(jax.ShapeDtypeStruct((4,), jnp.float32), 2)),
+        name("norm", Scaled(jax.ShapeDtypeStruct((3,), jnp.bfloat16), 2)),
+        name("norm", Scaled(jax.ShapeDtypeStruct((3,), jnp.float32, weak_type=True), 2)),
+    ]
+    with jax.default_matmul_precision("tensorfloat32"):
+        others.append(name())
+    with jax.enable_x64(True):
+        others.append(name())
+    with assume_target(H200):
+        others.append(name())
+        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp")  # one kernel refuses then
+        others.append(name())
+    assert name() == plain
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
+    others.append(name())
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr(kept_steps, "_code", lambda: "of another commit")
+    others.append(name())
+    assert len({plain, *others}) == len(others) + 1
+
+
+def test_code_is_what_lies_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = kept_steps._code()
+    monkeypatch.setattr(kept_steps, "__file__", str(tmp_path / "kept_steps.py"))
+    digests = [before]
+    for text in ("{}", "{ }"):
+        (tmp_path / "table.json").write_text(text)
+        kept_steps._code.cache_clear()
+        digests.append(kept_steps._code())
+    kept_steps._code.cache_clear()
+    monkeypatch.setattr(kept_steps, "__file__", str(tmp_path / "packed.zip" / "kept_steps.py"))
+    assert kept_steps._code() is None and len(set(digests)) == 3
+    kept_steps._code.cache_clear()
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-9]
+
+
+def other_bit(content: bytes) -> bytes:
+    return content[:100] + bytes([content[100] ^ 1]) + content[101:]
+
+
+def nothing(content: bytes) -> bytes:
+    return b""
+
+
+def no_executable(content: bytes) -> bytes:
+    """Whole by its digest, but what it holds cannot be loaded."""
+    kept = dataclasses.replace(pickle.loads(content[32:]), executable=b"nonsense")
+    return (body := pickle.dumps(kept)) and hashlib.sha256(body).digest() + body
+
+
+def no_step(content: bytes) -> bytes:
+    return hashlib.sha256(b"nonsense").digest() + b"nonsense"
+
+
+@pytest.mark.parametrize("spoil", [cut, other_bit, nothing, no_executable, no_step], ids=lambda spoil: spoil.__name__)
+def test_a_file_that_is_no_good_is_made_again(
+    counted: Any, folder: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[bytes], bytes]
+) -> None:
+    norm, traced = counted
+    first = call(norm)
+    (file,) = folder.iterdir()
+    file.write_bytes(spoil(file.read_bytes()))
+    forget_what_jax_keeps(folder)
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_array_equal(call(norm), first)
+    assert len(traced) == 2 and str(file) in caplog.text
+    caplog.clear()
+    np.testing.assert_array_equal(call(norm), first)
+    assert len(traced) == 2 and not caplog.text
+
+
+def test_where_nothing_can_be_written_a_warning_says_so(
+    counted: Any, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.write_text("a file in place of the folder")
+    with caplog.at_level(logging.WARNING):
+        np.testing.assert_allclose(call(counted[0]), NORMED, rtol=1e-6)
+    assert "is not kept in" in caplog.text and list(folder.parent.glob("**/.*.part")) == []
+
+
+def test_what_cannot_be_serialized_leaves_nothing_behind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        kept_steps.write(folder / "name", object(), SHAPE, {})
+    assert "is not kept" in caplog.text and not folder.exists()
