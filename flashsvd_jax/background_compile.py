@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from flashsvd_jax import kept_steps
 from flashsvd_jax.compile_cache import compiled_anew, count_read
 from flashsvd_jax.kept_steps import KeptStep
@@ -111,8 +113,8 @@ class BackgroundSteps(dict[Hashable, BackgroundStep]):
 
 def _compiled(lowered: Any, file: Path | None, gives: Any, used: Record) -> Any:
     compiled, is_new = compiled_anew(lowered)
-    # What was read from a cache may lack what is written there again: on a CPU its functions.
-    if file is not None and is_new:  # in a task of its own, as nobody waits for that
+    # What was read from a cache lacks its functions when it is written again on a CPU.
+    if file is not None and (is_new or jax.default_backend() != "cpu"):  # a task of its own, as nobody waits for that
         _threads().submit(kept_steps.write, file, compiled, gives, used)
     return compiled
 
