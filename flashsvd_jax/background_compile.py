@@ -1,7 +1,8 @@
 """Compiles steps while the host is busy with others, so that a first call takes as long as the longest of them, not as all."""
 
+import contextlib
 import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 from flashsvd_jax import kept_steps
 from flashsvd_jax.compile_cache import compiled_anew, count_read
 from flashsvd_jax.kept_steps import KeptStep
-from pallas_kernels import add_choices, record
+from pallas_kernels import add_choices, prefer, record
 from pallas_kernels.registry import Record
 
 _THREADS = 4
@@ -24,13 +25,13 @@ class BackgroundStep:
       jitted: what `jax.jit` gave.
       made_of: as text, all that decides what it computes beside its arguments; executables are kept across processes by it, none
         if it is None.
-      used: where choices of kernels go that an earlier process made as it traced the function.
+      used: where the choices of kernels go that are made as it is traced, or were as an earlier process traced it.
     """
 
     def __init__(self, jitted: Any, made_of: str | None = None, used: Record | None = None):
         self._jitted, self._made_of = jitted, made_of
         self._used: Record = {} if used is None else used
-        self._chosen: Record = {}  # by this step, whenever it was traced
+        self._chosen: Record = {}  # for this step alone, whenever it was traced
         self._compiled: Future[Any] | None = None
         self._gives: Any = None
         self._read: tuple[Path, tuple[Any, ...]] | None = None  # from where, and for arguments of which shapes
@@ -52,7 +53,7 @@ class BackgroundStep:
             self._gives, self._read = kept.gives, (file, shapes)
             self._compiled = _threads().submit(_loaded, kept)
             return self._gives
-        with record(self._chosen):
+        with self._recorded():
             traced = self._jitted.trace(*shapes)
         self._gives, self._read = traced.out_info, None
         self._compiled = _threads().submit(_compiled, traced.lower(), file, self._gives, self._chosen)
@@ -75,12 +76,12 @@ class BackgroundStep:
 
     def shapes(self, *shapes: Any) -> Any:
         """The shapes of what it gives; nothing is compiled."""
-        with record(self._chosen):
+        with self._recorded():
             return self._jitted.eval_shape(*shapes)
 
     def lower(self, *shapes: Any) -> Any:
         """It lowered, as `jax.jit` does."""
-        with record(self._chosen):
+        with self._recorded():
             return self._jitted.lower(*shapes)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -94,6 +95,11 @@ class BackgroundStep:
         assert self._compiled is not None
         return self._compiled.result()(*arguments)
 
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[None]:
+        with record(self._chosen), record(self._used):
+            yield
+
 
 class BackgroundSteps(dict[Hashable, BackgroundStep]):
     """Of one jitted function, for each kind of its arguments one, made when it is asked for by the caller's name of that kind.
@@ -105,6 +111,28 @@ class BackgroundSteps(dict[Hashable, BackgroundStep]):
     def __init__(self, *of: Any):
         super().__init__()
         self._of = of
+
+    @classmethod
+    def made_of(
+        cls, function: Callable[..., Any], *given: Any, kernels: str | None, used: Record, **options: Any
+    ) -> "BackgroundSteps":
+        """Of a function and its first arguments, with options of `jax.jit`; what they say as text must tell them from others.
+
+        Args:
+          function: what is compiled.
+          given: its first arguments.
+          kernels: the name of implementations to be tried first.
+          used: see `BackgroundStep`.
+          options: of `jax.jit`.
+        """
+
+        @functools.wraps(function)
+        def chosen(*args: Any) -> Any:
+            with prefer(kernels):
+                return function(*given, *args)
+
+        said = f"{function.__module__}.{function.__qualname__} {given} {options} {kernels}"
+        return cls(jax.jit(chosen, **options), said, used)
 
     def __missing__(self, kind: Hashable) -> BackgroundStep:
         step = self[kind] = BackgroundStep(*self._of)

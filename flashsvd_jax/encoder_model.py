@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flashsvd_jax.background_compile import BackgroundSteps
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.encoder_config import EncoderConfig
@@ -21,7 +22,6 @@ from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_we
 from flashsvd_jax.models.pass_options import pass_options
 from flashsvd_jax.models.sequence_blocks import in_blocks
 from flashsvd_jax.tokenizer import Tokenizer
-from pallas_kernels import prefer, record
 from pallas_kernels.registry import Record
 
 _TINY = 1e-12  # what the length of a vector is taken for where it is less, as PyTorch's normalize does
@@ -51,12 +51,7 @@ class EncoderModel:
         self.config, self.weights, self.tokenizer, self.kernels = config, weights, tokenizer, kernels
         self.block_tokens = block_tokens
         self.kernels_used: Record = {}
-        # A function of its own: what is compiled depends on the kernels that this model prefers.
-        self._vectors = jax.jit(
-            partial(_vectors, config, block_tokens),
-            static_argnames=("pooling", "normalize"),
-            compiler_options=pass_options(weights.layers),
-        )
+        self._passes: dict[tuple[str, bool], BackgroundSteps] = {}
 
     @classmethod
     def from_params(
@@ -85,8 +80,13 @@ class EncoderModel:
         Returns:
           float32 [batch, embed].
         """
-        with prefer(None if self.kernels == "auto" else self.kernels), record(self.kernels_used):
-            return self._vectors(self.weights, tokens, lengths, pooling=pooling, normalize=normalize)
+        if (pooling, normalize) not in self._passes:
+            self._passes[pooling, normalize] = BackgroundSteps.made_of(
+                _vectors, self.config, self.block_tokens, pooling, normalize,
+                kernels=None if self.kernels == "auto" else self.kernels,
+                used=self.kernels_used, compiler_options=pass_options(self.weights.layers),
+            )  # fmt: skip
+        return self._passes[pooling, normalize][tokens.shape](self.weights, tokens, lengths)
 
 
 def _check_block_tokens(block_tokens: int | None) -> None:
@@ -97,12 +97,11 @@ def _check_block_tokens(block_tokens: int | None) -> None:
 def _vectors(
     config: EncoderConfig,
     block_tokens: int | None,
+    pooling: str,
+    normalize: bool,
     weights: EncoderWeights,
     tokens: jax.Array,
     lengths: jax.Array,
-    *,
-    pooling: str,
-    normalize: bool,
 ) -> jax.Array:
     def of_sequences(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         return pooled(hidden_states(config, weights, tokens, lengths), real_tokens(tokens, lengths), pooling)

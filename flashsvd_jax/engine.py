@@ -11,8 +11,8 @@ are all greedy choose and decode by steps of their own, which are compiled when 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial, wraps
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax import decode_loop
-from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
+from flashsvd_jax.background_compile import BackgroundSteps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
@@ -32,7 +32,7 @@ from flashsvd_jax.sampling.counts import no_counts
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, prefer, record, stall_reason, target
+from pallas_kernels import implementation_names, stall_reason, target
 from pallas_kernels.registry import Record
 
 DECODE_CHUNK = 8
@@ -100,12 +100,17 @@ class Engine:
         self.decode_chunk = decode_chunk
         self.chunks = PromptChunks.of(batch, max_length, kernels, prefill_chunk)
         self.kernels_used: Record = {}
-        self._preferred = None if kernels == "auto" else kernels
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
-        steps_of_prompts = partial(self._steps, compiler_options=pass_options(weights.layers))
-        self._prompts = PromptSteps(config, weights, self.chunks.slots, steps_of_prompts)
-        self._decode = {greedy: self._decode_step(greedy) for greedy in (True, False)}
+        preferred = None if kernels == "auto" else kernels
+        steps = partial(BackgroundSteps.made_of, kernels=preferred, used=self.kernels_used)
+        of_prompts = partial(steps, compiler_options=pass_options(weights.layers))
+        self._prompts = PromptSteps(config, weights, self.chunks.slots, of_prompts)
+        options = {"donate_argnums": 1, "compiler_options": decode_loop.loop_options()}
+        self._decode = {
+            greedy: steps(decode, config, decode_chunk, **options)["of all shapes"]
+            for greedy, decode in ((True, decode_loop.decode_greedily), (False, decode_loop.decode))
+        }
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Iterator[TokenBlock]:
         """Yields the tokens of each dispatch, the first after the prompts are processed.
@@ -155,11 +160,6 @@ class Engine:
 
         return jax.eval_shape(state)
 
-    def _decode_step(self, greedy: bool) -> BackgroundStep:
-        decode = decode_loop.decode_greedily if greedy else decode_loop.decode
-        options = {"donate_argnums": 1, "compiler_options": decode_loop.loop_options()}
-        return self._steps(decode, self.config, self.decode_chunk, **options)["of all shapes"]
-
     def _compile(self, lengths: Sequence[int], requests: Requests, greedy: bool, *, decodes: bool) -> None:
         """Compiles what requests with chunks of these lengths need and what is not compiled yet, side by side."""
         if decodes:  # first, as it takes longest; the rest is traced meanwhile
@@ -169,21 +169,6 @@ class Engine:
         # Nothing runs before all is there: XLA takes the time of products that it tries out.
         for step in (*steps, self._decode[greedy]):
             step.wait()
-
-    def _steps(self, step: Callable[..., Any], *given: Any, **options: Any) -> BackgroundSteps:
-        """Of a function, given what its first arguments are, with options of `jax.jit`."""
-        made_of = f"{step.__module__}.{step.__qualname__} {given} {options} {self._preferred}"
-        return BackgroundSteps(jax.jit(self._choosing(partial(step, *given)), **options), made_of, self.kernels_used)
-
-    def _choosing(self, step: partial[Any]) -> Callable[..., Any]:
-        """The step, traced with this engine's choice of kernels."""
-
-        @wraps(step.func)
-        def chosen(*args: Any) -> Any:
-            with prefer(self._preferred), record(self.kernels_used):
-                return step(*args)
-
-        return chosen
 
     def _requests(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Requests:
         if not prompts or len(prompts) > self.batch or len(prompts) != len(params):

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
+from kept_executables import end_of_process, kept_in
 
-from flashsvd_jax import background_compile, kept_steps
+from flashsvd_jax import config, kept_steps
 from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.compile_cache import ENVIRONMENT_VARIABLE, cache_hits, compile_count
+from flashsvd_jax.shapes import mixed_config, shape_config
 from pallas_kernels import Norm, assume_target, record, rms_norm
 from pallas_kernels.registry import Record
 from pallas_kernels.target import H200
@@ -38,13 +39,8 @@ class Scaled:
 @pytest.fixture(autouse=True)
 def folder(kept_executables: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """Where steps are kept, of a test alone."""
-    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
-    before = jax.config.jax_compilation_cache_dir
-    for directory in (str(tmp_path), before):
-        jax.config.update("jax_compilation_cache_dir", directory)
-        compilation_cache.reset_cache()
-        if directory != before:
-            yield tmp_path / "steps"
+    with kept_in(tmp_path, monkeypatch) as found:
+        yield found
 
 
 @pytest.fixture
@@ -64,8 +60,7 @@ def call(function: Callable[[jax.Array], jax.Array], used: Record | None = None)
     step = BackgroundStep(jax.jit(lambda x: function(x)), "norm", used)
     step.begin(SHAPE)
     found = np.asarray(step(VALUES))
-    background_compile._threads().shutdown()
-    background_compile._threads.cache_clear()
+    end_of_process()
     return found
 
 
@@ -102,8 +97,7 @@ def test_what_was_traced_before_is_kept_with_its_kernels(counted: Any) -> None:
     step, again = BackgroundStep(jax.jit(counted[0]), "norm"), Record()
     step.lower(SHAPE)
     step(VALUES)
-    background_compile._threads().shutdown()
-    background_compile._threads.cache_clear()
+    end_of_process()
     call(counted[0], again)
     assert again["rms_norm"].keys() == {"xla"} and len(counted[1]) == 1
 
@@ -217,3 +211,10 @@ def test_what_cannot_be_serialized_leaves_nothing_behind(folder: Path, caplog: p
     with caplog.at_level(logging.WARNING):
         kept_steps.write(folder / "name", object(), SHAPE, {})
     assert "is not kept" in caplog.text and not folder.exists()
+
+
+@pytest.mark.parametrize("shape", ["tiny", "gemma-3-12b", "phi-4", "opt-6.7b"])
+def test_a_configuration_says_all_of_itself(shape: str) -> None:
+    """It is a step's first argument, and known by its text alone."""
+    for told in (shape_config(shape, 0.5), mixed_config(shape, 0.5)):
+        assert eval(repr(told), vars(config)) == told

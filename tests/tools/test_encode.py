@@ -10,10 +10,12 @@ import pytest
 import torch
 from compressed_modules import UVLinear, compress
 from hf_encoders import build_encoder
+from kept_executables import end_of_process, kept_in
 from letter_tokenizer import VOCAB, letter_tokenizer
 from published_checkpoints import save_safetensors
 
 import flashsvd_jax
+from flashsvd_jax import encoder_model
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.checkpoint.orbax_io import load_orbax, save_orbax
 from flashsvd_jax.cli import main
@@ -157,6 +159,22 @@ def test_vectors_do_not_depend_on_how_the_model_is_loaded(tiny_encoder: TinyEnco
     ran = {name: set(chosen) for name, chosen in model.kernels_used.items()}
     name = "xla" if "kernels" in options else "products"
     assert ran["attend_padded"] == ran["feed_forward"] == {name}
+
+
+def test_another_process_traces_no_pass(
+    tiny_encoder: TinyEncoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with kept_in(tmp_path, monkeypatch) as folder:
+        model = load_encoder(tiny_encoder.folder, progress=False)
+        first = encode(model, TEXTS[:2], pooling="cls")
+        end_of_process()
+        assert len(list(folder.iterdir())) == 1
+        monkeypatch.setattr(encoder_model, "hidden_states", None)  # nothing to trace a pass with
+        again = load_encoder(tiny_encoder.folder, progress=False)
+        np.testing.assert_array_equal(encode(again, TEXTS[:2], pooling="cls"), first)
+        assert again.kernels_used == model.kernels_used != {}
+        with pytest.raises(TypeError):
+            encode(again, TEXTS[:2], pooling="mean")
 
 
 def test_a_model_from_a_parameter_tree_that_orbax_kept(tiny_encoder: TinyEncoder, tmp_path: Path) -> None:
