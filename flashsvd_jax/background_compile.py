@@ -73,6 +73,7 @@ class BackgroundStep:
             kept_steps.forget(file, error)
             self.begin(*shapes)
             self.wait()
+        self._read = None  # what it holds may be large
 
     def shapes(self, *shapes: Any) -> Any:
         """The shapes of what it gives; nothing is compiled."""

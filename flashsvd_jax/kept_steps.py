@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import pickle
+import platform
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -104,12 +105,21 @@ def write(file: Path, compiled: Any, gives: Any, used: Record) -> None:
         )
         content = pickle.dumps(KeptStep(executable, (trees[0], trees[1]), shapes, used))
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Of a name of its own: several processes may write the same step.
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=".", suffix=".part", delete=False) as part:
-            part.write(hashlib.sha256(content).digest() + content)
-        os.replace(part.name, file)
+        _replace(file, hashlib.sha256(content).digest() + content)
     except Exception as error:  # a step that cannot be kept can still be run
         _log.warning("a compiled step is not kept in %s: %s: %s", file.parent, type(error).__name__, error)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Writes a file at once, whoever else writes it."""
+    handle, part = tempfile.mkstemp(".part", ".", file.parent)
+    try:
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(content)
+        os.replace(part, file)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
 
 
 def _described(leaf: Any) -> str:
@@ -131,11 +141,22 @@ def _code() -> str | None:
 def _surroundings() -> str:
     """What else decides: versions, the device, which kernels it has, and settings."""
     device, here = jax.devices()[0], target()
+    host = _instructions() if device.platform == "cpu" else ""
     settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     parts = [
-        jax.__version__, device.device_kind, device.client.platform_version, here,
+        jax.__version__, device.device_kind, device.client.platform_version, host, here,
         [(op.name, [(i.name, i.unavailable(here)) for i in op.implementations]) for op in ops().values()],
         sorted((name, repr(value)) for name, value in settings.items() if "cache" not in name),
         sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
     ]  # fmt: skip
     return "\n".join(map(repr, parts))
+
+
+@functools.cache
+def _instructions() -> str:
+    """What this machine's processor can do: code that was compiled on another one may not run."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

@@ -1,9 +1,11 @@
 """Steps that are kept whole: found by all that decides what they compute, and never in the way if a file is no good."""
 
 import dataclasses
+import gc
 import hashlib
 import logging
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -140,8 +142,10 @@ def test_all_that_decides_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
     others.append(name())
     monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.setattr(kept_steps, "_code", lambda: "of another commit")
-    others.append(name())
+    for what in ("_code", "_instructions"):
+        with monkeypatch.context() as changed:
+            changed.setattr(kept_steps, what, lambda: "of another commit, or machine")
+            others.append(name())
     assert len({plain, *others}) == len(others) + 1
 
 
@@ -205,6 +209,28 @@ def test_where_nothing_can_be_written_a_warning_says_so(
     with caplog.at_level(logging.WARNING):
         np.testing.assert_allclose(call(counted[0]), NORMED, rtol=1e-6)
     assert "is not kept in" in caplog.text and list(folder.parent.glob("**/.*.part")) == []
+
+
+def test_a_disk_that_is_full_leaves_nothing_behind(
+    counted: Any, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(kept_steps.os, "replace", full)
+    with caplog.at_level(logging.WARNING):
+        call(counted[0])
+    assert "No space left" in caplog.text and not list(folder.iterdir())
+
+
+def test_what_a_step_was_given_is_let_go(counted: Any) -> None:
+    call(counted[0])
+    step, x = BackgroundStep(jax.jit(counted[0]), "norm"), VALUES + 0
+    step(x)
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
 
 
 def test_what_cannot_be_serialized_leaves_nothing_behind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
