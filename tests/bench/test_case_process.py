@@ -40,7 +40,8 @@ for case, process in in_turn([sys.argv[1]], 0, start):
 
 def started(tmp_path: Path, text: str, case: str = "", **env: str) -> ScriptProcess:
     script = tmp_path / "script.py"
-    script.write_text(text)
+    if not script.exists():  # an earlier process may be about to read it
+        script.write_text(text)
     return ScriptProcess(script, case, {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **env})
 
 
