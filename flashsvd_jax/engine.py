@@ -11,6 +11,7 @@ are all greedy choose and decode by steps of their own, which are compiled when 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax import decode_loop
-from flashsvd_jax.background_compile import BackgroundSteps
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
@@ -126,7 +127,9 @@ class Engine:
         requests = self._requests(prompts, params)
         greedy = not wants_more_than_greedy(requests.options)
         steps_left, lengths = int(np.max(requests.max_tokens)) - 1, self.chunks.lengths(max(map(len, prompts)))
-        self._compile(lengths, requests, greedy, decodes=steps_left > 0)
+        # Nothing runs before all is there: XLA takes the time of products that it tries out.
+        for step in self._begin(lengths, requests, greedy, decodes=steps_left > 0):
+            step.wait()
         state, first, sampled = self._prompts(cut(prompts, self.batch, lengths), requests, greedy)
         requests = jax.device_put(requests)  # once, not with every dispatch, and while the device is busy
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
@@ -142,6 +145,20 @@ class Engine:
             yield TokenBlock(host, sampled)
             if (host[-1] < 0).all():
                 return
+
+    def prepare(self, longest: int | None = None, *, greedy: bool) -> None:
+        """Compiles what greedy requests, or all others, need for prompts of up to ``longest`` tokens, or of any that fit.
+
+        Raises:
+          RequestError: no prompt is so long.
+        """
+        longest = self.max_length - 1 if longest is None else longest
+        if not 1 <= longest < self.max_length:
+            raise RequestError(f"longest must be from 1 to {self.max_length - 1} tokens, not {longest}")
+        requests = self._requests([[0]], [SamplingParams(temperature=0.0 if greedy else 1.0, max_tokens=2)])
+        steps = [self._begin(cuts, requests, greedy, decodes=True) for cuts in self.chunks.cuts(longest)]
+        for step in itertools.chain(*steps):
+            step.wait()
 
     def lower_decode(self, *, greedy: bool = True) -> Any:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
@@ -160,15 +177,15 @@ class Engine:
 
         return jax.eval_shape(state)
 
-    def _compile(self, lengths: Sequence[int], requests: Requests, greedy: bool, *, decodes: bool) -> None:
-        """Compiles what requests with chunks of these lengths need and what is not compiled yet, side by side."""
-        if decodes:  # first, as it takes longest; the rest is traced meanwhile
-            self._decode[greedy].begin(self.weights, self._state_shapes, requests)
+    def _begin(
+        self, lengths: Sequence[int], requests: Requests, greedy: bool, *, decodes: bool
+    ) -> list[BackgroundStep]:
+        """The steps that requests with chunks of these lengths need, of which what is not compiled yet has begun to be."""
+        decode = [self._decode[greedy]] * decodes
+        for step in decode:  # first, as it takes longest; the rest is traced meanwhile
+            step.begin(self.weights, self._state_shapes, requests)
         chunks = [jax.ShapeDtypeStruct((self.batch, length), jnp.int32) for length in lengths]
-        steps = self._prompts.compile(chunks, requests, greedy)
-        # Nothing runs before all is there: XLA takes the time of products that it tries out.
-        for step in (*steps, self._decode[greedy]):
-            step.wait()
+        return [*decode, *self._prompts.compile(chunks, requests, greedy)]
 
     def _requests(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Requests:
         if not prompts or len(prompts) > self.batch or len(prompts) != len(params):

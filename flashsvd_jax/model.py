@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsvd_jax.checkpoint import open_folder
-from flashsvd_jax.compile_cache import enable_persistent_cache
+from flashsvd_jax.compile_cache import compile_count, enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.config_fields import token_ids
 from flashsvd_jax.engine import DECODE_CHUNK, Engine, check_kernels
@@ -75,6 +75,25 @@ class Model:
                 kernels=self.kernels,
             )  # fmt: skip
         return self._engines[batch]
+
+    def warm_up(self, prompts: int = 1, longest: int | None = None, *, greedy: bool | None = None) -> int:
+        """Compiles all that calls with so many prompts need, so that none waits for that; what an earlier process kept is read.
+
+        Args:
+          prompts: given together.
+          longest: of a prompt, in tokens; all that fit if None.
+          greedy: for greedy calls alone, or for all others alone; for both if None.
+
+        Returns:
+          The number of executables that were built or read.
+
+        Raises:
+          RequestError: a prompt cannot be so long.
+        """
+        before = compile_count()
+        for kind in (True, False) if greedy is None else (greedy,):
+            self.engine(prompts).prepare(longest, greedy=kind)
+        return compile_count() - before
 
 
 def load(

@@ -58,6 +58,11 @@ class PromptChunks:
             units -= together
         return [*found, tail] if tail else found
 
+    def cuts(self, longest: int) -> list[list[int]]:
+        """All that `lengths` gives for prompts of up to so many tokens."""
+        tokens = [*range(1, longest, SMALLEST_BUCKET), longest]  # a tail is a whole number of the smallest
+        return [list(found) for found in dict.fromkeys(tuple(self.lengths(n)) for n in tokens)]
+
 
 def cut(prompts: Sequence[Sequence[int]], batch: int, lengths: Sequence[int]) -> list[np.ndarray]:
     """Prompts padded, to so many, and cut into chunks int32 [batch, length] of these lengths."""

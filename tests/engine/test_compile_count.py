@@ -1,6 +1,7 @@
 """What compiles, and when: one executable for each bucket of prompts and one to decode, of greedy calls and of all others."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 
 from flashsvd_jax.compile_cache import compile_count, expect_no_compile
 from flashsvd_jax.engine import Engine
+from flashsvd_jax.errors import RequestError
+from flashsvd_jax.model import Model
 from flashsvd_jax.sampling import SamplingParams
 
 Complete = Callable[[Engine, Sequence[Sequence[int]], Sequence[SamplingParams]], list[list[int]]]
@@ -83,6 +86,30 @@ def test_no_option_compiles_anything(tiny: Any, complete: Complete, change: dict
     changed = dataclasses.replace(SHORT, **{k: tuple(v) if isinstance(v, range) else v for k, v in change.items()})
     with expect_no_compile():
         complete(engine, [prompt(3), prompt(90), prompt(17)], [SHORT, changed, EVERYTHING])
+
+
+@pytest.mark.parametrize("greedy", [True, False, None])
+def test_after_warming_up_nothing_is_compiled(tiny: Any, complete: Complete, greedy: bool | None) -> None:
+    model = Model(tiny.config, tiny.weights, max_length=96, decode_chunk=8)
+    engine = model.engine(2)
+    engine.chunks = dataclasses.replace(engine.chunks, unit=32, longest=32)
+    assert model.warm_up(2, greedy=greedy) == compile_count_of(engine, greedy)
+    calls = [GREEDY] * (greedy is not False) + [SHORT] * (greedy is not True)
+    with expect_no_compile():
+        assert model.warm_up(2, greedy=greedy) == 0
+        for params, length in itertools.product(calls, (1, 16, 17, 33, 64, 70, 95)):
+            complete(engine, [prompt(length), prompt(3)], [params] * 2)
+
+
+def compile_count_of(engine: Engine, greedy: bool | None) -> int:
+    """Of chunks of 16 and 32 tokens, before, in and behind the layers, as a first one or not; the last two and decoding by kind."""
+    return 2 + 4 + (4 + 1) * (2 if greedy is None else 1)
+
+
+@pytest.mark.parametrize("longest", [0, 96])
+def test_a_prompt_that_does_not_fit_is_not_prepared_for(tiny: Any, longest: int) -> None:
+    with pytest.raises(RequestError, match=f"from 1 to 95 tokens, not {longest}"):
+        tiny.engine().prepare(longest, greedy=True)
 
 
 def test_what_was_given_up_compiles_nothing_later(tiny: Any, complete: Complete) -> None:

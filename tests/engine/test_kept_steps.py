@@ -223,6 +223,16 @@ def test_a_disk_that_is_full_leaves_nothing_behind(
     assert "No space left" in caplog.text and not list(folder.iterdir())
 
 
+def test_what_is_donated_still_is() -> None:
+    before = cache_hits()
+    for _ in range(2):
+        step, x = BackgroundStep(jax.jit(lambda x: 2 * x, donate_argnums=0), "twice"), VALUES + 0
+        np.testing.assert_array_equal(step(x), 2 * VALUES)
+        assert x.is_deleted()
+        end_of_process()
+    assert cache_hits() == before + 1
+
+
 def test_what_a_step_was_given_is_let_go(counted: Any) -> None:
     call(counted[0])
     step, x = BackgroundStep(jax.jit(counted[0]), "norm"), VALUES + 0

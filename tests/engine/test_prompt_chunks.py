@@ -48,6 +48,14 @@ def test_chunks_are_longer_where_no_scores_are_kept(device: Target, kernels: str
         assert PromptChunks.of(batch, 64, kernels).longest == longest
 
 
+@pytest.mark.parametrize("longest", [1, 16, 17, 300, 4095])
+def test_all_cuts_are_told_once(longest: int) -> None:
+    for chunks in (PromptChunks(32, 128, 4096), PromptChunks(1024, 1024, 4096), PromptChunks(32, 32, 4096)):
+        cuts = chunks.cuts(longest)
+        assert {tuple(c) for c in cuts} == {tuple(chunks.lengths(n)) for n in range(1, longest + 1)}
+        assert len({tuple(c) for c in cuts}) == len(cuts)
+
+
 def test_prompts_are_padded_on_the_right() -> None:
     assert [chunk.tolist() for chunk in cut([[1, 2, 3], [4]], 3, [2, 2])] == [
         [[1, 2], [4, 0], [0, 0]], [[3, 0], [0, 0], [0, 0]]
