@@ -8,6 +8,7 @@ what it is made of, its arguments' shapes, the code of this project, versions, s
 in the folder of JAX's cache, and is trusted as that is: both hold programs that are run.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import pickle
 import platform
 import tempfile
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,10 @@ _log = logging.getLogger(__name__)
 _FOLDER = "steps"
 _DIGEST = hashlib.sha256().digest_size
 _ENVIRONMENT = ("XLA_", "CUBLAS", "CUDNN", "NVIDIA_", "TF_")
+_LIBRARIES = (
+    "jaxlib", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cublas-cu12", "nvidia-cublas", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13",
+)  # fmt: skip
+"""What an executable was made with, and calls: it names algorithms as they number them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +150,21 @@ def _surroundings() -> str:
     host = _instructions() if device.platform == "cpu" else ""
     settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     parts = [
-        jax.__version__, device.device_kind, device.client.platform_version, host, here,
+        jax.__version__, _libraries(), device.device_kind, device.client.platform_version, host, here,
         [(op.name, [(i.name, i.unavailable(here)) for i in op.implementations]) for op in ops().values()],
         sorted((name, repr(value)) for name, value in settings.items() if "cache" not in name),
         sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
     ]  # fmt: skip
     return "\n".join(map(repr, parts))
+
+
+@functools.cache
+def _libraries() -> list[str]:
+    found = []
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return found
 
 
 @functools.cache

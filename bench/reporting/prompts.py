@@ -17,6 +17,7 @@ IMPLEMENTATIONS = {
     "flashsvd_jax-blocks16384": "blocks of 16384 tokens",
     "flashsvd_jax-blocks": "blocks of 8192 tokens",
     "flashsvd_jax-blocks4096": "blocks of 4096 tokens",
+    "flashsvd_jax-blocks2048": "blocks of 2048 tokens",
     "flashsvd_jax-products": "without streaming",
     "jax-cudnn": "plain JAX, cuDNN attention",
     "jax-scores": "plain JAX, scores in memory",

@@ -142,7 +142,7 @@ def test_all_that_decides_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
     others.append(name())
     monkeypatch.delenv("XLA_FLAGS")
-    for what in ("_code", "_instructions"):
+    for what in ("_code", "_instructions", "_libraries"):
         with monkeypatch.context() as changed:
             changed.setattr(kept_steps, what, lambda: "of another commit, or machine")
             others.append(name())
