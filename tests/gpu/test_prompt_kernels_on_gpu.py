@@ -67,6 +67,7 @@ ATTENDED_HERE = ATTENDED | {
     "7b": PromptCase(32, 32, 128, 700, (700, 300)),
     "8b, after others": PromptCase(32, 8, 128, 512, (1536,), start=1024),
     "7b, after others": PromptCase(32, 32, 128, 512, (1600, 1100), start=1088),
+    "after others, of which some ended": PromptCase(8, 2, 128, 256, (1300, 1088, 700, 0), start=1088),
     "heads of 64": PromptCase(12, 4, 64, 384, (384, 100)),
     "heads of 256": PromptCase(4, 2, 256, 333, (333,)),
     "bert": PromptCase(12, 12, 64, 512, (512, 100, 0), causal=False),

@@ -44,6 +44,7 @@ GATED = {
 ATTENDED = {
     "one tile": PromptCase(2, 1, 64, 128, (128,)),
     "after others, grouped": PromptCase(4, 2, 64, 256, (439, 300), start=183),
+    "after others, of which some ended": PromptCase(2, 1, 64, 128, (311, 183, 90, 0), start=183),
     "heads of 128, a tile of padding": PromptCase(2, 2, 128, 256, (256, 100)),
 }
 HEADS = {
