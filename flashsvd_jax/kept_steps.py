@@ -103,7 +103,7 @@ def forget(file: Path, error: Exception) -> None:
 
 
 def write(file: Path, compiled: Any, gives: Any, used: Record) -> None:
-    """Keeps a compiled step; where that fails a warning says why, and nothing is left behind."""
+    """Keeps a compiled step; where that fails a warning says why, once, and nothing is left behind."""
     try:
         executable, *trees = serialize_executable.serialize(compiled)
         shapes = jax.tree.map(
@@ -113,7 +113,12 @@ def write(file: Path, compiled: Any, gives: Any, used: Record) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         _replace(file, hashlib.sha256(content).digest() + content)
     except Exception as error:  # a step that cannot be kept can still be run
-        _log.warning("a compiled step is not kept in %s: %s: %s", file.parent, type(error).__name__, error)
+        _warn_once(f"compiled steps are not kept in {file.parent}: {type(error).__name__}: {error}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning("%s", message)
 
 
 def _replace(file: Path, content: bytes) -> None:

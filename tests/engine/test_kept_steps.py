@@ -207,8 +207,10 @@ def test_where_nothing_can_be_written_a_warning_says_so(
 ) -> None:
     folder.write_text("a file in place of the folder")
     with caplog.at_level(logging.WARNING):
-        np.testing.assert_allclose(call(counted[0]), NORMED, rtol=1e-6)
-    assert "is not kept in" in caplog.text and list(folder.parent.glob("**/.*.part")) == []
+        for _ in range(2):
+            np.testing.assert_allclose(call(counted[0]), NORMED, rtol=1e-6)
+            forget_what_jax_keeps(folder)
+    assert caplog.text.count("are not kept in") == 1 and list(folder.parent.glob("**/.*.part")) == []
 
 
 def test_a_disk_that_is_full_leaves_nothing_behind(
@@ -246,7 +248,7 @@ def test_what_a_step_was_given_is_let_go(counted: Any) -> None:
 def test_what_cannot_be_serialized_leaves_nothing_behind(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         kept_steps.write(folder / "name", object(), SHAPE, {})
-    assert "is not kept" in caplog.text and not folder.exists()
+    assert "are not kept" in caplog.text and not folder.exists()
 
 
 @pytest.mark.parametrize("shape", ["tiny", "gemma-3-12b", "phi-4", "opt-6.7b"])
