@@ -14,7 +14,6 @@ Setting = tuple[str, float, int, int]
 
 IMPLEMENTATIONS = {
     "flashsvd_jax": "flashsvd_jax",
-    "flashsvd_jax-blocks16384": "blocks of 16384 tokens",
     "flashsvd_jax-blocks": "blocks of 8192 tokens",
     "flashsvd_jax-blocks4096": "blocks of 4096 tokens",
     "flashsvd_jax-blocks2048": "blocks of 2048 tokens",
