@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flashsvd_jax.compile_cache import compile_count
+from flashsvd_jax.compile_cache import cache_hits, compile_count
 from flashsvd_jax.engine import TokenBlock
 from flashsvd_jax.errors import RequestError
 from flashsvd_jax.model import Model
@@ -35,6 +35,7 @@ class Statistics:
       time_to_first_token: from the call to the first token on the host, compilation included.
       decode_seconds: from the first token to the last one.
       compiled: executables built meanwhile; 0 for a warm call.
+      read: of those, how many an earlier process had left.
     """
 
     prompt_tokens: int
@@ -42,6 +43,7 @@ class Statistics:
     time_to_first_token: float
     decode_seconds: float
     compiled: int
+    read: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -144,7 +146,7 @@ def _join(pieces: list[Piece]) -> Completion:
 
 def _run(model: Model, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[tuple[int, Piece]]:
     """Yields (row, piece); every row ends with one piece that has a finish reason."""
-    clock, compiled = time.perf_counter(), compile_count()
+    before = time.perf_counter(), compile_count(), cache_hits()
     if not prompts:
         raise RequestError("no prompts were given")
     if model.tokenizer is None and any(p.stop for p in params):
@@ -154,7 +156,7 @@ def _run(model: Model, prompts: Sequence[Prompt], params: Sequence[SamplingParam
     limits = [
         min(p.max_tokens or engine.max_length, engine.max_length - len(i)) for p, i in zip(params, ids, strict=True)
     ]
-    rows = [_Row(model, p, len(i), limit, clock, compiled) for p, i, limit in zip(params, ids, limits, strict=True)]
+    rows = [_Row(model, p, len(i), limit, *before) for p, i, limit in zip(params, ids, limits, strict=True)]
     for block in engine.generate(ids, params):
         for number, row in enumerate(rows):
             if row.finish_reason is None and (piece := row.take(block, number)) is not None:
@@ -179,7 +181,14 @@ class _Row:
     """One sequence on the host: decodes its tokens, looks for stop texts, keeps its times."""
 
     def __init__(
-        self, model: Model, params: SamplingParams, prompt_tokens: int, limit: int, clock: float, compiled: int
+        self,
+        model: Model,
+        params: SamplingParams,
+        prompt_tokens: int,
+        limit: int,
+        clock: float,
+        compiled: int,
+        read: int,
     ):
         self.finish_reason: str | None = None
         self._params, self._prompt_tokens, self._limit = params, prompt_tokens, limit
@@ -187,7 +196,7 @@ class _Row:
         self._stop_ids = {*params.stop_token_ids, *ends}
         self._text = model.tokenizer.stream() if model.tokenizer else None
         self._stop = StopText(tuple(params.stop))
-        self._clock, self._compiled = clock, compiled
+        self._clock, self._compiled, self._read = clock, compiled, read
         self._first = self._last = clock
         self._count = 0
 
@@ -230,6 +239,7 @@ class _Row:
             time_to_first_token=self._first - self._clock,
             decode_seconds=self._last - self._first,
             compiled=compile_count() - self._compiled,
+            read=cache_hits() - self._read,
         )
 
 

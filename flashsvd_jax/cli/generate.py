@@ -53,7 +53,10 @@ def announce_compilation(pieces: Iterator[Any]) -> Iterator[Any]:
 def describe(statistics: Any) -> str:
     """One line of times."""
     s = statistics
-    start = f"compiled {s.compiled} executables" if s.compiled else "warm"
+    if s.compiled:
+        start = f"read {s.read} executables" if s.read == s.compiled else f"compiled {s.compiled - s.read} executables"
+    else:
+        start = "warm"
     return (
         f"{s.prompt_tokens} prompt + {s.generated_tokens} new tokens; first token {s.time_to_first_token * 1e3:.0f} ms"
         f" ({start}), then {s.tokens_per_second:.1f} tokens/s"

@@ -28,7 +28,6 @@ GENERATE = """
 import numpy as np
 jax.config.update("jax_disable_most_optimizations", True)
 jax.numpy.ones(3) + 1  # compiled before the cache is chosen
-from flashsvd_jax.compile_cache import cache_hits, compile_count
 from flashsvd_jax.config import ModelConfig, RopeConfig
 from flashsvd_jax.generation import batch_generate
 from flashsvd_jax.model import Model
@@ -42,7 +41,7 @@ events.clear()
 completion = batch_generate(model, [[1, 2, 3]], seed=1, max_tokens=12)[0]
 print(json.dumps({
     "tokens": completion.token_ids, "compiled": completion.statistics.compiled,
-    "hits": cache_hits(), "misses": events["cache_misses"], "directory": jax.config.jax_compilation_cache_dir,
+    "hits": completion.statistics.read, "misses": events["cache_misses"], "directory": jax.config.jax_compilation_cache_dir,
     "traced": events["compile_requests_use_cache"],
     "used": {op: sorted(names) for op, names in model.engine(1).kernels_used.items()},
 }))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from flashsvd_jax.cli import COMMANDS, NEED_TORCH, main
+from flashsvd_jax.cli.generate import describe
+from flashsvd_jax.generation import Statistics
 from flashsvd_jax.inspection import inspect
 from flashsvd_jax.scoring import perplexity
 
@@ -135,3 +137,16 @@ def test_perplexity_of_a_file_without_text(
     err = capsys.readouterr().err
     assert ("the text has 2 tokens" if content == b"x" else f"{file} cannot be read as text") in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("compiled", "read", "said"),
+    [
+        (0, 0, "(warm)"),
+        (4, 0, "(compiled 4 executables)"),
+        (4, 4, "(read 4 executables)"),
+        (4, 1, "(compiled 3 executables)"),
+    ],
+)
+def test_what_a_call_waited_for_is_told(compiled: int, read: int, said: str) -> None:
+    assert said in describe(Statistics(7, 3, 0.5, 0.1, compiled, read))
