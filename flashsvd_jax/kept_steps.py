@@ -27,7 +27,7 @@ from jax.experimental import serialize_executable
 
 import pallas_kernels
 from flashsvd_jax.compile_cache import is_kept
-from pallas_kernels import ops, target
+from pallas_kernels import Implementation, ops, target
 from pallas_kernels.registry import Record
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def file_of(made_of: str, arguments: Iterable[Any]) -> Path | None:
       made_of: what the step is made of.
       arguments: trees of arrays or of their shapes.
     """
-    if not is_kept() or (code := _code()) is None:
+    if not is_kept() or (code := _code()) is None or not all(map(_is_ours, _implementations())):
         return None
     leaves, tree = jax.tree.flatten(tuple(arguments))
     placed = {device for leaf in leaves for device in getattr(getattr(leaf, "sharding", None), "device_set", ())}
@@ -99,7 +99,8 @@ def read(file: Path) -> KeptStep | None:
 def forget(file: Path, error: Exception) -> None:
     """Removes a file that cannot be used, and says so."""
     _log.warning("a kept step is of no use and compiled again: %s: %s: %s", file, type(error).__name__, error)
-    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        file.unlink()
 
 
 def write(file: Path, compiled: Any, gives: Any, used: Record) -> None:
@@ -137,6 +138,18 @@ def _described(leaf: Any) -> str:
     return f"{leaf.dtype}{leaf.shape}{'weak' if getattr(leaf, 'weak_type', False) else ''}"
 
 
+def _implementations() -> list[Implementation]:
+    return [implementation for op in ops().values() for implementation in op.implementations]
+
+
+def _is_ours(implementation: Implementation) -> bool:
+    """Whether its code is this project's: of others' nobody knows when it changes."""
+    run = implementation.run
+    while isinstance(run, functools.partial):
+        run = run.func
+    return run.__module__.partition(".")[0] in (pallas_kernels.__name__, __name__.partition(".")[0])
+
+
 @functools.cache
 def _code() -> str | None:
     """A digest of this project's code and tables as they are on disk; None if they are not there as files."""
@@ -156,7 +169,7 @@ def _surroundings() -> str:
     settings = {name: getattr(jax.config, name, value) for name, value in jax.config.values.items()}
     parts = [
         jax.__version__, _libraries(), device.device_kind, device.client.platform_version, host, here,
-        [(op.name, [(i.name, i.unavailable(here)) for i in op.implementations]) for op in ops().values()],
+        [(i.name, i.unavailable(here)) for i in _implementations()],
         sorted((name, repr(value)) for name, value in settings.items() if "cache" not in name),
         sorted((name, value) for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)),
     ]  # fmt: skip

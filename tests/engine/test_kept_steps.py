@@ -20,7 +20,7 @@ from flashsvd_jax import config, kept_steps
 from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.compile_cache import ENVIRONMENT_VARIABLE, cache_hits, compile_count
 from flashsvd_jax.shapes import mixed_config, shape_config
-from pallas_kernels import Norm, assume_target, record, rms_norm
+from pallas_kernels import Implementation, Norm, assume_target, record, rms_norm
 from pallas_kernels.registry import Record
 from pallas_kernels.target import H200
 
@@ -112,6 +112,12 @@ def test_what_is_not_to_be_kept_is_not(counted: Any, folder: Path, monkeypatch: 
     assert kept_steps.file_of("norm", [SHAPE]) is None
     jax.config.update("jax_compilation_cache_dir", None)
     assert kept_steps.file_of("norm", [SHAPE]) is None and not folder.exists()
+
+
+def test_with_implementations_of_others_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rms_norm, "_implementations", [*rms_norm.implementations])
+    rms_norm.register(Implementation("theirs", lambda x, norm: x))
+    assert kept_steps.file_of("norm", [SHAPE]) is None
 
 
 def test_all_that_decides_is_in_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
