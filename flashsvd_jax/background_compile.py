@@ -106,37 +106,37 @@ class BackgroundSteps(dict[Hashable, BackgroundStep]):
     """Of one jitted function, for each kind of its arguments one, made when it is asked for by the caller's name of that kind.
 
     Args:
-      of: as `BackgroundStep` takes.
+      of_each: as `BackgroundStep` takes.
     """
 
-    def __init__(self, *of: Any):
+    def __init__(self, *of_each: Any):
         super().__init__()
-        self._of = of
+        self._of_each = of_each
 
     @classmethod
-    def made_of(
-        cls, function: Callable[..., Any], *given: Any, kernels: str | None, used: Record, **options: Any
+    def of(
+        cls, function: Callable[..., Any], *given: Any, kernels: str, used: Record, **options: Any
     ) -> "BackgroundSteps":
         """Of a function and its first arguments, with options of `jax.jit`; what they say as text must tell them from others.
 
         Args:
           function: what is compiled.
           given: its first arguments.
-          kernels: the name of implementations to be tried first.
+          kernels: "auto", or the name of implementations to be tried first.
           used: see `BackgroundStep`.
           options: of `jax.jit`.
         """
 
         @functools.wraps(function)
         def chosen(*args: Any) -> Any:
-            with prefer(kernels):
+            with prefer(None if kernels == "auto" else kernels):
                 return function(*given, *args)
 
         said = f"{function.__module__}.{function.__qualname__} {given} {options} {kernels}"
         return cls(jax.jit(chosen, **options), said, used)
 
     def __missing__(self, kind: Hashable) -> BackgroundStep:
-        step = self[kind] = BackgroundStep(*self._of)
+        step = self[kind] = BackgroundStep(*self._of_each)
         return step
 
 

@@ -81,10 +81,9 @@ class EncoderModel:
           float32 [batch, embed].
         """
         if (pooling, normalize) not in self._passes:
-            self._passes[pooling, normalize] = BackgroundSteps.made_of(
-                _vectors, self.config, self.block_tokens, pooling, normalize,
-                kernels=None if self.kernels == "auto" else self.kernels,
-                used=self.kernels_used, compiler_options=pass_options(self.weights.layers),
+            self._passes[pooling, normalize] = BackgroundSteps.of(
+                _vectors, self.config, self.block_tokens, pooling, normalize, kernels=self.kernels, used=self.kernels_used,
+                compiler_options=pass_options(self.weights.layers),
             )  # fmt: skip
         return self._passes[pooling, normalize][tokens.shape](self.weights, tokens, lengths)
 

@@ -103,8 +103,7 @@ class Engine:
         self.kernels_used: Record = {}
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
-        preferred = None if kernels == "auto" else kernels
-        steps = partial(BackgroundSteps.made_of, kernels=preferred, used=self.kernels_used)
+        steps = partial(BackgroundSteps.of, kernels=kernels, used=self.kernels_used)
         of_prompts = partial(steps, compiler_options=pass_options(weights.layers))
         self._prompts = PromptSteps(config, weights, self.chunks.slots, of_prompts)
         options = {"donate_argnums": 1, "compiler_options": decode_loop.loop_options()}

@@ -106,11 +106,11 @@ def forget(file: Path, error: Exception) -> None:
 def write(file: Path, compiled: Any, gives: Any, used: Record) -> None:
     """Keeps a compiled step; where that fails a warning says why, once, and nothing is left behind."""
     try:
-        executable, *trees = serialize_executable.serialize(compiled)
+        executable, takes, given = serialize_executable.serialize(compiled)
         shapes = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)), gives
         )
-        content = pickle.dumps(KeptStep(executable, (trees[0], trees[1]), shapes, used))
+        content = pickle.dumps(KeptStep(executable, (takes, given), shapes, used))
         file.parent.mkdir(parents=True, exist_ok=True)
         _replace(file, hashlib.sha256(content).digest() + content)
     except Exception as error:  # a step that cannot be kept can still be run

@@ -32,19 +32,6 @@ def refuses(
     softcap: float | None = None,
 ) -> str | None:
     """Why it cannot serve a call."""
-    if (reason := refuses_arrays(q, k, v, visible, softcap)) is not None:
-        return reason
-    if (visible.causal or visible.padding == "blind") and (visible.start is not None or q.shape[2] != k.shape[2]):
-        return "queries that are not all the tokens whose keys they see"
-    if visible.causal and visible.padding == "sighted":
-        return "padding that sees what is before it"
-    if visible.window is not None and not visible.causal:
-        return "a window to both sides"
-    return None
-
-
-def refuses_arrays(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, softcap: float | None) -> str | None:
-    """What it can never serve, whoever sees whom."""
     if softcap is not None:
         return "bounded scores"
     if (reason := unsuited_dtypes(q, k, v, HALF_DTYPES)) is not None:
@@ -54,7 +41,15 @@ def refuses_arrays(q: jax.Array, k: jax.Array, v: jax.Array, visible: Visible, s
         return f"head_dim {q.shape[3]}; it serves multiples of 8 up to {widest}"
     if q.shape[2] < FEWEST:
         return f"{q.shape[2]} queries; it is for {FEWEST} and more"
-    return "padding elsewhere than on the right" if visible.real is not None else None
+    if visible.real is not None:
+        return "padding elsewhere than on the right"
+    if (visible.causal or visible.padding == "blind") and (visible.start is not None or q.shape[2] != k.shape[2]):
+        return "queries that are not all the tokens whose keys they see"
+    if visible.causal and visible.padding == "sighted":
+        return "padding that sees what is before it"
+    if visible.window is not None and not visible.causal:
+        return "a window to both sides"
+    return None
 
 
 def cudnn_attend(

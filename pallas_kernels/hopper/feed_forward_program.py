@@ -27,7 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.hopper.blocks import BLOCK, Blocks, block_of
 from pallas_kernels.hopper.feed_forward_sizes import Sizes
 from pallas_kernels.hopper.products import activation_of
-from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, REGISTERS, ROWS, let_go_barriers, swizzled
+from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, REGISTERS, ROWS, accumulator, let_go_barriers, swizzled
 
 
 @partial(jax.jit, static_argnames="sizes")  # see `products`
@@ -176,7 +176,7 @@ class _Tile:
             behind = add(sums, place)
             return [lax.optimization_barrier(total[...].astype(self.held.dtype)) for total in sums], behind
 
-        values, place = pl.run_scoped(in_scope, *[_sums() for _ in range(count)])
+        values, place = pl.run_scoped(in_scope, *[accumulator(BLOCK) for _ in range(count)])
         for n, value in enumerate(values, first):
             self.held.at[n, self._own][...] = value
         plgpu.commit_smem()
@@ -249,12 +249,8 @@ class _Tile:
             return sums[...], behind
 
         if bias is None:
-            return pl.run_scoped(in_scope, _sums())
+            return pl.run_scoped(in_scope, accumulator(BLOCK))
         # Asked for first, so that it is there when the products are.
         columns = plgpu.load(bias.at[pl.ds(k * BLOCK, BLOCK)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-        total, place = pl.run_scoped(in_scope, _sums())
+        total, place = pl.run_scoped(in_scope, accumulator(BLOCK))
         return total + lax.broadcast_in_dim(columns.astype(jnp.float32), total.shape, (1,)), place
-
-
-def _sums() -> Any:
-    return plgpu.ACC((HALF, BLOCK), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper.flash_sizes import KEYS, FlashSizes, Place
-from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, REGISTERS, ROWS, swizzled
+from pallas_kernels.hopper.ring import HALF, MULTIPLIERS, REGISTERS, ROWS, accumulator, swizzled
 
 STAGES = 2
 LEAST = -1e30
@@ -161,7 +161,7 @@ class _Half:
             plgpu.wgmma(scores, self.mine, self.ring.keys.at[0].transpose((1, 0)))
             return scores[...]
 
-        scores = pl.run_scoped(in_scope, _sums(HALF, KEYS))
+        scores = pl.run_scoped(in_scope, accumulator(KEYS))
         plgpu.barrier_arrive(self.ring.keys_empty.at[0])
         self._end_turn()
         values = jnp.zeros((HALF, self.place.sizes.head_dim), jnp.float32)
@@ -180,7 +180,7 @@ class _Half:
             values = self._with_values(sums, before)
             return scores[...], values
 
-        scores, values = pl.run_scoped(in_scope, _sums(HALF, KEYS))
+        scores, values = pl.run_scoped(in_scope, accumulator(KEYS))
         plgpu.barrier_arrive(ring.keys_empty.at[stage])
         plgpu.barrier_arrive(ring.values_empty.at[before])
         self._end_turn()
@@ -210,7 +210,7 @@ class _Half:
             plgpu.wgmma(total, kept, y)
             return total[...]
 
-        return sums.values + pl.run_scoped(in_scope, _sums(HALF, self.place.sizes.head_dim))
+        return sums.values + pl.run_scoped(in_scope, accumulator(self.place.sizes.head_dim))
 
     def _weighed(self, sums: Sums, scores: jax.Array, n: jax.Array, *, masked: bool) -> Sums:
         """With a tile's weights in place of those of the one before, and all that was summed made less if a score is larger."""
@@ -230,10 +230,6 @@ class _Half:
 
     def _end_turn(self) -> None:
         plgpu.barrier_arrive(self.ring.turn.at[1 - self.warpgroup])
-
-
-def _sums(rows: int, columns: int) -> Any:
-    return plgpu.ACC((rows, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _started(values: jax.Array) -> Any:

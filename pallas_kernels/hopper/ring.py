@@ -141,8 +141,12 @@ class Ring:
             plgpu.barrier_arrive(self.empty.at[lax.rem(first + steps - 1, self.stages)])
             return total
 
-        accumulator = plgpu.ACC((HALF, self.columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
-        return pl.run_scoped(in_scope, accumulator)
+        return pl.run_scoped(in_scope, accumulator(self.columns))
+
+
+def accumulator(columns: int) -> Any:
+    """Sums in registers of the 64 rows that a warpgroup multiplies, zero to begin with."""
+    return plgpu.ACC((HALF, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def swizzled(columns: int) -> tuple[Any, Any]:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import hf_models
-import jax
 import pytest
 from compiled_decoder import device_weights
-from jax.experimental.compilation_cache import compilation_cache
+from kept_executables import jax_options
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -111,15 +110,12 @@ def _saved(backend: BackendTokenizer, folder: Path) -> Tokenizer:
 @pytest.fixture(scope="module", autouse=True)
 def kept_executables(executables_folder: Path) -> Iterator[None]:
     """Keeps executables on disk for the session: engines that differ in one step share the others, across workers too."""
-    options = {
-        "jax_compilation_cache_dir": str(executables_folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    _configure(options)
-    yield
-    _configure(before)
+    with jax_options(
+        jax_compilation_cache_dir=str(executables_folder),
+        jax_persistent_cache_min_compile_time_secs=0.0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    ):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -128,9 +124,3 @@ def executables_folder(tmp_path_factory: pytest.TempPathFactory, request: pytest
     if hasattr(request.config, "workerinput"):  # a worker of pytest-xdist, whose folder lies in the one of all
         base = base.parent
     return base / "engine_executables"
-
-
-def _configure(options: dict[str, object]) -> None:
-    for name, value in options.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

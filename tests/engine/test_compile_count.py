@@ -93,7 +93,7 @@ def test_after_warming_up_nothing_is_compiled(tiny: Any, complete: Complete, gre
     model = Model(tiny.config, tiny.weights, max_length=96, decode_chunk=8)
     engine = model.engine(2)
     engine.chunks = dataclasses.replace(engine.chunks, unit=32, longest=32)
-    assert model.warm_up(2, greedy=greedy) == compile_count_of(engine, greedy)
+    assert model.warm_up(2, greedy=greedy) == steps_of_16_and_32(greedy)
     calls = [GREEDY] * (greedy is not False) + [SHORT] * (greedy is not True)
     with expect_no_compile():
         assert model.warm_up(2, greedy=greedy) == 0
@@ -101,7 +101,7 @@ def test_after_warming_up_nothing_is_compiled(tiny: Any, complete: Complete, gre
             complete(engine, [prompt(length), prompt(3)], [params] * 2)
 
 
-def compile_count_of(engine: Engine, greedy: bool | None) -> int:
+def steps_of_16_and_32(greedy: bool | None) -> int:
     """Of chunks of 16 and 32 tokens, before, in and behind the layers, as a first one or not; the last two and decoding by kind."""
     return 2 + 4 + (4 + 1) * (2 if greedy is None else 1)
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -15,12 +16,25 @@ from flashsvd_jax.compile_cache import ENVIRONMENT_VARIABLE
 @contextlib.contextmanager
 def kept_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Keeps executables in ``folder``, whatever the suite says; gives where whole steps are."""
-    before = jax.config.jax_compilation_cache_dir
     monkeypatch.delenv(ENVIRONMENT_VARIABLE)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    compilation_cache.reset_cache()
-    yield folder / "steps"
-    jax.config.update("jax_compilation_cache_dir", before)
+    with jax_options(jax_compilation_cache_dir=str(folder)):
+        yield folder / "steps"
+
+
+@contextlib.contextmanager
+def jax_options(**options: Any) -> Iterator[None]:
+    """Options of JAX's cache, which reads them again."""
+    before = {name: getattr(jax.config, name) for name in options}
+    try:
+        _set(options)
+        yield
+    finally:
+        _set(before)
+
+
+def _set(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
     compilation_cache.reset_cache()
 
 

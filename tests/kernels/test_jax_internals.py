@@ -1,4 +1,4 @@
-"""What kernels use of JAX beyond its public interface: when a new version changes it, this says what and where."""
+"""What the persistent kernel uses of JAX beyond its public interface: when a new version changes it, this says what and where."""
 
 import inspect
 from typing import Any
@@ -10,7 +10,7 @@ from jax._src.pallas.mosaic_gpu import primitives
 from jax.experimental.mosaic.gpu import FragmentedArray, launch_context, utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-PERSISTENT: list[tuple[str, Any, str, set[str]]] = [
+USED: list[tuple[str, Any, str, set[str]]] = [
     ("code.emitted", plgpu, "inline_mgpu", {"arg_types", "return_type"}),
     ("code.ptx", utils, "inline_ptx", {"ptx", "result_types", "has_side_effects"}),
     ("code.meet", utils, "warpgroup_barrier", set()),
@@ -35,12 +35,11 @@ PERSISTENT: list[tuple[str, Any, str, set[str]]] = [
     ("multiplying", plgpu, "ACC", set()),
     ("multiplying", plgpu, "layout_cast", set()),
 ]
-USED = [(f"persistent/{where}", *used) for where, *used in PERSISTENT]
 
 
 @pytest.mark.parametrize(("where", "owner", "name", "parameters"), USED, ids=[f"{u[2]}" for u in USED])
 def test_it_is_still_there(where: str, owner: Any, name: str, parameters: set[str]) -> None:
-    said = f"pallas_kernels/{where} needs {getattr(owner, '__name__', owner)}.{name}"
+    said = f"pallas_kernels/persistent/{where} needs {getattr(owner, '__name__', owner)}.{name}"
     assert hasattr(owner, name), f"{said}, which jax {jax.__version__} does not have"
     if parameters:
         missing = parameters - inspect.signature(getattr(owner, name)).parameters.keys()
