@@ -18,7 +18,7 @@ from prompt_timing import timed_row
 from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.config import ModelConfig
-from flashsvd_jax.models.pass_options import pass_options
+from flashsvd_jax.models.pass_options import prompt_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.prompt_steps import PromptSteps, Step
 from flashsvd_jax.random_weights import random_weights
@@ -70,7 +70,9 @@ def lower_prompt(config: ModelConfig, batch: int, length: int) -> tuple[LoweredP
     weights = jax.eval_shape(lambda: random_weights(config))
 
     def steps_of(step: Callable[..., Any], *given: Any, **options: Any) -> BackgroundSteps:
-        return BackgroundSteps(jax.jit(partial(step, *given), compiler_options=pass_options(weights.layers), **options))
+        return BackgroundSteps(
+            jax.jit(partial(step, *given), compiler_options=prompt_options(weights.layers), **options)
+        )
 
     greedy = sampling_arrays([SamplingParams(temperature=0.0)] * batch, (), config.vocab_size, [0] * batch)
     requests = Requests(np.full(batch, length, np.int32), np.ones(batch, np.int32), greedy)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.loading import check_dtype, load_weights, place_params
 from flashsvd_jax.models.encoder import hidden_states, pooled, real_tokens
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.pass_options import pass_options
+from flashsvd_jax.models.pass_options import encoder_options
 from flashsvd_jax.models.sequence_blocks import in_blocks
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels.registry import Record
@@ -83,7 +83,7 @@ class EncoderModel:
         if (pooling, normalize) not in self._passes:
             self._passes[pooling, normalize] = BackgroundSteps.of(
                 _vectors, self.config, self.block_tokens, pooling, normalize, kernels=self.kernels, used=self.kernels_used,
-                compiler_options=pass_options(self.weights.layers),
+                compiler_options=encoder_options(self.weights.layers, self.block_tokens),
             )  # fmt: skip
         return self._passes[pooling, normalize][tokens.shape](self.weights, tokens, lengths)
 
@@ -124,7 +124,8 @@ def load_encoder(
       path_or_hub_id: a folder that `convert` wrote, or the hub id of one.
       dtype, materialize, kernels, progress: as for `load`.
       block_tokens: of a batch, at most so many tokens, padding included, are computed together, though one text at least; all if
-        None. A pass takes memory for those alone: with 8192 a quarter of what it takes for 64 texts of 512 tokens.
+        None. A pass takes memory for those alone: with 8192 a quarter of what it takes for 64 texts of 512 tokens. With 4096 or
+        fewer products take no memory to work in either, and up to a fifth longer.
 
     Raises:
       FlashSVDError: the folder is missing, damaged, not a converted model, or a decoder; or an option cannot be used.

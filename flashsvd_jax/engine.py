@@ -25,7 +25,7 @@ from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.models.pass_options import pass_options
+from flashsvd_jax.models.pass_options import prompt_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.prompt_chunks import PromptChunks, cut
 from flashsvd_jax.prompt_steps import PromptSteps
@@ -104,7 +104,7 @@ class Engine:
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
         steps = partial(BackgroundSteps.of, kernels=kernels, used=self.kernels_used)
-        of_prompts = partial(steps, compiler_options=pass_options(weights.layers))
+        of_prompts = partial(steps, compiler_options=prompt_options(weights.layers))
         self._prompts = PromptSteps(config, weights, self.chunks.slots, of_prompts)
         options = {"donate_argnums": 1, "compiler_options": decode_loop.loop_options()}
         self._decode = {

@@ -14,7 +14,7 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.length_batches import SMALLEST_BUCKET, batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.model import Model
 from flashsvd_jax.models.decoder import full_logits, token_losses
-from flashsvd_jax.models.pass_options import pass_options
+from flashsvd_jax.models.pass_options import prompt_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.progress import progress_bar
 
@@ -192,7 +192,7 @@ def _score(
     def batch_size(padded: int, count: int) -> int:
         return batch or _batch_size(model.config, padded, count)
 
-    scores = _compiled_scores(frozenset((pass_options(model.weights.layers) or {}).items()))
+    scores = _compiled_scores(frozenset((prompt_options(model.weights.layers) or {}).items()))
     with progress_bar("scoring", total=sum(lengths), unit=" tokens", enabled=progress) as bar:
         for padded, size, rows in length_batches(lengths, buckets, batch_size):
             pieces = [sequences[i] for i in rows]

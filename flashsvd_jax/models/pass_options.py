@@ -1,4 +1,4 @@
-"""How passes over many tokens are compiled for a model, by how many kinds of layers it has.
+"""How passes over many tokens are compiled for a model, by how many kinds of layers it has and the memory that it is to take.
 
 Methods that choose ranks by site leave no two layers alike. What is compiled for a shape is then compiled for every layer.
 """
@@ -8,20 +8,39 @@ from typing import Any
 
 from pallas_kernels import MOST_KINDS, layer_kinds, target
 
+_BY_LIBRARY = {"xla_gpu_enable_triton_gemm": False}
+"""Products by cuBLAS alone, which is tried out, and adds to them what is added. XLA's own kernels are slower for long prompts where
+trials of single products find them faster, and leave additions to kernels of their own (bench/NOTES.md)."""
+_UNTRIED = {"xla_gpu_autotune_level": 0}
+_WITHOUT_WORKSPACE = {"xla_gpu_experimental_autotune_backends": "TRITON,NATIVE_EMITTER,BLOCK_LEVEL_EMITTER"}
+"""Products by XLA's own kernels alone. cuBLAS's may want 32 MiB to work in, which a pass then sets aside."""
 _WHOLE_SUMS = {"xla_gpu_experimental_force_split_k": 1}
-"""First factors have few columns, and XLA would compute parts of their sums side by side and add these in a kernel of its own,
-untried. Left whole, libraries that are tried out split them where it helps: a prompt of 512 tokens takes 0.3 ms less."""
-_AS_FOUND = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
-"""Products by cuBLAS as it chooses: nothing is generated for a shape, and nothing tried out."""
+"""XLA's own kernels would compute parts of long sums side by side and add these in a kernel of its own, untried."""
+
+FEW_BLOCK_TOKENS = 4096
+"""Blocks of so many tokens of BERT's width, or fewer, take less memory than cuBLAS's workspace."""
 
 
-def pass_options(layers: Sequence[Any]) -> dict[str, Any] | None:
-    """XLA options for a pass over many tokens, None for the default ones.
+def prompt_options(layers: Sequence[Any]) -> dict[str, Any] | None:
+    """XLA options for a decoder's pass over many tokens, None for the default ones.
 
-    Where layers are of more than `MOST_KINDS` kinds, products go to cuBLAS, untried. XLA would else generate a kernel for the shape
-    of each and try it in a dozen forms, 280 of them for 32 layers of Llama-2-7B; trials of cuBLAS's algorithms alone took the first
-    call of a process from 16 to 59 s, and won nothing (bench/NOTES.md).
+    Where layers are of more than `MOST_KINDS` kinds, products are not tried out: that took the first call of a process from 16 to
+    59 s for 32 layers of Llama-2-7B, and won nothing (bench/NOTES.md).
     """
-    if target().platform != "cuda" or target().interpret:
+    if _is_no_gpu():
         return None
-    return _WHOLE_SUMS if layer_kinds(layers) <= MOST_KINDS else _WHOLE_SUMS | _AS_FOUND
+    return _BY_LIBRARY if layer_kinds(layers) <= MOST_KINDS else _BY_LIBRARY | _UNTRIED
+
+
+def encoder_options(layers: Sequence[Any], block_tokens: int | None) -> dict[str, Any] | None:
+    """The same for an encoder's pass, of which ``block_tokens`` are computed together at the most, all if None."""
+    if _is_no_gpu():
+        return None
+    if layer_kinds(layers) > MOST_KINDS:
+        return _BY_LIBRARY | _UNTRIED
+    small = block_tokens is not None and block_tokens <= FEW_BLOCK_TOKENS
+    return _WHOLE_SUMS | _WITHOUT_WORKSPACE if small else _WHOLE_SUMS
+
+
+def _is_no_gpu() -> bool:
+    return target().platform != "cuda" or target().interpret

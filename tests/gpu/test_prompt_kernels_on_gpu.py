@@ -41,6 +41,7 @@ from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import build_encoder_weights
+from flashsvd_jax.models.pass_options import encoder_options
 from flashsvd_jax.models.sequence_blocks import in_blocks
 from flashsvd_jax.random_weights import arrays_of_the_host
 from flashsvd_jax.shapes import layer_sites, uniform_rank
@@ -164,10 +165,17 @@ def test_a_pass_in_blocks(ratio: float | None) -> None:
     weights = jax.device_put(build_encoder_weights(config, arrays_of_the_host(config), hardware_rank))
     tokens = np.random.default_rng(0).integers(0, 1000, (5, 512))
     lengths = np.array([512, 300, 0, 512, 1])
-    run = partial(hidden_states, config, weights)
-    whole, blocks = (jax.jit(partial(in_blocks, run, n))(tokens, lengths) for n in (None, 1024))
+
+    def compiled(block_tokens: int | None) -> Any:
+        run = partial(in_blocks, partial(hidden_states, config, weights), block_tokens)
+        options = encoder_options(weights.layers, block_tokens)
+        return jax.jit(run, compiler_options=options).lower(tokens, lengths).compile()
+
+    in_one, in_blocks_of_two = compiled(None), compiled(1024)
+    whole, blocks = (np.asarray(c(tokens, lengths), np.float64) for c in (in_one, in_blocks_of_two))
     real = np.arange(512) < lengths[:, None]
-    assert relative_error(blocks[real], np.asarray(whole[real], np.float64)) <= 1e-2
+    assert relative_error(blocks[real], whole[real]) <= 1e-2
+    assert "cublas" not in in_blocks_of_two.as_text()  # and so none of its workspace
 
 
 @pytest.mark.parametrize("width", [768, 4096, 5120])

@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from cuda_compile import lower_for_cuda
+from h200_target import as_on_h200
 
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
+from flashsvd_jax.models.pass_options import encoder_options
 from flashsvd_jax.models.sequence_blocks import in_blocks
 from flashsvd_jax.schema import abstract_params, flatten, sites
 from pallas_kernels import hardware_rank
@@ -33,5 +35,8 @@ def lower_pass(rank: int | None, batch: int, tokens: int, block_tokens: int | No
     def run(weights: EncoderWeights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         return in_blocks(partial(hidden_states, config, weights), block_tokens, tokens, lengths)
 
+    weights = jax.eval_shape(build, abstract_params(config))
     given = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
-    return lower_for_cuda(run, jax.eval_shape(build, abstract_params(config)), *given)
+    with as_on_h200():
+        options = encoder_options(weights.layers, block_tokens)
+    return lower_for_cuda(run, weights, *given, compiler_options=options)
