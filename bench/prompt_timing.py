@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from case_process import gpu_alone
-from prompt_cases import PromptCase, median_seconds, row_of
+from prompt_cases import PromptCase, median_seconds, row_of, warm_up
 
 
 def matrix_rate() -> float:
@@ -24,8 +24,9 @@ def timed_row(
     """The row of a lowered pass over what ``draw`` puts on the device. Its peak is the process's own: one case a process."""
     with gpu_alone():
         operands, compiled = draw(), lowered.compile()
-        jax.block_until_ready(compiled(*operands))
-        latency = median_seconds(lambda: jax.block_until_ready(compiled(*operands)), case.repeats)
+        once = lambda: jax.block_until_ready(compiled(*operands))  # noqa: E731
+        warm_up(once, jax.default_backend() == "gpu")
+        latency = median_seconds(once, case.repeats)
         peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         rate = round(matrix_rate() / 1e12, 1)
     memory = compiled.memory_analysis()

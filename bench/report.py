@@ -48,12 +48,13 @@ def decode_table() -> str:
 
 def start_table() -> str:
     """First tokens and first calls: rows of runs that compiled, and of runs that found it all compiled."""
-    own = [
-        results(
-            DECODE, lambda row, cached=cached: "compiled" in row and (row["cache_hits"] == row["compiled"]) == cached
-        )
-        for cached in (False, True)
-    ]
+
+    def found_compiled(row: dict[str, Any]) -> bool | None:
+        """None of runs that shared the device, whose first call was not timed."""
+        timed = "compiled" in row and row["cold_start_s"] is not None
+        return row["cache_hits"] == row["compiled"] if timed else None
+
+    own = [results(DECODE, lambda row, cached=cached: found_compiled(row) is cached) for cached in (False, True)]
     table = tables.start(*own)
     return table and f"The first call of a process compiles, unless an earlier process left its executables:\n\n{table}"
 

@@ -55,7 +55,7 @@ def main(case: EncoderCase) -> dict[str, Any]:
     def once() -> None:
         run(input_ids=tokens, attention_mask=mask)
 
-    return timed_row(case, once, warm_ups=2, attention=[ATTENTION[case.impl]])
+    return timed_row(case, once, attention=[ATTENTION[case.impl]])
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from case_process import gpu_alone
-from prompt_cases import PromptCase, median_seconds, row_of
+from prompt_cases import PromptCase, median_seconds, row_of, warm_up
 
 
-def timed_row(case: PromptCase, run: Callable[[], object], warm_ups: int, attention: Sequence[str]) -> dict[str, Any]:
+def timed_row(case: PromptCase, run: Callable[[], object], attention: Sequence[str]) -> dict[str, Any]:
     """The row of a pass on the GPU, or on the CPU where there is none."""
     on_gpu = torch.cuda.is_available()
 
@@ -21,8 +21,7 @@ def timed_row(case: PromptCase, run: Callable[[], object], warm_ups: int, attent
         once()  # compiles for long, and uses the GPU for one pass alone
     held = peak = None
     with gpu_alone():
-        for _ in range(warm_ups):
-            once()
+        warm_up(once, on_gpu)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()

@@ -22,7 +22,7 @@ def main(case: PrefillCase) -> dict[str, Any]:
     prompt = torch.ones((case.batch, case.length), dtype=torch.long, device=device)
     prefill = torch.compile(model.prefill) if case.impl == "torch-compile" else model.prefill
 
-    return timed_row(case, lambda: prefill(prompt), warm_ups=1, attention=["sdpa"])
+    return timed_row(case, lambda: prefill(prompt), attention=["sdpa"])
 
 
 if __name__ == "__main__":

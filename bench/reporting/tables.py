@@ -28,7 +28,7 @@ def start(compiled: Results, cached: Results) -> str:
         if impl is None:
             continue
         row, again = compiled.by_setting[setting][impl], cached.by_setting[setting][impl]
-        if row["commit"] == again["commit"] and None not in (row["cold_start_s"], again["cold_start_s"]):
+        if row["commit"] == again["commit"]:
             times = [f"{row['prefill_ms']:.1f}", f"{row['cold_start_s']:.1f} s", f"{again['cold_start_s']:.1f} s"]
             lines.append([*_what(setting), IMPLEMENTATIONS[impl], *times])
     return markdown(["model", "kept", "batch", "context", "with", "prompt ms", "first call", "cached"], lines)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import report
 from reporting import plots, tables
 from reporting.rows import Results, results
 
@@ -89,6 +90,16 @@ def test_mixed_ranks_are_a_setting_of_their_own(tmp_path: Path) -> None:
     found = read(tmp_path, *(row(ms=2.2, ranks=ranks) for ranks in ("uniform", "mixed", "partly dense")))
     assert [line[1] for line in cells(tables.decode(found))[2:]] == ["0.50", "0.50, mixed", "0.50, partly dense"]
     assert plots.plots(found) == {}
+
+
+def test_first_calls_are_of_the_newest_runs_that_timed_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, cached = {"compiled": 5, "cache_hits": 0}, {"compiled": 5, "cache_hits": 5}
+    timed = [row(cold_start_s=17.0, commit="a", **compiled), row(cold_start_s=0.6, commit="a", **cached)]
+    shared = [row(cold_start_s=None, commit="b", **counts) for counts in (compiled, cached)]
+    read(tmp_path, *timed, *shared)
+    monkeypatch.setattr(report, "DECODE", tmp_path / "rows.jsonl")
+    table = report.start_table().partition("\n\n")[2]
+    assert cells(table)[2][-2:] == ["17.0 s", "0.6 s"]
 
 
 def test_nothing_measured_gives_nothing(tmp_path: Path) -> None:
