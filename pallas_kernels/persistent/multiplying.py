@@ -1,5 +1,6 @@
 """The multiplying warpgroup: the input of a step, then the products of every item."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,28 +29,81 @@ def multiply_step(place: Place, ring: Ring, tiles: jax.Array, multiplies: jax.Ar
     phase = place.launch.plan.steps[place.step]
     assert isinstance(phase, Phase)
     items = PhaseItems(place, phase)
+    held = _Held.of(ring, items, tiles, place.launch.plan.held_tiles(place.step))
 
     @pl.when(items.count > 0)
     def _() -> None:
         fill(place, items.team, items.split, items.is_first.astype(jnp.int32))
 
-    def multiply_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
-        item = items.item(i)
+    def multiply_item(i: jax.Array, carry: Any) -> Any:
+        tiles, of_first = carry
+        item, done = items.item(i), 0 if of_first is None else of_first[0]
 
         def with_sums(even: Any, odd: Any) -> jax.Array:
-            end = _products(place.launch.activations, ring, item, tiles, (even, odd))
+            end = _products(place.launch.activations, ring, item, tiles, done, (even, odd))
             products = even[...] + odd[...]
-            ring.give_back(end - 1)
+            if of_first is None:
+                ring.give_back(end - 1)
+            else:
+                products += of_first[1]
+                ring.give_back(end - 1, done < item.count)
             store_words(place, products, items.split * phase.pieces + item.piece, items.rows(item.row_tile).output)
             return end
 
-        return pl.run_scoped(with_sums, *[_SUMS] * 2)
+        end = pl.run_scoped(with_sums, *[_SUMS] * 2)
+        return end, None if of_first is None else (jnp.int32(0), _filled(0.0))
 
-    return lax.fori_loop(0, jnp.where(multiplies, items.count, 0), multiply_item, tiles)
+    start = tiles, None
+    if held is not None:
+        start = tiles + held.count, (held.count, held.products(place.launch.activations))
+    end, _ = lax.fori_loop(0, jnp.where(multiplies, items.count, 0), multiply_item, start)
+    return end
 
 
-def _products(activations: Any, ring: Ring, item: Item, tiles: jax.Array, sums: tuple[Any, Any]) -> jax.Array:
-    """Adds up an item's weight tiles times activations.
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """Tiles in registers, the first of a program's first item; none of them if the item has fewer.
+
+    Who waits for an input holds what it will multiply first, and its slots of the ring go to others: so memory has as many tiles
+    more to bring.
+    """
+
+    count: jax.Array
+    halves: list[list[jax.Array]]  # of each tile; they mean nothing where the count is 0
+    begin: jax.Array  # of the input's tiles
+
+    @classmethod
+    def of(cls, ring: Ring, items: PhaseItems, tiles: jax.Array, count: int) -> "_Held | None":
+        """So many tiles, taken out of the ring as soon as they are there; None for none."""
+        if not count:
+            return None
+        first = items.item(jnp.int32(0))
+        there = (items.count > 0) & (first.count >= count)
+        halves = []
+        for tile in (tiles + number for number in range(count)):
+            slot = ring.await_tile(tile, there)
+            halves.append([plgpu.load(ring.slots.at[slot, half], layout=plgpu.Layout.WGMMA) for half in range(2)])
+            ring.give_back(tile, there)
+        return cls(jnp.where(there, count, 0), halves, jnp.where(there, first.begin, 0))
+
+    def products(self, activations: Any) -> jax.Array:
+        """Their sum once the input is there, [64, 8]."""
+
+        def add_up(*sums: Any) -> jax.Array:
+            w.emitted()(lambda context: w.ready_for_products())()
+            for number, halves in enumerate(self.halves):
+                for half, columns in enumerate(_HALVES):
+                    plgpu.wgmma(sums[half], halves[half], activations.at[self.begin + number, :, columns].T)
+            plgpu.wgmma_wait(0)
+            return jnp.where(self.count > 0, sums[0][...] + sums[1][...], 0.0)
+
+        return pl.run_scoped(add_up, *[_SUMS] * 2)
+
+
+def _products(
+    activations: Any, ring: Ring, item: Item, tiles: jax.Array, done: jax.Array | int, sums: tuple[Any, Any]
+) -> jax.Array:
+    """Adds up an item's weight tiles times activations, but for the first that are ``done``.
 
     Two sums, so that no instruction waits for the one before; a slot is given back one tile late, when its instructions are known
     to have ended. The last one is left to the caller.
@@ -61,10 +115,10 @@ def _products(activations: Any, ring: Ring, item: Item, tiles: jax.Array, sums: 
         for half, columns in enumerate(_HALVES):
             plgpu.wgmma(sums[half], ring.slots.at[slot, half], activations.at[item.begin + k, :, columns].T)
         plgpu.wgmma_wait(2)
-        ring.give_back(tiles - 1, k > 0)
+        ring.give_back(tiles - 1, k > done)
         return tiles + 1
 
-    return lax.fori_loop(0, item.count, multiply_tile, tiles)
+    return lax.fori_loop(done, item.count, multiply_tile, tiles)
 
 
 def attend_step(

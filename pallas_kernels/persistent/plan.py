@@ -65,6 +65,19 @@ class Plan:
         """Weight tiles that fit beside the largest input."""
         return (SHARED_MEMORY - _SMALL - self.activation_tiles * 8 * TILE_K * 2) // TILE_BYTES
 
+    def held_tiles(self, step: int) -> int:
+        """That a program holds in registers while it waits for a step's input.
+
+        Behind attention inputs follow each other so closely that the ring is full before they are there: so from the second phase
+        there on, until those before it are together as long as the ring.
+        """
+        attention = next(i for i, s in enumerate(self.steps) if isinstance(s, Attention))
+        before = range(attention + 1, step)
+        if not before or step >= self.in_layer or self.tuning.readers > 1:
+            return 0
+        tiles = sum(sum(self.steps[i].work(0, self.programs)) for i in before) / self.programs
+        return self.tuning.held_tiles if tiles < self.stages else 0
+
     @functools.cached_property
     def first_programs(self) -> tuple[tuple[int, ...], ...]:
         """Of every step, and each layer that it has: the program that it begins with, for which its work counts from.

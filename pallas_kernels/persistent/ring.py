@@ -103,16 +103,16 @@ class Ring:
         emit(self.maps, self.slots, self.barriers, operand, row, column, tiles)
         return tiles + 1
 
-    def await_tile(self, tile: jax.Array) -> jax.Array:
-        """Waits until a tile has landed; gives its slot."""
+    def await_tile(self, tile: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        """Waits until a tile has landed, where the condition holds; gives its slot."""
 
-        @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=w.INTEGER)
-        def emit(context: Any, barriers: Any, tile: Any) -> Any:
+        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * (1 if condition is None else 2), returns=w.INTEGER)
+        def emit(context: Any, barriers: Any, tile: Any, *condition: Any) -> Any:
             filled, _, slot = self._barriers(barriers, w.scalar(tile))
-            copies.pass_barrier(*filled)
+            copies.pass_barrier(*filled, *(w.below(w.integer(0), w.scalar(c)) for c in condition))
             return w.splat(slot)
 
-        return emit(self.barriers, tile)
+        return emit(self.barriers, tile, *([] if condition is None else [condition.astype(jnp.int32)]))
 
     def give_back(self, tile: jax.Array, condition: jax.Array | None = None) -> None:
         """Frees the slot of a tile, where the condition holds."""

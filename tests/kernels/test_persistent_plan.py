@@ -345,3 +345,14 @@ def test_layers_that_differ_have_more_readers() -> None:
             layers.plan_here(*shapes_of(Model(ranks, ranks, batch=1))[:6])[0] for ranks in ((72, 72), (72, 136))
         )
     assert (alike.tuning.readers, differ.tuning.readers) == (1, 2)
+
+
+def test_tiles_are_held_where_inputs_follow_closely_behind_attention() -> None:
+    # Of a dense model the output projection alone is as long as the ring.
+    for rank, readers, held in ((1024, 1, ["o up", "gate_up down"]), (1024, 2, []), (None, 1, [])):
+        arguments = shapes_of(Model((rank,) * 2, (rank,) * 2, batch=1, width=4096, ff=11008, heads=32))
+        plan, _ = building.plan_of(*arguments[:6], 132, Tuning(held_tiles=3, readers=readers))
+        of_steps = {step.name: plan.held_tiles(number) for number, step in enumerate(plan.steps)}
+        assert {name: count for name, count in of_steps.items() if count} == dict.fromkeys(held, 3)
+        plan = dataclasses.replace(plan, tuning=Tuning(readers=1))
+        assert not any(plan.held_tiles(number) for number in range(len(plan.steps)))

@@ -1,6 +1,8 @@
 """The engine's decode step at the widths of published models, two layers deep, with shapes for weights."""
 
+import dataclasses
 from typing import Any
+from unittest import mock
 
 import jax
 from cut_models import first_layers
@@ -12,6 +14,7 @@ from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import abstract_params, flatten
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import hardware_rank
+from pallas_kernels.persistent import layers, tuning
 
 LAYERS = 2
 _DENSE_AMONG_LOW_RANK = (
@@ -30,14 +33,26 @@ def two_layers(name: str, kind: str) -> ModelConfig:
 
 
 def lower_decode(
-    name: str, kind: str, batch: int, max_length: int, kernels: str = "auto", *, greedy: bool = True
+    name: str,
+    kind: str,
+    batch: int,
+    max_length: int,
+    kernels: str = "auto",
+    *,
+    greedy: bool = True,
+    held_tiles: int = 0,
 ) -> Any:
-    """The step lowered as on an H200. Only in a process that describes one: the engine lowers for where its weights are."""
+    """The step lowered as on an H200. Only in a process that describes one: the engine lowers for where its weights are.
+
+    ``held_tiles`` is as the persistent kernel's sizes have it.
+    """
     config = two_layers(name, kind)
+    sizes = tuning.tuning_for
 
     def build(params: dict[str, Any]) -> DecoderWeights:
         return build_weights(config, flatten(params).__getitem__, hardware_rank)
 
     weights = on_h200(jax.eval_shape(build, abstract_params(config)))
-    with as_on_h200():
+    held = lambda *of: dataclasses.replace(sizes(*of), held_tiles=held_tiles)  # noqa: E731
+    with as_on_h200(), mock.patch.object(layers, "tuning_for", held):
         return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode(greedy=greedy)
