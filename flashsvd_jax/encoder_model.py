@@ -1,5 +1,6 @@
 """An encoder ready to encode: configuration, weights on the device, tokenizer, and its compiled forward pass."""
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -9,21 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashsvd_jax.background_compile import BackgroundSteps
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.engine import check_kernels
-from flashsvd_jax.errors import RequestError
+from flashsvd_jax.errors import RequestError, first_line
 from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.loading import check_dtype, load_weights, place_params
 from flashsvd_jax.models.encoder import hidden_states, pooled, real_tokens
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.pass_options import encoder_options
-from flashsvd_jax.models.sequence_blocks import in_blocks
+from flashsvd_jax.models.pass_options import encoder_options, is_to_spare_workspace
+from flashsvd_jax.models.sequence_blocks import in_blocks, tokens_together
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels.registry import Record
 
+_log = logging.getLogger(__name__)
 _TINY = 1e-12  # what the length of a vector is taken for where it is less, as PyTorch's normalize does
 
 
@@ -51,7 +53,8 @@ class EncoderModel:
         self.config, self.weights, self.tokenizer, self.kernels = config, weights, tokenizer, kernels
         self.block_tokens = block_tokens
         self.kernels_used: Record = {}
-        self._passes: dict[tuple[str, bool], BackgroundSteps] = {}
+        self._passes: dict[tuple[str, bool, bool], BackgroundSteps] = {}
+        self._can_spare = True
 
     @classmethod
     def from_params(
@@ -80,12 +83,29 @@ class EncoderModel:
         Returns:
           float32 [batch, embed].
         """
-        if (pooling, normalize) not in self._passes:
-            self._passes[pooling, normalize] = BackgroundSteps.of(
+        batch, length = tokens.shape
+        together = tokens_together(batch, length, self.block_tokens)
+        spares = self._can_spare and is_to_spare_workspace(self.weights.layers, together)
+        step, arguments = self._step(tokens.shape, pooling, normalize, spares), (self.weights, tokens, lengths)
+        if spares:
+            try:
+                step.begin(*arguments)
+                step.wait()
+            except jax.errors.JaxRuntimeError as error:  # the XLA of today has no kernel of its own for a product
+                _log.warning("passes in small blocks set memory aside for cuBLAS: %s", first_line(error))
+                self._can_spare = False
+                step = self._step(tokens.shape, pooling, normalize, False)
+        return step(*arguments)
+
+    def _step(self, shape: tuple[int, ...], pooling: str, normalize: bool, spares_workspace: bool) -> BackgroundStep:
+        key = pooling, normalize, spares_workspace
+        if key not in self._passes:
+            options = encoder_options(self.weights.layers, spares_workspace=spares_workspace)
+            self._passes[key] = BackgroundSteps.of(
                 _vectors, self.config, self.block_tokens, pooling, normalize, kernels=self.kernels, used=self.kernels_used,
-                compiler_options=encoder_options(self.weights.layers, self.block_tokens),
+                compiler_options=options,
             )  # fmt: skip
-        return self._passes[pooling, normalize][tokens.shape](self.weights, tokens, lengths)
+        return self._passes[key][shape]
 
 
 def _check_block_tokens(block_tokens: int | None) -> None:
@@ -124,8 +144,8 @@ def load_encoder(
       path_or_hub_id: a folder that `convert` wrote, or the hub id of one.
       dtype, materialize, kernels, progress: as for `load`.
       block_tokens: of a batch, at most so many tokens, padding included, are computed together, though one text at least; all if
-        None. A pass takes memory for those alone: with 8192 a quarter of what it takes for 64 texts of 512 tokens. With 4096 or
-        fewer products take no memory to work in either, and up to a fifth longer.
+        None. A pass takes memory for those alone: with 8192 a quarter of what it takes for 64 texts of 512 tokens. With 512 to
+        4096 products take no memory to work in either, and up to a fifth longer.
 
     Raises:
       FlashSVDError: the folder is missing, damaged, not a converted model, or a decoder; or an option cannot be used.

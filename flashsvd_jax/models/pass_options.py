@@ -6,6 +6,9 @@ Methods that choose ranks by site leave no two layers alike. What is compiled fo
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from pallas_kernels import MOST_KINDS, layer_kinds, target
 
 _BY_LIBRARY = {"xla_gpu_enable_triton_gemm": False}
@@ -17,8 +20,8 @@ _WITHOUT_WORKSPACE = {"xla_gpu_experimental_autotune_backends": "TRITON,NATIVE_E
 _WHOLE_SUMS = {"xla_gpu_experimental_force_split_k": 1}
 """XLA's own kernels would compute parts of long sums side by side and add these in a kernel of its own, untried."""
 
-FEW_BLOCK_TOKENS = 4096
-"""Blocks of so many tokens of BERT's width, or fewer, take less memory than cuBLAS's workspace."""
+_FEW_TOKENS = range(512, 4097)
+"""Of BERT's width these take less memory than cuBLAS's workspace. Products of fewer are of other forms, and not tried so."""
 
 
 def prompt_options(layers: Sequence[Any]) -> dict[str, Any] | None:
@@ -32,14 +35,26 @@ def prompt_options(layers: Sequence[Any]) -> dict[str, Any] | None:
     return _BY_LIBRARY if layer_kinds(layers) <= MOST_KINDS else _BY_LIBRARY | _UNTRIED
 
 
-def encoder_options(layers: Sequence[Any], block_tokens: int | None) -> dict[str, Any] | None:
-    """The same for an encoder's pass, of which ``block_tokens`` are computed together at the most, all if None."""
+def encoder_options(layers: Sequence[Any], *, spares_workspace: bool) -> dict[str, Any] | None:
+    """The same for an encoder's pass."""
     if _is_no_gpu():
         return None
     if layer_kinds(layers) > MOST_KINDS:
         return _BY_LIBRARY | _UNTRIED
-    small = block_tokens is not None and block_tokens <= FEW_BLOCK_TOKENS
-    return _WHOLE_SUMS | _WITHOUT_WORKSPACE if small else _WHOLE_SUMS
+    return _WHOLE_SUMS | _WITHOUT_WORKSPACE if spares_workspace else _WHOLE_SUMS
+
+
+def is_to_spare_workspace(layers: Sequence[Any], tokens: int | None) -> bool:
+    """Whether an encoder's pass is to do without cuBLAS, and XLA's own kernels can serve it.
+
+    Args:
+      layers: of the encoder.
+      tokens: that are computed together, where the pass is divided into blocks; None where it is not.
+    """
+    if tokens not in _FEW_TOKENS or _is_no_gpu() or target().capability < (8, 0):
+        return False
+    weights = [leaf for leaf in jax.tree.leaves(list(layers)) if leaf.ndim > 1]
+    return layer_kinds(layers) <= MOST_KINDS and all(w.dtype in (jnp.bfloat16, jnp.float16) for w in weights)
 
 
 def _is_no_gpu() -> bool:

@@ -14,6 +14,12 @@ def block_size(batch: int, tokens: int, block_tokens: int | None) -> int:
     return -(-batch // -(-batch // most))
 
 
+def tokens_together(batch: int, tokens: int, block_tokens: int | None) -> int | None:
+    """Tokens of a block, None where all are computed together."""
+    size = block_size(batch, tokens, block_tokens)
+    return None if size == batch else size * tokens
+
+
 def in_blocks(of_sequences: Callable[..., jax.Array], block_tokens: int | None, *arrays: Any) -> jax.Array:
     """``of_sequences(*arrays)``, block by block.
 

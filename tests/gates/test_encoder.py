@@ -13,7 +13,6 @@ from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.encoder import outputs
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.pass_options import FEW_BLOCK_TOKENS
 from flashsvd_jax.schema import abstract_params, flatten, sites
 from pallas_kernels import ACTIVATIONS, Projection, hardware_rank, pack, project, record
 from pallas_kernels.registry import Record
@@ -76,6 +75,6 @@ def test_a_pass_in_blocks_takes_the_memory_of_a_block(rank: int | None) -> None:
 
 def test_a_pass_in_small_blocks_sets_nothing_aside_for_a_library() -> None:
     """64 x 128 tokens in blocks of 4096: 6 MiB for each array of a block of the model's width, 24 MiB of the inner one."""
-    compiled = compile_lowered_by(lower_pass, None, 64, 128, FEW_BLOCK_TOKENS)
+    compiled = compile_lowered_by(lower_pass, None, 64, 128, 4096)
     assert compiled.temp_bytes <= (6 + 24 + 2 * 6 + 1) * 2**20
     assert not [thunk.kind for thunk in compiled.walk() if "Cublas" in thunk.kind]

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from published_checkpoints import save_safetensors
 
 import flashsvd_jax
 from flashsvd_jax import encoder_model
+from flashsvd_jax.background_compile import BackgroundStep
 from flashsvd_jax.checkpoint import open_folder
 from flashsvd_jax.checkpoint.orbax_io import load_orbax, save_orbax
 from flashsvd_jax.cli import main
@@ -159,6 +161,25 @@ def test_vectors_do_not_depend_on_how_the_model_is_loaded(tiny_encoder: TinyEnco
     ran = {name: set(chosen) for name, chosen in model.kernels_used.items()}
     name = "xla" if "kernels" in options else "products"
     assert ran["attend_padded"] == ran["feed_forward"] == {name}
+
+
+def test_a_pass_that_cannot_do_without_a_library_is_compiled_with_it_and_says_so(
+    tiny_encoder: TinyEncoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin, begun = BackgroundStep.begin, []
+
+    def refuses_once(step: BackgroundStep, *shapes: Any) -> Any:
+        begun.append(step)
+        if len(begun) == 1:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND: no configs for a product\nand more")
+        return begin(step, *shapes)
+
+    monkeypatch.setattr(encoder_model, "is_to_spare_workspace", lambda *of: True)
+    monkeypatch.setattr(BackgroundStep, "begin", refuses_once)
+    model = load_encoder(tiny_encoder.folder, progress=False, block_tokens=64)
+    np.testing.assert_allclose(encode(model, TEXTS), tiny_encoder.vectors(TEXTS), rtol=0, atol=1e-4)
+    told = [r.message for r in caplog.records if "set memory aside" in r.message]
+    assert len(told) == 1 and told[0].endswith("NOT_FOUND: no configs for a product") and begun[0] not in begun[1:]
 
 
 def test_another_process_traces_no_pass(
