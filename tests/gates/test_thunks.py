@@ -46,3 +46,9 @@ def test_a_launch_is_read() -> None:
 def test_an_unknown_line_is_an_error() -> None:
     with pytest.raises(ValueError, match="neither a thunk nor a label: 'fusion of two'"):
         parse_thunks("000: kCopy [source | sink] kCopy\nfusion of two\n")
+
+
+def test_a_condition_without_thunks_is_seen() -> None:
+    lines = ["000: kWhile [a | b]", "condition:", "    No thunks.  body:", "    001: kCopy [a | b] copy"]
+    (loop,) = parse_thunks("\n".join(lines))
+    assert [thunk.kind for thunk in loop.parts["body"]] == ["kCopy"] and "condition" not in loop.parts

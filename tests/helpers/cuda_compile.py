@@ -60,9 +60,16 @@ class Compiled:
 
     def loop_body(self) -> list[Thunk]:
         """What is done in one turn of the program's only loop that lies in no other, be it part of a command buffer or not."""
+        return self._loop().parts["body"]
+
+    def loop_condition(self) -> list[Thunk]:
+        """What is done before each turn of that loop, to find out whether there is to be one."""
+        return self._loop().parts.get("condition", [])
+
+    def _loop(self) -> Thunk:
         inside = [inner for thunk in self.thunks for inner in (thunk, *thunk.parts.get("", []))]
         (loop,) = (thunk for thunk in inside if thunk.kind == "kWhile")
-        return loop.parts["body"]
+        return loop
 
 
 def lower_for_cuda(f: Callable[..., Any], *avals: Any, **jit_options: Any) -> Any:

@@ -7,7 +7,8 @@
         002: kCommandBuffer [source | sink]
             003: kCopy [source | sink] copy
 
-A label belongs to the last thunk that is less indented; XLA does not indent "condition:", which follows its loop directly.
+A label belongs to the last thunk that is less indented; XLA does not indent "condition:", which follows its loop directly. A part
+without any thunk has "No thunks." in its place, and the next label on the same line.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ def parse_thunks(text: str) -> list[Thunk]:
     root = Thunk("program")
     open_thunks: list[tuple[int, Thunk]] = [(-1, root)]  # by indent, outermost first
     labels: dict[int, str] = {}  # of a thunk, by identity: the part that its next inner thunk belongs to
-    for line in filter(str.strip, text.splitlines()):
+    for line in filter(str.strip, text.replace("No thunks.", "\n").splitlines()):
         if label := _LABEL.match(line.rstrip()):
             indent = len(label["indent"])
             while label["name"] != "condition" and open_thunks[-1][0] >= indent:
