@@ -38,6 +38,7 @@ from prompt_kernel_cases import (
 )
 
 from flashsvd_jax.encoder_config import EncoderConfig
+from flashsvd_jax.encoder_model import EncoderModel
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import build_encoder_weights
@@ -149,7 +150,7 @@ def test_feed_forward_on_hopper(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("ratio", [None, 0.5])
-def test_a_pass_in_blocks(ratio: float | None) -> None:
+def test_a_pass_in_blocks(ratio: float | None, caplog: pytest.LogCaptureFixture) -> None:
     """Two layers of BERT-base, five sequences in blocks of two."""
     hf = {
         "model_type": "bert",
@@ -177,6 +178,11 @@ def test_a_pass_in_blocks(ratio: float | None) -> None:
     real = np.arange(512) < lengths[:, None]
     assert relative_error(blocks[real], whole[real]) <= 1e-2
     assert "cublas" not in in_blocks_of_two.as_text()  # and so none of its workspace
+    for pooling in ("mean", "cls"):
+        models = (EncoderModel(config, weights, block_tokens=n) for n in (None, 1024))
+        want, got = (model.vectors(tokens, lengths, pooling=pooling, normalize=True) for model in models)
+        assert relative_error(got, np.asarray(want, np.float64)) <= 1e-2
+    assert "set memory aside" not in caplog.text
 
 
 @pytest.mark.parametrize("width", [768, 4096, 5120])
