@@ -11,13 +11,16 @@ from random_checkpoint import write_checkpoint
 from reporting.compression_large import read, table
 from safetensors.numpy import load_file
 
+LAYERS = 10
+"""Each takes a tenth of a second. On a busy machine the process may be looked at less often, and must not be done by then."""
+
 
 def test_a_killed_compression_goes_on_to_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scratch, rows = tmp_path / "scratch", tmp_path / "rows.jsonl"
-    arguments = ["--shape", "tiny", "--layers", "3", "--samples", "2", "--length", "32", "--compare", "--kill-after", "1",
-                 "--scratch", str(scratch), "--out", str(rows)]  # fmt: skip
+    arguments = ["--shape", "tiny", "--layers", str(LAYERS), "--samples", "2", "--length", "32", "--compare",
+                 "--kill-after", "1", "--scratch", str(scratch), "--out", str(rows)]  # fmt: skip
 
     def call(*more: str) -> int:
         monkeypatch.setattr("sys.argv", ["compress_large.py", *arguments, *more])
@@ -30,12 +33,12 @@ def test_a_killed_compression_goes_on_to_the_same_files(
     assert call() == 0
     row = json.loads(rows.read_text())
     assert [run["exit_code"] for run in row["runs"]] == [-9, 0] and row["killed"] == 1
-    assert 1 <= len(row["runs"][0]["layer_s"]) < 3
+    assert 1 <= len(row["runs"][0]["layer_s"]) < LAYERS
     assert row["identical"] is True and row["different_files"] == []
-    assert (row["layers"], row["device"]) == (3, "cpu") and 0.5 < row["params"] / row["params_dense"] < 1
+    assert (row["layers"], row["device"]) == (LAYERS, "cpu") and 0.5 < row["params"] / row["params_dense"] < 1
     assert 0 < row["peak_anonymous_gib"] < row["peak_rss_gib"] and 0 < row["convert_s"] < row["seconds"]
     assert not scratch.exists()
-    assert "tiny, 3 layers" in capsys.readouterr().out
+    assert f"tiny, {LAYERS} layers" in capsys.readouterr().out
 
 
 def test_a_random_checkpoint_is_the_same_each_time_and_has_no_flat_spectrum(tmp_path: Path) -> None:
