@@ -13,7 +13,7 @@ from prompt_timing import timed_row
 from flashsvd_jax.compile_cache import enable_persistent_cache
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.pass_options import encoder_options, is_to_spare_workspace
+from flashsvd_jax.models.pass_options import encoder_options
 from flashsvd_jax.models.sequence_blocks import in_blocks, tokens_together
 from flashsvd_jax.random_weights import arrays_of_the_host
 from pallas_kernels import hardware_rank, prefer, record
@@ -31,8 +31,7 @@ def main(case: EncoderCase) -> dict[str, Any]:
     def states(weights: EncoderWeights, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         return in_blocks(partial(hidden_states, config, weights), case.block_tokens, tokens, lengths)
 
-    spares = is_to_spare_workspace(weights.layers, tokens_together(case.batch, case.length, case.block_tokens))
-    options = encoder_options(weights.layers, spares_workspace=spares)
+    options = encoder_options(weights.layers, tokens_together(case.batch, case.length, case.block_tokens))
     with record(used), prefer(case.preferred):
         lowered = jax.jit(states, compiler_options=options).lower(weights, tokens, lengths)
     attention = sorted({*used["attend_padded"], *used.get("attend", ())})

@@ -105,9 +105,9 @@ WARM_S = 1.5
 
 
 def warm_up(run: Callable[[], Any], on_gpu: bool) -> None:
-    """Runs a pass that waits for its results once and, on a GPU, again and again until that is as it is under load.
+    """Runs a pass that waits for its results once and, on a GPU, again and again, as long as its clock may take to settle.
 
-    A dense prompt of 8 x 512 took plain JAX 74.5 ms where ten passes were timed after a pause, and 82.0 after many of them.
+    A dense prompt of 8 x 512 took plain JAX 74.5 ms in ten passes of a process of its own, and 82.0 among many in turn with others.
     """
     start = time.perf_counter()
     run()

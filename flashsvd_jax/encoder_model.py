@@ -1,7 +1,8 @@
 """An encoder ready to encode: configuration, weights on the device, tokenizer, and its compiled forward pass."""
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.loading import check_dtype, load_weights, place_params
 from flashsvd_jax.models.encoder import hidden_states, pooled, real_tokens
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.pass_options import encoder_options, is_to_spare_workspace
+from flashsvd_jax.models.pass_options import encoder_options, spares_workspace
 from flashsvd_jax.models.sequence_blocks import in_blocks, tokens_together
 from flashsvd_jax.tokenizer import Tokenizer
 from pallas_kernels.registry import Record
@@ -54,7 +55,8 @@ class EncoderModel:
         self.block_tokens = block_tokens
         self.kernels_used: Record = {}
         self._passes: dict[tuple[str, bool, bool], BackgroundSteps] = {}
-        self._can_spare = True
+        # For each number of tokens once: it looks at all weights.
+        self._spares: Callable[[int | None], bool] = functools.cache(partial(spares_workspace, weights.layers))
 
     @classmethod
     def from_params(
@@ -85,22 +87,22 @@ class EncoderModel:
         """
         batch, length = tokens.shape
         together = tokens_together(batch, length, self.block_tokens)
-        spares = self._can_spare and is_to_spare_workspace(self.weights.layers, together)
-        step, arguments = self._step(tokens.shape, pooling, normalize, spares), (self.weights, tokens, lengths)
-        if spares:
+        step, arguments = self._step(tokens.shape, pooling, normalize, together), (self.weights, tokens, lengths)
+        if self._spares(together):
             try:
                 step.begin(*arguments)
                 step.wait()
             except jax.errors.JaxRuntimeError as error:  # the XLA of today has no kernel of its own for a product
                 _log.warning("passes in small blocks set memory aside for cuBLAS: %s", first_line(error))
-                self._can_spare = False
-                step = self._step(tokens.shape, pooling, normalize, False)
+                self._spares = lambda together: False
+                step = self._step(tokens.shape, pooling, normalize, None)
         return step(*arguments)
 
-    def _step(self, shape: tuple[int, ...], pooling: str, normalize: bool, spares_workspace: bool) -> BackgroundStep:
-        key = pooling, normalize, spares_workspace
+    def _step(self, shape: tuple[int, ...], pooling: str, normalize: bool, together: int | None) -> BackgroundStep:
+        spares = self._spares(together)
+        key = pooling, normalize, spares
         if key not in self._passes:
-            options = encoder_options(self.weights.layers, spares_workspace=spares_workspace)
+            options = encoder_options(self.weights.layers, together if spares else None)
             self._passes[key] = BackgroundSteps.of(
                 _vectors, self.config, self.block_tokens, pooling, normalize, kernels=self.kernels, used=self.kernels_used,
                 compiler_options=options,

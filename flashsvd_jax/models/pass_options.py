@@ -35,23 +35,23 @@ def prompt_options(layers: Sequence[Any]) -> dict[str, Any] | None:
     return _BY_LIBRARY if layer_kinds(layers) <= MOST_KINDS else _BY_LIBRARY | _UNTRIED
 
 
-def encoder_options(layers: Sequence[Any], *, spares_workspace: bool) -> dict[str, Any] | None:
-    """The same for an encoder's pass."""
+def encoder_options(layers: Sequence[Any], together: int | None) -> dict[str, Any] | None:
+    """The same for an encoder's pass, which does without cuBLAS where `spares_workspace` says so."""
     if _is_no_gpu():
         return None
     if layer_kinds(layers) > MOST_KINDS:
         return _BY_LIBRARY | _UNTRIED
-    return _WHOLE_SUMS | _WITHOUT_WORKSPACE if spares_workspace else _WHOLE_SUMS
+    return _WHOLE_SUMS | _WITHOUT_WORKSPACE if spares_workspace(layers, together) else _WHOLE_SUMS
 
 
-def is_to_spare_workspace(layers: Sequence[Any], tokens: int | None) -> bool:
+def spares_workspace(layers: Sequence[Any], together: int | None) -> bool:
     """Whether an encoder's pass is to do without cuBLAS, and XLA's own kernels can serve it.
 
     Args:
       layers: of the encoder.
-      tokens: that are computed together, where the pass is divided into blocks; None where it is not.
+      together: tokens that are computed together, where the pass is divided into blocks; None where it is not.
     """
-    if tokens not in _FEW_TOKENS or _is_no_gpu() or target().capability < (8, 0):
+    if together not in _FEW_TOKENS or _is_no_gpu() or target().capability < (8, 0):
         return False
     weights = [leaf for leaf in jax.tree.leaves(list(layers)) if leaf.ndim > 1]
     return layer_kinds(layers) <= MOST_KINDS and all(w.dtype in (jnp.bfloat16, jnp.float16) for w in weights)

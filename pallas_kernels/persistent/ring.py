@@ -105,24 +105,26 @@ class Ring:
 
     def await_tile(self, tile: jax.Array, condition: jax.Array | None = None) -> jax.Array:
         """Waits until a tile has landed, where the condition holds; gives its slot."""
+        numbers = _numbers(tile, condition)
 
-        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * (1 if condition is None else 2), returns=w.INTEGER)
+        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * len(numbers), returns=w.INTEGER)
         def emit(context: Any, barriers: Any, tile: Any, *condition: Any) -> Any:
             filled, _, slot = self._barriers(barriers, w.scalar(tile))
             copies.pass_barrier(*filled, *(w.below(w.integer(0), w.scalar(c)) for c in condition))
             return w.splat(slot)
 
-        return emit(self.barriers, tile, *([] if condition is None else [condition.astype(jnp.int32)]))
+        return emit(self.barriers, *numbers)
 
     def give_back(self, tile: jax.Array, condition: jax.Array | None = None) -> None:
         """Frees the slot of a tile, where the condition holds."""
+        numbers = _numbers(tile, condition)
 
-        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * (1 if condition is None else 2))
+        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * len(numbers))
         def emit(context: Any, barriers: Any, tile: Any, *condition: Any) -> None:
             _, (at, _), _ = self._barriers(barriers, w.scalar(tile))
             copies.arrive(at, *(w.below(w.integer(0), w.scalar(c)) for c in condition))
 
-        emit(self.barriers, tile, *([] if condition is None else [condition.astype(jnp.int32)]))
+        emit(self.barriers, *numbers)
 
     def _barriers(self, barriers: Any, tile: Any) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
         """For a tile's copy: the barrier that says it has landed, and the parity of that; the one that says its slot was free for
@@ -131,3 +133,8 @@ class Ring:
         filled = w.add(w.shared_address(barriers), w.mul(slot, w.integer(8)))
         freed = w.add(filled, w.integer(8 * self.stages))
         return (filled, w.both(turn, w.integer(1))), (freed, w.both(w.add(turn, w.integer(1)), w.integer(1))), slot
+
+
+def _numbers(tile: jax.Array, condition: jax.Array | None) -> list[jax.Array]:
+    """A tile, and the condition if there is one, as emitted code takes them."""
+    return [tile] if condition is None else [tile, condition.astype(jnp.int32)]

@@ -13,9 +13,9 @@ LAYERS, END = 1, 2
 @pytest.mark.parametrize("ranks", ["uniform", "mixed"])
 def test_kernels_are_compiled_for_few_shapes(ranks: str) -> None:
     compiled = compile_lowered_by(lower_prompt, ranks, MOST_KINDS + 1, 512, LAYERS)
-    calls = [kernel.name for kernel in compiled.kernels]
-    assert len(calls) > 5 * MOST_KINDS
-    products = {name for name in compiled.ptx if name.startswith(("project_gated", "project_heads"))}
+    calls = [thunk for thunk in compiled.walk() if thunk.kernel is not None or thunk.kind == "kCublasLtMatmul"]
+    assert len(calls) > 10 * MOST_KINDS
+    products = {name for name in compiled.ptx if name.startswith(("gemm_fusion", "project_gated", "project_heads"))}
     assert products if ranks == "uniform" else not products
 
 
@@ -31,4 +31,5 @@ def test_products_are_a_librarys_which_adds_to_them_what_is_added(tokens: int) -
     compiled = compile_lowered_by(lower_prompt, "uniform", 2, tokens, LAYERS)
     assert "kCublasLtMatmul" in {thunk.kind for thunk in compiled.walk()}
     names = {kernel.name for kernel in compiled.kernels}
-    assert not [name for name in names if name.startswith(("gemm_fusion", "loop_reduce", "loop_add", "wrapped_add"))]
+    assert not [name for name in names if name.startswith(("gemm_fusion", "loop_add", "wrapped_add"))]
+    assert not [name for name in names if "reduce" in name and "loop" in name]  # parts of sums, added apart

@@ -3,9 +3,6 @@
 A kernel that spins ends by itself after seconds, but run this under `timeout` all the same.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +12,7 @@ from decoder_cases import DecoderCase
 from kernel_cases import relative_error
 from near_ties import shortfalls
 from persistent_faults import forgetting, skip_unless_hopper
+from persistent_sizes import tuned
 
 from flashsvd_jax import SamplingParams, batch_generate
 from flashsvd_jax.errors import KernelError
@@ -22,7 +20,6 @@ from flashsvd_jax.model import Model
 from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import decode_layers, stall_reason
-from pallas_kernels.persistent import layers, tuning
 
 pytestmark = pytest.mark.gpu
 
@@ -95,28 +92,15 @@ def hopper() -> None:
     skip_unless_hopper()
 
 
-@pytest.fixture
-def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
-    """Has so many tiles held in registers where short phases follow each other."""
-
-    def tuned(held: int) -> None:
-        sizes = tuning.tuning_for
-        monkeypatch.setattr(layers, "tuning_for", lambda *of: dataclasses.replace(sizes(*of), held_tiles=held))
-        layers.forget_plans()
-
-    yield tuned
-    layers.forget_plans()
-
-
 @pytest.mark.parametrize(("name", "held"), [*((name, 0) for name in CASES), ("7b", 1), ("7b", 3), ("low rank", 2)])
-def test_layers_against_float32(name: str, held: int, hold: Callable[[int], None]) -> None:
-    hold(held)
+def test_layers_against_float32(name: str, held: int) -> None:
     arguments = CASES[name].arguments()
     run = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))
     wide = jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, arguments)
     with jax.default_matmul_precision("highest"):
         want = decode_layers.reference(*wide)
-    got = run(*arguments)
+    with tuned(held_tiles=held):
+        got = run(*arguments)
     assert not np.asarray(got.stall).any()
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(ours, np.asarray(theirs, np.float64)) < 1e-2 if theirs.ndim > 1 else True

@@ -42,7 +42,7 @@ from flashsvd_jax.encoder_model import EncoderModel
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import build_encoder_weights
-from flashsvd_jax.models.pass_options import encoder_options, is_to_spare_workspace
+from flashsvd_jax.models.pass_options import encoder_options
 from flashsvd_jax.models.sequence_blocks import in_blocks, tokens_together
 from flashsvd_jax.random_weights import arrays_of_the_host
 from flashsvd_jax.shapes import layer_sites, uniform_rank
@@ -169,8 +169,7 @@ def test_a_pass_in_blocks(ratio: float | None, caplog: pytest.LogCaptureFixture)
 
     def compiled(block_tokens: int | None) -> Any:
         run = partial(in_blocks, partial(hidden_states, config, weights), block_tokens)
-        spares = is_to_spare_workspace(weights.layers, tokens_together(*tokens.shape, block_tokens))
-        options = encoder_options(weights.layers, spares_workspace=spares)
+        options = encoder_options(weights.layers, tokens_together(*tokens.shape, block_tokens))
         return jax.jit(run, compiler_options=options).lower(tokens, lengths).compile()
 
     in_one, in_blocks_of_two = compiled(None), compiled(1024)

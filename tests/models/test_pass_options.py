@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flashsvd_jax.models.pass_options import encoder_options, is_to_spare_workspace, prompt_options
+from flashsvd_jax.models.pass_options import encoder_options, prompt_options, spares_workspace
 from pallas_kernels import MOST_KINDS, Target, assume_target, layer_kinds
 from pallas_kernels.target import H200
 
@@ -28,8 +28,8 @@ def test_kinds_are_counted_by_shapes() -> None:
 @pytest.mark.parametrize("device", [Target("cpu"), dataclasses.replace(H200, interpret=True)])
 def test_options_are_for_gpus_alone(device: Target) -> None:
     with assume_target(device):
-        assert prompt_options(MANY) is None and encoder_options(FEW, spares_workspace=True) is None
-        assert not is_to_spare_workspace(FEW, 512)
+        assert prompt_options(MANY) is None and encoder_options(FEW, 512) is None
+        assert not spares_workspace(FEW, 512)
 
 
 def test_products_of_prompts_are_a_librarys_and_of_many_kinds_untried() -> None:
@@ -41,13 +41,13 @@ def test_products_of_prompts_are_a_librarys_and_of_many_kinds_untried() -> None:
 @pytest.mark.parametrize("tokens", [None, 128, 512, 4096, 8192])
 def test_small_blocks_of_encoders_do_without_a_librarys_workspace(tokens: int | None) -> None:
     with assume_target(H200):
-        spares = is_to_spare_workspace(FEW, tokens)
+        spares = spares_workspace(FEW, tokens)
         assert spares == (tokens in (512, 4096))
-        backends = (encoder_options(FEW, spares_workspace=spares) or {}).get("xla_gpu_experimental_autotune_backends")
+        backends = (encoder_options(FEW, tokens) or {}).get("xla_gpu_experimental_autotune_backends")
         assert (backends is not None and "CUBLAS" not in backends) == spares
-        assert not is_to_spare_workspace(MANY, tokens)
-        assert encoder_options(MANY, spares_workspace=False) == LIBRARY | UNTRIED
+        assert not spares_workspace(MANY, tokens)
+        assert encoder_options(MANY, tokens) == LIBRARY | UNTRIED
         wide = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), FEW)
-        assert not is_to_spare_workspace(wide, tokens)
+        assert not spares_workspace(wide, tokens)
     with assume_target(dataclasses.replace(H200, capability=(7, 5))):
-        assert not is_to_spare_workspace(FEW, tokens)
+        assert not spares_workspace(FEW, tokens)

@@ -174,7 +174,7 @@ def test_a_pass_that_cannot_do_without_a_library_is_compiled_with_it_and_says_so
             raise jax.errors.JaxRuntimeError("NOT_FOUND: no configs for a product\nand more")
         return begin(step, *shapes)
 
-    monkeypatch.setattr(encoder_model, "is_to_spare_workspace", lambda *of: True)
+    monkeypatch.setattr(encoder_model, "spares_workspace", lambda *of: True)
     monkeypatch.setattr(BackgroundStep, "begin", refuses_once)
     model = load_encoder(tiny_encoder.folder, progress=False, block_tokens=64)
     np.testing.assert_allclose(encode(model, TEXTS), tiny_encoder.vectors(TEXTS), rtol=0, atol=1e-4)

@@ -1,12 +1,11 @@
 """The engine's decode step at the widths of published models, two layers deep, with shapes for weights."""
 
-import dataclasses
 from typing import Any
-from unittest import mock
 
 import jax
 from cut_models import first_layers
 from h200_target import as_on_h200, on_h200
+from persistent_sizes import tuned
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
@@ -14,7 +13,6 @@ from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import abstract_params, flatten
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import hardware_rank
-from pallas_kernels.persistent import layers, tuning
 
 LAYERS = 2
 _DENSE_AMONG_LOW_RANK = (
@@ -47,12 +45,10 @@ def lower_decode(
     ``held_tiles`` is as the persistent kernel's sizes have it.
     """
     config = two_layers(name, kind)
-    sizes = tuning.tuning_for
 
     def build(params: dict[str, Any]) -> DecoderWeights:
         return build_weights(config, flatten(params).__getitem__, hardware_rank)
 
     weights = on_h200(jax.eval_shape(build, abstract_params(config)))
-    held = lambda *of: dataclasses.replace(sizes(*of), held_tiles=held_tiles)  # noqa: E731
-    with as_on_h200(), mock.patch.object(layers, "tuning_for", held):
+    with as_on_h200(), tuned(held_tiles=held_tiles):
         return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode(greedy=greedy)

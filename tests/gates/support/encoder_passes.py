@@ -12,7 +12,7 @@ from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
 from flashsvd_jax.models.encoder import hidden_states
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
-from flashsvd_jax.models.pass_options import encoder_options, is_to_spare_workspace
+from flashsvd_jax.models.pass_options import encoder_options
 from flashsvd_jax.models.sequence_blocks import in_blocks, tokens_together
 from flashsvd_jax.schema import abstract_params, flatten, sites
 from pallas_kernels import hardware_rank
@@ -38,6 +38,5 @@ def lower_pass(rank: int | None, batch: int, tokens: int, block_tokens: int | No
     weights = jax.eval_shape(build, abstract_params(config))
     given = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
     with as_on_h200():
-        spares = is_to_spare_workspace(weights.layers, tokens_together(batch, tokens, block_tokens))
-        options = encoder_options(weights.layers, spares_workspace=spares)
+        options = encoder_options(weights.layers, tokens_together(batch, tokens, block_tokens))
     return lower_for_cuda(run, weights, *given, compiler_options=options)
