@@ -21,6 +21,7 @@ from one_shape import RANKS, options, rows_file, shape_of
 
 from flashsvd_jax.benchmark import bytes_per_token, provenance, read_bandwidth
 from flashsvd_jax.config import ModelConfig
+from flashsvd_jax.decode_loop import loop_options
 from flashsvd_jax.kv_cache import CACHE_UNIT, KVCache, empty_cache
 from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import DecoderWeights
@@ -28,7 +29,7 @@ from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import prefer
 from pallas_kernels.persistent import building, code, copies, launch, layers, loading, plan, tuning, words
 
-CALLS, REPEATS = 20, 4
+STEPS, CALLS, REPEATS = 8, 3, 4
 Patch = tuple[Any, str, Any]
 
 
@@ -44,6 +45,18 @@ def _nothing_copied(to: Any, barrier: Any, *rest: Any) -> None:
 
 NO_WAITS: Patch = (launch, "until_written", _at_once)
 NO_COPIES: Patch = (copies, "copy_tile", _nothing_copied)
+
+
+def _read_later(cycles: int) -> Patch:
+    """Words are not looked for before so many cycles have passed."""
+    spin = "{ .reg .pred q; .reg .u32 a, b; mov.u32 a, %clock; again: mov.u32 b, %clock; sub.u32 b, b, a; "
+    spin += f"setp.lt.u32 q, b, {cycles}; @q bra again; }}"
+
+    def until_written(reads: Sequence[words.Read], patience: Any) -> list[list[Any]]:
+        code.ptx(spin)
+        return words.until_written(reads, patience)
+
+    return launch, "until_written", until_written
 
 
 def _splits(change: Callable[[int], int]) -> Patch:
@@ -76,9 +89,7 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "shares uneven by 3": (_tuning(uneven_tiles=3),),
     "shares uneven by 6": (_tuning(uneven_tiles=6),),
     "all row tiles whole": (_tuning(whole_row_tiles=0),),
-    "1 tile held": (_tuning(held_tiles=1),),
-    "2 tiles held": (_tuning(held_tiles=2),),
-    "3 tiles held": (_tuning(held_tiles=3),),
+    "words read 300 cycles later": (_read_later(300),),
     "one warpgroup reads": (_tuning(readers=1),),
     "two warpgroups read": (_tuning(readers=2),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
@@ -98,20 +109,32 @@ def patched(patches: Sequence[Patch]) -> Iterator[None]:
         yield
 
 
-def compile_step(config: ModelConfig, weights: DecoderWeights, cache: KVCache, patches: Sequence[Patch]) -> Any:
-    """A step of decoding with the persistent kernel, so replaced. Fails where the kernel refuses."""
+def compile_steps(
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, patches: Sequence[Patch], count: int = 1
+) -> Any:
+    """Steps of decoding with the persistent kernel, so replaced, all at the same position. Fails where the kernel refuses.
 
-    def step(weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> Any:
-        return decoder.decode(config, weights, cache, tokens, positions)
+    Several of them in one program, as a host may take longer to send a step, of hundreds of arrays, than the step takes.
+    """
+
+    def steps(weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> Any:
+        def step(_: jax.Array, found: Any) -> Any:
+            return decoder.decode(config, weights, found[0], tokens, positions)
+
+        shapes = jax.eval_shape(lambda: decoder.decode(config, weights, cache, tokens, positions))
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tuple(shapes[1:]))
+        return jax.lax.fori_loop(0, count, step, (cache, *nothing))
 
     numbers = jax.ShapeDtypeStruct((cache.keys[0].shape[0],), jnp.int32)
     with patched(patches), prefer("persistent"):
-        traced = jax.jit(step, donate_argnums=1).trace(weights, cache, numbers, numbers)
+        traced = jax.jit(steps, donate_argnums=1, compiler_options=loop_options()).trace(
+            weights, cache, numbers, numbers
+        )
         return traced.lower().compile()
 
 
-def microseconds(step: Any, weights: DecoderWeights, cache: KVCache, position: int) -> tuple[float, KVCache]:
-    """The median over repeats of a call's time in a chain of them, and the cache that the last one left."""
+def microseconds(steps: Any, weights: DecoderWeights, cache: KVCache, position: int) -> tuple[float, KVCache]:
+    """The median over repeats of a step's time in a chain of calls of STEPS, and the cache that the last one left."""
     batch = cache.keys[0].shape[0]
     tokens, positions = jnp.ones((batch,), jnp.int32), jnp.full((batch,), position, jnp.int32)
     times = []
@@ -119,9 +142,9 @@ def microseconds(step: Any, weights: DecoderWeights, cache: KVCache, position: i
         jax.block_until_ready(cache)
         start = time.perf_counter()
         for _ in range(CALLS):
-            cache, logits, _ = step(weights, cache, tokens, positions)
+            cache, logits, _ = steps(weights, cache, tokens, positions)
         jax.block_until_ready(logits)
-        times.append(1e6 * (time.perf_counter() - start) / CALLS)
+        times.append(1e6 * (time.perf_counter() - start) / (CALLS * STEPS))
     return statistics.median(times), cache
 
 
@@ -143,8 +166,8 @@ def main() -> int:
     common |= {"batch": parsed.batch, "context": parsed.context, "floor_us": round(floor, 1)}
     common |= {"jax": jax.__version__, **provenance()}
     for name in parsed.variants.split(","):
-        step = compile_step(config, weights, cache, VARIANTS[name])
-        us, cache = microseconds(step, weights, cache, parsed.context - 1)
+        steps = compile_steps(config, weights, cache, VARIANTS[name], STEPS)
+        us, cache = microseconds(steps, weights, cache, parsed.context - 1)
         append_row(out, common | {"variant": name, "us": round(us, 1)})
         print(f"{name:<24} {us:8.1f} us, floor {floor:8.1f} us", flush=True)
     return 0

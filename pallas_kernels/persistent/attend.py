@@ -21,7 +21,7 @@ from pallas_kernels.persistent.launch import BY_WARP, FRESH_KEY, FRESH_VALUE, Em
 from pallas_kernels.persistent.steps import HALF_TILE, TILE_BYTES, TILE_K, TILE_ROWS, Attention
 from pallas_kernels.persistent.words import store_word
 
-WEIGHTS_TILE = 8 * TILE_K * 2  # byte of the activations where the softmax's weights lie, behind the queries
+WEIGHTS_TILE = 8 * TILE_K * 2  # byte of `Launch.heads` where the softmax's weights lie, behind the queries
 _SHAPE = plgpu.ShapeDtypeStruct((TILE_ROWS, 8), jnp.float32, layout=plgpu.Layout.WGMMA)  # pyright: ignore
 
 
@@ -84,7 +84,7 @@ def softmax(
             for i, m in enumerate(masked)
         ]
         for weight, (_, row, column) in zip(weights, seen, strict=True):
-            w.store_activation(e.activations, w.activation_offset(row, column, w.integer(WEIGHTS_TILE)), weight)
+            w.store_activation(e.heads, w.activation_offset(row, column, w.integer(WEIGHTS_TILE)), weight)
         parts = [value for value, _, _ in _entries(sums)[:2]]
         added = [
             w.add_f(w.mul_f(p, s), w.add_f(weights[i], weights[i + 2]))

@@ -1,8 +1,8 @@
 """Code below Pallas, emitted piece by piece: integers, floats, memory, control.
 
-With `words`, `copies` and `tensor_maps`, all that knows JAX's internals (`inline_mgpu`, `mosaic.gpu.utils`, MLIR dialects); tried
-with jax 0.11.2 and 0.12.0. Functions emit into the kernel that is being traced; values are 32-bit MLIR integers and floats, offsets
-are bytes.
+With `words`, `copies`, `products` and `tensor_maps`, all that knows JAX's internals (`inline_mgpu`, `mosaic.gpu.utils`, MLIR
+dialects); tried with jax 0.11.2 and 0.12.0. Functions emit into the kernel that is being traced; values are 32-bit MLIR integers
+and floats, offsets are bytes.
 """
 
 import functools
@@ -142,12 +142,6 @@ def let_be_multiplied() -> None:
 _READERS = 8  # a barrier of the hardware that is nobody else's: JAX counts its own from 1, one for each warpgroup
 
 
-def ready_for_products() -> None:
-    """Orders registers and shared memory before the next wgmma. In a loop ptxas would do so itself, but where it takes the loop for
-    divergent, it then lets no two wgmma overlap."""
-    ptx("wgmma.fence.sync.aligned;")
-
-
 def when(condition: Value) -> Any:
     """A context whose code runs where the condition holds."""
     return utils.when(condition)
@@ -197,6 +191,12 @@ def total(values: Sequence[Value]) -> Value:
 def splat(value: Value) -> Any:
     """An integer as a scalar array."""
     return FragmentedArray.splat(value, (), is_signed=True)
+
+
+def as_products(values: Sequence[Value], shape: tuple[int, int]) -> Any:
+    """Four floats of each thread as an array of this shape, [64, 8], as the tensor cores leave it."""
+    found, turn = FragmentedArray.splat(number(0.0), shape, plgpu.Layout.WGMMA.to_mgpu()), iter(values)
+    return found.foreach(lambda value, at: next(turn), create_array=True)
 
 
 def either(a: Value, b: Value) -> Value:
@@ -258,6 +258,12 @@ def clear(base: Value, bytes_: int) -> None:
     for start in range(0, bytes_, 128 * 16):
         offset = add(mul(thread(), integer(16)), integer(start))
         ptx("{ .reg .u32 o; add.u32 o, $0, $1; st.shared.v4.b32 [o], {$2,$2,$2,$2}; }", base, offset, integer(0))
+
+
+def input_offset(k: Value, row: Value, rows: int) -> Value:
+    """Where column k of a row lies in the input of products: eight columns of all rows, then the next eight."""
+    chunk = add(mul(arith.shrui(k, integer(3)), integer(rows)), row)
+    return add(mul(chunk, integer(16)), mul(both(k, integer(7)), integer(2)))
 
 
 def activation_offset(k: Value, row: Value, slice_start: Value) -> Value:

@@ -64,9 +64,7 @@ class _Heads:
     def _query(self, number: int) -> None:
         head = w.add(w.mul(self.head, w.integer(self.of.group)), w.integer(number))
         values = self._rotated(self._normed(self._columns(0, head), 0))
-        w.store_activations(
-            self.e.activations, w.activation_offset(self.place, w.integer(number), w.integer(0)), values
-        )
+        w.store_activations(self.e.heads, w.activation_offset(self.place, w.integer(number), w.integer(0)), values)
 
     def _columns(self, which: int, head: Value) -> list[Value]:
         """Of a head of the queries (0), keys (1) or values (2), as projected."""

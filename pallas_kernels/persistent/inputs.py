@@ -19,7 +19,6 @@ from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
 from pallas_kernels.persistent.words import Read, load_words, store_word, store_words
-from pallas_kernels.rounding import power_of_two
 
 _WORDS_OF_VARYING = 96
 """That are waited for together, at the most, where what is told of an output by layer takes registers, too."""
@@ -97,7 +96,7 @@ class _Loader:
         self.plan, self.source = self.e.plan, self.phase.source
         self.threads = THREADS * self.plan.tuning.readers
         self.columns = w.mul(self.k_tiles, w.integer(TILE_K))  # of this part of the slice
-        self.rows = power_of_two(self.plan.batch)
+        self.rows = self.plan.input_rows
         self.warp, self.lane = w.quotient(w.reader(), 32), w.remainder(w.reader(), 32)
         row = w.remainder(self.warp, self.rows)
         self.has_row, self.row = (
@@ -179,7 +178,7 @@ class _Loader:
         within = w.add(k, w.mul(self.split, self.columns))
         real = w.below(within, self.width)
         column = w.add(w.select(real, within, w.integer(0)), self.start)
-        return _Chunk(mine, real, column, w.activation_offset(k, self.row, w.integer(0)))
+        return _Chunk(mine, real, column, w.input_offset(k, self.row, self.rows))
 
     def _wait(self, chunks: list[_Chunk]) -> tuple[list[list[list[Value]]], Value | None]:
         """For each chunk its columns, once all words are written: one list of four, two where there is a gate. Then what the

@@ -49,11 +49,12 @@ def run_layers(
 
     def decode_layers(*refs: Any) -> None:
         maps, addresses, x, cos, sin, lengths, numbers, words, stall = refs[:9]
-        logits, activations, small, slots, barriers, ready = refs[len(operands) :]
-        launch = Launch(plan, words, stall, addresses, numbers, small, activations, eps)
+        logits, slots, heads, activations, small, barriers, ready = refs[len(operands) :]
+        launch = Launch(plan, words, stall, addresses, numbers, small, activations, heads, eps)
         ring = Ring(slots, barriers, maps, plan.tuning.tiles_in_flight)
         _Program(launch, ring, x, (cos, sin), lengths, refs[9 : len(operands)], logits, ready).run()
 
+    slots, barriers = ring_memory(plan.stages)
     (logits,) = plgpu.kernel(
         decode_layers,
         out_type=(jax.ShapeDtypeStruct((plan.batch, _columns(plan)), jnp.float32),),
@@ -63,9 +64,11 @@ def run_layers(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
-            plgpu.SMEM((plan.activation_tiles, 8, TILE_K), jnp.bfloat16, transforms=w.TILED),
+            slots,
+            plgpu.SMEM((2, 8, TILE_K), jnp.bfloat16, transforms=w.TILED),
+            plgpu.SMEM((plan.input_bytes // 2,), jnp.bfloat16),
             plgpu.SMEM((SMALL_FLOATS,), jnp.float32),
-            *ring_memory(plan.stages),
+            barriers,
             plgpu.Barrier(num_barriers=1),
         ],
     )(*operands)
@@ -143,17 +146,16 @@ class _Program:
         return tiles
 
     def _clear(self) -> None:
-        """Activations of sequences that are not there are never read, but multiplied: they must be numbers."""
-        tiles = self.launch.plan.activation_tiles
+        """Queries that are not there are never read, but multiplied: they must be numbers."""
 
         @w.emitted(plgpu.RefType(), plgpu.RefType(w.TILED))
-        def emit(context: Any, small: Any, activations: Any) -> None:
-            w.clear(w.address(activations), tiles * 8 * TILE_K * 2)
+        def emit(context: Any, small: Any, heads: Any) -> None:
+            w.clear(w.address(heads), 2 * 8 * TILE_K * 2)
             with w.when(w.equal(w.thread(), w.integer(0))):
                 for at, value in ((PATIENCE, SPINS), (SAID, 0)):
                     w.store_shared_integer(w.add(w.shared_address(small), w.integer(at)), w.integer(value))
 
-        emit(self.launch.small, self.launch.activations)
+        emit(self.launch.small, self.launch.heads)
         plgpu.commit_smem()
 
     def _tell_stalls(self) -> None:

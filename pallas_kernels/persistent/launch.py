@@ -38,7 +38,8 @@ class Launch:
       addresses: of all operands, layer by layer.
       numbers: int32 [layers, columns], what differs from layer to layer; see `number` and the plan's `Numbers.columns`.
       small: shared memory for reductions.
-      activations: shared memory [tiles, 8, 128].
+      activations: shared memory, a phase's input; see `products`.
+      heads: shared memory [2, 8, 128], an attention's queries and the softmax's weights.
       eps: of all norms.
     """
 
@@ -49,6 +50,7 @@ class Launch:
     numbers: Any
     small: Any
     activations: Any
+    heads: Any
     eps: float
 
     def number(self, values: Sequence[int], layer: jax.Array) -> jax.Array:
@@ -81,6 +83,7 @@ class Emitter:
     numbers: Value
     small: Value
     activations: Value
+    heads: Value
     layer: Value
 
     def __post_init__(self) -> None:
@@ -156,19 +159,19 @@ class Place:
     ) -> Any:
         """Emits ``body(emitter, scalars, addresses of refs, arrays)``; arrays are [64, 8] as products leave them."""
         launch = self.launch
-        types = [plgpu.RefType()] * 4 + [ref_type or plgpu.RefType()] * len(refs) + [plgpu.RefType(w.TILED)]
+        types = [plgpu.RefType()] * 5 + [plgpu.RefType(w.TILED)] + [ref_type or plgpu.RefType()] * len(refs)
         types += [w.SCALAR(())] * (1 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
 
         @w.emitted(*types, returns=returns)
         def code(context: Any, *values: Any) -> Any:
-            words, addresses, numbers, small, *rest = values
-            given, (activations, layer, *rest) = rest[: len(refs)], rest[len(refs) :]
+            words, addresses, numbers, small, activations, heads, *rest = values
+            given, (layer, *rest) = rest[: len(refs)], rest[len(refs) :]
             emitter = Emitter(
                 launch, self.step, w.address(words), w.address(addresses), w.address(numbers),
-                w.shared_address(small), w.shared_address(activations), w.scalar(layer),
+                w.shared_address(small), w.shared_address(activations), w.shared_address(heads), w.scalar(layer),
             )  # fmt: skip
             found = [w.scalar(value) for value in rest[: len(scalars)]]
             return body(emitter, found, [w.address(ref) for ref in given], rest[len(scalars) :])
 
-        fixed = (launch.words, launch.addresses, launch.numbers, launch.small)
-        return code(*fixed, *refs, launch.activations, self.layer, *scalars, *arrays)
+        fixed = (launch.words, launch.addresses, launch.numbers, launch.small, launch.activations, launch.heads)
+        return code(*fixed, *refs, self.layer, *scalars, *arrays)

@@ -23,12 +23,14 @@ from pallas_kernels.persistent.steps import (
     Step,
 )
 from pallas_kernels.persistent.tuning import Tuning
+from pallas_kernels.rounding import power_of_two
 
 SHARED_MEMORY = 227 * 1024
 MOST_LAYERS = 250
 """Epochs fit into eight bits."""
 
-_SMALL = 4096  # bytes of shared memory for barriers and reductions
+_UNIT = 1024  # bytes of shared memory that an array takes a multiple of
+_SMALL = 3 * _UNIT  # for barriers and reductions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,22 +63,20 @@ class Plan:
         return max(step.activation_tiles for step in self.steps)
 
     @property
+    def input_rows(self) -> int:
+        """Of an input: as many as sequences, or the next power of two."""
+        return power_of_two(self.batch)
+
+    @property
+    def input_bytes(self) -> int:
+        """Of the largest input. Products take eight rows; those that there are not are read from what follows, and mean nothing."""
+        return self.activation_tiles * TILE_K * 2 * self.input_rows
+
+    @property
     def stages(self) -> int:
-        """Weight tiles that fit beside the largest input."""
-        return (SHARED_MEMORY - _SMALL - self.activation_tiles * 8 * TILE_K * 2) // TILE_BYTES
-
-    def held_tiles(self, step: int) -> int:
-        """That a program holds in registers while it waits for a step's input.
-
-        Behind attention inputs follow each other so closely that the ring is full before they are there: so from the second phase
-        there on, until those before it are together as long as the ring.
-        """
-        attention = next(i for i, s in enumerate(self.steps) if isinstance(s, Attention))
-        before = range(attention + 1, step)
-        if not before or step >= self.in_layer or self.tuning.readers > 1:
-            return 0
-        tiles = sum(sum(self.steps[i].work(0, self.programs)) for i in before) / self.programs
-        return self.tuning.held_tiles if tiles < self.stages else 0
+        """Weight tiles that fit beside that, and an attention's queries and weights."""
+        inputs = -(-self.input_bytes // _UNIT) * _UNIT + 2 * 8 * TILE_K * 2
+        return (SHARED_MEMORY - _SMALL - inputs) // TILE_BYTES
 
     @functools.cached_property
     def first_programs(self) -> tuple[tuple[int, ...], ...]:

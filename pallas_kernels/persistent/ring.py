@@ -91,10 +91,10 @@ class Ring:
         @w.emitted(plgpu.RefType(), plgpu.RefType(w.TILED), plgpu.RefType(), *[w.SCALAR(())] * 4)
         def emit(context: Any, maps: Any, slots: Any, barriers: Any, *numbers: Any) -> None:
             index, row, column, tile = map(w.scalar, numbers)
-            filled, freed, slot = self._barriers(barriers, tile)
+            filled, freed, slot = self.barriers_of(barriers, tile)
             copies.pass_barrier(*freed, w.below(w.integer(self.stages - 1), tile))
             earlier = w.sub(tile, w.integer(self.in_flight))
-            landed, _, _ = self._barriers(barriers, earlier)
+            landed, _, _ = self.barriers_of(barriers, earlier)
             copies.pass_barrier(*landed, w.below(w.integer(self.in_flight - 1), tile))
             at = w.offset_pointer(w.address(maps), w.mul(index, w.integer(128)))
             to = w.add(w.shared_address(slots), w.mul(slot, w.integer(TILE_BYTES)))
@@ -103,38 +103,31 @@ class Ring:
         emit(self.maps, self.slots, self.barriers, operand, row, column, tiles)
         return tiles + 1
 
-    def await_tile(self, tile: jax.Array, condition: jax.Array | None = None) -> jax.Array:
-        """Waits until a tile has landed, where the condition holds; gives its slot."""
-        numbers = _numbers(tile, condition)
+    def await_tile(self, tile: jax.Array) -> jax.Array:
+        """Waits until a tile has landed; gives its slot."""
 
-        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * len(numbers), returns=w.INTEGER)
-        def emit(context: Any, barriers: Any, tile: Any, *condition: Any) -> Any:
-            filled, _, slot = self._barriers(barriers, w.scalar(tile))
-            copies.pass_barrier(*filled, *(w.below(w.integer(0), w.scalar(c)) for c in condition))
+        @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=w.INTEGER)
+        def emit(context: Any, barriers: Any, tile: Any) -> Any:
+            filled, _, slot = self.barriers_of(barriers, w.scalar(tile))
+            copies.pass_barrier(*filled)
             return w.splat(slot)
 
-        return emit(self.barriers, *numbers)
+        return emit(self.barriers, tile)
 
-    def give_back(self, tile: jax.Array, condition: jax.Array | None = None) -> None:
-        """Frees the slot of a tile, where the condition holds."""
-        numbers = _numbers(tile, condition)
+    def give_back(self, tile: jax.Array) -> None:
+        """Frees the slot of a tile."""
 
-        @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * len(numbers))
-        def emit(context: Any, barriers: Any, tile: Any, *condition: Any) -> None:
-            _, (at, _), _ = self._barriers(barriers, w.scalar(tile))
-            copies.arrive(at, *(w.below(w.integer(0), w.scalar(c)) for c in condition))
+        @w.emitted(plgpu.RefType(), w.SCALAR(()))
+        def emit(context: Any, barriers: Any, tile: Any) -> None:
+            _, (at, _), _ = self.barriers_of(barriers, w.scalar(tile))
+            copies.arrive(at)
 
-        emit(self.barriers, *numbers)
+        emit(self.barriers, tile)
 
-    def _barriers(self, barriers: Any, tile: Any) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
+    def barriers_of(self, barriers: Any, tile: Any) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
         """For a tile's copy: the barrier that says it has landed, and the parity of that; the one that says its slot was free for
         it, likewise; the slot. A slot's phases alternate from tile to tile."""
         turn, slot = w.quotient(tile, self.stages), w.remainder(tile, self.stages)
         filled = w.add(w.shared_address(barriers), w.mul(slot, w.integer(8)))
         freed = w.add(filled, w.integer(8 * self.stages))
         return (filled, w.both(turn, w.integer(1))), (freed, w.both(w.add(turn, w.integer(1)), w.integer(1))), slot
-
-
-def _numbers(tile: jax.Array, condition: jax.Array | None) -> list[jax.Array]:
-    """A tile, and the condition if there is one, as emitted code takes them."""
-    return [tile] if condition is None else [tile, condition.astype(jnp.int32)]

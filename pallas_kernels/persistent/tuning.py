@@ -24,7 +24,6 @@ class Tuning:
       uneven_tiles: they are, too, where that makes no program's share longer by more tiles than this: who reads the output then has
         fewer words to read, one for each split.
       most_parts: of a sequence's positions.
-      held_tiles: of a short phase, that a program holds in registers while it waits for the input; where one warpgroup reads.
       readers: warpgroups that put an input together: 1, the one that multiplies it, or 2, another beside it. Each serves four
         sequences.
     """
@@ -35,7 +34,6 @@ class Tuning:
     whole_row_tiles: int = 16
     uneven_tiles: int = 0
     most_parts: int = 16
-    held_tiles: int = 0
     readers: int = 2
 
 

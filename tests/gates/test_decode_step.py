@@ -52,10 +52,3 @@ def test_a_greedy_dispatch_is_one_command_buffer_with_few_launches(
 def test_a_dispatch_with_options_is_one_command_buffer_too(name: str, kind: str, batch: int, kernels: str) -> None:
     kinds = [thunk.kind for thunk in compiled_step(name, kind, batch, kernels, False).loop_body()]
     assert kinds.count("kConditional") == 2  # an order of the tokens, and log-probabilities
-
-
-def test_a_tile_in_registers_leaves_enough_of_them() -> None:
-    compiled = compile_lowered_by(lower_decode, "llama-2-7b", "low-rank", 1, SLOTS, held_tiles=1)
-    (used,) = (used for name, used in compiled.resources.items() if name.startswith("decode_layers"))
-    assert (used.spill_stores, used.warnings) == (0, ())
-    assert sum("ldmatrix" in line for line in compiled.ptx["decode_layers_mosaic_gpu_kernel"].splitlines()) == 2 * 8

@@ -36,8 +36,8 @@ class Threads:
         self.awaited: Array = 0
 
     def emitter(self, step: int, layer: int, eps: float) -> Emitter:
-        shell = Launch(self.machine.plan, *[None] * 6, eps)  # pyright: ignore[reportArgumentType]
-        return Emitter(shell, step, WORDS, ADDRESSES, NUMBERS, 0, 0, layer)
+        shell = Launch(self.machine.plan, *[None] * 7, eps)  # pyright: ignore[reportArgumentType]
+        return Emitter(shell, step, WORDS, ADDRESSES, NUMBERS, 0, 0, 0, layer)
 
     # ------------------------------------------------------------------ memory
 
@@ -145,7 +145,7 @@ def running(threads: Threads) -> Iterator[None]:
         "program": lambda: threads.program,
         "meet": lambda: None, "when": threads.when, "repeat": threads.repeat, "load_pointer": threads.load_pointer,
         "load_integer": threads.load_integer, "load_bf16": threads.load_bf16, "floats": list,
-        "total": lambda values: sum(values), "offset_pointer": base, "activation_offset": lambda k, row, start: 8 * k + row,
+        "total": lambda values: sum(values), "offset_pointer": base, "input_offset": lambda k, row, rows: 8 * k + row,
         "store_activations": threads.store_activations, "store_shared": threads.store_shared,
         "load_shared": lambda b, offset: threads.shared.get(int(offset), np.nan), "inverse_root": lambda v: 1 / np.sqrt(v),
         "power_of_two": np.exp2, "_reciprocal": lambda v: 1 / v, "positive": lambda v: v > 0, "ACTIVATIONS": ACTIVATIONS,

@@ -19,6 +19,7 @@ USED: list[tuple[str, Any, str, set[str]]] = [
     ("code.partner", utils, "shfl_bfly", set()),
     ("code.integer", utils, "c", set()),
     ("code.splat", FragmentedArray, "splat", {"value", "shape", "is_signed"}),
+    ("code.as_products", plgpu.Layout.WGMMA, "to_mgpu", set()),
     ("attend, outputs", FragmentedArray, "foreach", {"fn", "create_array"}),
     ("code.repeat", scf, "ForOp", set()),
     ("words.until_written", scf, "WhileOp", set()),

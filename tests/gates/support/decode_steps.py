@@ -5,7 +5,6 @@ from typing import Any
 import jax
 from cut_models import first_layers
 from h200_target import as_on_h200, on_h200
-from persistent_sizes import tuned
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
@@ -31,24 +30,14 @@ def two_layers(name: str, kind: str) -> ModelConfig:
 
 
 def lower_decode(
-    name: str,
-    kind: str,
-    batch: int,
-    max_length: int,
-    kernels: str = "auto",
-    *,
-    greedy: bool = True,
-    held_tiles: int = 0,
+    name: str, kind: str, batch: int, max_length: int, kernels: str = "auto", *, greedy: bool = True
 ) -> Any:
-    """The step lowered as on an H200. Only in a process that describes one: the engine lowers for where its weights are.
-
-    ``held_tiles`` is as the persistent kernel's sizes have it.
-    """
+    """The step lowered as on an H200. Only in a process that describes one: the engine lowers for where its weights are."""
     config = two_layers(name, kind)
 
     def build(params: dict[str, Any]) -> DecoderWeights:
         return build_weights(config, flatten(params).__getitem__, hardware_rank)
 
     weights = on_h200(jax.eval_shape(build, abstract_params(config)))
-    with as_on_h200(), tuned(held_tiles=held_tiles):
+    with as_on_h200():
         return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode(greedy=greedy)
