@@ -193,6 +193,23 @@ def splat(value: Value) -> Any:
     return FragmentedArray.splat(value, (), is_signed=True)
 
 
+def logic(function: Callable[[int, int, int], int], a: Value, b: Value, c: Value) -> Value:
+    """Bit by bit, a function of three bits in one instruction."""
+    return utils.inline_ptx(f"lop3.b32 $0, $1, $2, $3, {table_of(function)};", a, b, c, result_types=int_type())
+
+
+def table_of(function: Callable[[int, int, int], int]) -> int:
+    """What it is of each of the eight threes of bits, which are the columns of these numbers."""
+    return function(0xF0, 0xCC, 0xAA)
+
+
+def found_here(*values: Value) -> list[Value]:
+    """The same integers, which the compiler does not put off finding out until they are used."""
+    count = len(values)
+    code = " ".join(f"mov.u32 ${i}, ${count + i};" for i in range(count))
+    return ptx(code, *values, results=[int_type()] * count)
+
+
 def as_products(values: Sequence[Value], shape: tuple[int, int]) -> Any:
     """Four floats of each thread as an array of this shape, [64, 8], as the tensor cores leave it."""
     found, turn = FragmentedArray.splat(number(0.0), shape, plgpu.Layout.WGMMA.to_mgpu()), iter(values)

@@ -87,7 +87,8 @@ class PhaseItems:
         tile = row_tile * self.team.k_tiles
         begin = jnp.maximum(self._begin, tile)
         end = jnp.minimum(self._end, tile + self.team.k_tiles)
-        first_sharer = lax.div((tile + 1) * self.team.sharers - 1, self.team.tiles)
+        tiles = jnp.maximum(self.team.tiles, 1)  # who has no items may ask for one all the same
+        first_sharer = lax.div((tile + 1) * self.team.sharers - 1, tiles)
         piece = jnp.int32(0) if self.phase.whole else self._index - first_sharer
         return Item(row_tile, begin - tile, end - begin, piece)
 

@@ -107,7 +107,9 @@ class _Program:
 
         @pl.when(warpgroup != 1)
         def _() -> None:
-            self._all_steps(lambda place, tiles: self._multiply(place, tiles, warpgroup == 0))
+            alone = self.launch.plan.tuning.readers == 1
+            multiplies = jnp.bool_(True) if alone else warpgroup == 0
+            self._all_steps(lambda place, tiles: self._multiply(place, tiles, multiplies))
 
         @pl.when(warpgroup == 0)
         def _() -> None:

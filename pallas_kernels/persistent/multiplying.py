@@ -16,7 +16,7 @@ from pallas_kernels.persistent.inputs import fill
 from pallas_kernels.persistent.items import AttentionItems, PhaseItems
 from pallas_kernels.persistent.launch import Place
 from pallas_kernels.persistent.outputs import store_words
-from pallas_kernels.persistent.products import products
+from pallas_kernels.persistent.products import Start, products, start_of
 from pallas_kernels.persistent.ring import Ring
 from pallas_kernels.persistent.steps import HALF_TILE, TILE_ROWS, Attention, Phase
 
@@ -30,17 +30,28 @@ def multiply_step(place: Place, ring: Ring, tiles: jax.Array, multiplies: jax.Ar
     assert isinstance(phase, Phase)
     items = PhaseItems(place, phase)
 
+    def start(i: jax.Array, tile: jax.Array) -> Start:
+        """Where the i-th item begins, whose first tile this is."""
+        item = items.item(i)
+        return start_of(
+            place, ring, item, tile, items.split * phase.pieces + item.piece, items.rows(item.row_tile).output
+        )
+
+    # Found out before the input is waited for: all that is done after it is what other programs wait for.
+    first = start(jnp.int32(0), tiles)
+
     @pl.when(items.count > 0)
     def _() -> None:
         fill(place, items.team, items.split, items.is_first.astype(jnp.int32))
 
-    def multiply_item(i: jax.Array, tiles: jax.Array) -> jax.Array:
-        item = items.item(i)
-        found = products(place.launch, ring, item.begin, item.count, tiles)
-        store_words(place, found, items.split * phase.pieces + item.piece, items.rows(item.row_tile).output)
-        return tiles + item.count
+    def multiply_item(i: jax.Array, carry: Any) -> Any:
+        tiles, here = carry
+        store_words(place, products(ring, place.launch.plan.input_rows, here), here.output)
+        tiles += here.count
+        return tiles, lax.cond(i + 1 < items.count, lambda: start(i + 1, tiles), lambda: here)
 
-    return lax.fori_loop(0, jnp.where(multiplies, items.count, 0), multiply_item, tiles)
+    tiles, _ = lax.fori_loop(0, jnp.where(multiplies, items.count, 0), multiply_item, (tiles, first))
+    return tiles
 
 
 def attend_step(

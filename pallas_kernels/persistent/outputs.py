@@ -12,25 +12,23 @@ from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
 from pallas_kernels.persistent.words import store_word
 
 
-def store_words(place: Place, products: Any, part: jax.Array, row: jax.Array) -> None:
-    """Emits the storing of products [64, 8] as the ``part``-th partial sums of a phase, from output row ``row`` on."""
+def store_words(place: Place, products: Any, begin: jax.Array) -> None:
+    """Emits the storing of products [64, 8] as partial sums of a phase, the first one ``begin`` bytes behind its layer's words."""
     plan = place.launch.plan
     phase = plan.steps[place.step]
     assert isinstance(phase, Phase)
 
     def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> None:
-        (part, row), base = scalars, e.base(place.step)
-        begin = w.add(w.mul(part, w.integer(plan.batch * phase.padded_rows)), row)
-        begin = w.add(begin, w.integer(plan.offset("sums", place.step)))
+        (begin,), base = scalars, e.base(place.step)
 
         def one(value: Any, index: Any) -> None:
             r, sequence = (w.as_index(i) for i in index)
-            at = w.add(w.add(begin, r), w.mul(sequence, w.integer(phase.padded_rows)))
-            store_word(base, w.mul(at, w.integer(4)), value, e.epoch, w.below(sequence, w.integer(plan.batch)))
+            within = w.mul(w.add(r, w.mul(sequence, w.integer(phase.padded_rows))), w.integer(4))
+            store_word(base, w.add(begin, within), value, e.epoch, w.below(sequence, w.integer(plan.batch)))
 
         arrays[0].foreach(one)
 
-    place.emit(body, [part, row], arrays=[products])
+    place.emit(body, [begin], arrays=[products])
 
 
 def collect(place: Place, output: Any) -> None:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
+from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
 
 
@@ -91,10 +92,10 @@ class Ring:
         @w.emitted(plgpu.RefType(), plgpu.RefType(w.TILED), plgpu.RefType(), *[w.SCALAR(())] * 4)
         def emit(context: Any, maps: Any, slots: Any, barriers: Any, *numbers: Any) -> None:
             index, row, column, tile = map(w.scalar, numbers)
-            filled, freed, slot = self.barriers_of(barriers, tile)
+            filled, freed, slot = self.barriers_of(w.shared_address(barriers), tile)
             copies.pass_barrier(*freed, w.below(w.integer(self.stages - 1), tile))
             earlier = w.sub(tile, w.integer(self.in_flight))
-            landed, _, _ = self.barriers_of(barriers, earlier)
+            landed, _, _ = self.barriers_of(w.shared_address(barriers), earlier)
             copies.pass_barrier(*landed, w.below(w.integer(self.in_flight - 1), tile))
             at = w.offset_pointer(w.address(maps), w.mul(index, w.integer(128)))
             to = w.add(w.shared_address(slots), w.mul(slot, w.integer(TILE_BYTES)))
@@ -108,7 +109,7 @@ class Ring:
 
         @w.emitted(plgpu.RefType(), w.SCALAR(()), returns=w.INTEGER)
         def emit(context: Any, barriers: Any, tile: Any) -> Any:
-            filled, _, slot = self.barriers_of(barriers, w.scalar(tile))
+            filled, _, slot = self.barriers_of(w.shared_address(barriers), w.scalar(tile))
             copies.pass_barrier(*filled)
             return w.splat(slot)
 
@@ -119,15 +120,15 @@ class Ring:
 
         @w.emitted(plgpu.RefType(), w.SCALAR(()))
         def emit(context: Any, barriers: Any, tile: Any) -> None:
-            _, (at, _), _ = self.barriers_of(barriers, w.scalar(tile))
+            _, (at, _), _ = self.barriers_of(w.shared_address(barriers), w.scalar(tile))
             copies.arrive(at)
 
         emit(self.barriers, tile)
 
-    def barriers_of(self, barriers: Any, tile: Any) -> tuple[tuple[Any, Any], tuple[Any, Any], Any]:
+    def barriers_of(self, barriers: Value, tile: Value) -> tuple[tuple[Value, Value], tuple[Value, Value], Value]:
         """For a tile's copy: the barrier that says it has landed, and the parity of that; the one that says its slot was free for
         it, likewise; the slot. A slot's phases alternate from tile to tile."""
         turn, slot = w.quotient(tile, self.stages), w.remainder(tile, self.stages)
-        filled = w.add(w.shared_address(barriers), w.mul(slot, w.integer(8)))
+        filled = w.add(barriers, w.mul(slot, w.integer(8)))
         freed = w.add(filled, w.integer(8 * self.stages))
         return (filled, w.both(turn, w.integer(1))), (freed, w.both(w.add(turn, w.integer(1)), w.integer(1))), slot

@@ -77,11 +77,24 @@ def _word(value: Value, epoch: Value) -> Value:
 
 
 def differ(words: Sequence[Value], epoch: Value) -> Value:
-    """An integer whose low eight bits are zero if all words are of the epoch."""
-    found = w.integer(0)
-    for word in words:
-        found = arith.ori(found, arith.xori(word, epoch))
-    return found
+    """An integer whose low eight bits are zero if all words are of the epoch.
+
+    Two words at once, then three of what that gives: instructions that follow each other as a tree, not as a chain.
+    """
+    pairs = itertools.zip_longest(words[::2], words[1::2], fillvalue=epoch)
+    found = [w.logic(_either_differs, one, other, epoch) for one, other in pairs]
+    while len(found) > 1:
+        *three, last = found[:3]
+        found = [*found[3:], w.logic(_any, three[0], three[-1], last)]
+    return found[0]
+
+
+def _any(a: int, b: int, c: int) -> int:
+    return a | b | c
+
+
+def _either_differs(a: int, b: int, c: int) -> int:
+    return (a ^ c) | (b ^ c)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,6 +71,9 @@ class PtxMachine:
             self.registers[first] = _BINARY[name](a, b) & 0xFFFFFFFF
         elif name.startswith("setp."):
             self.registers[first] = _COMPARE[name.split(".")[1]](*map(self._value, others))
+        elif name.startswith("shfl.sync.idx"):
+            assert others[1:] == ["0", "31", "-1"]  # the same in all threads, and so it stays
+            self.registers[first] = self._value(others[0])
         elif name == "mov.b64":
             lower, upper = map(self._value, others[0].strip("{}").split(","))
             self.registers[first] = lower | upper << 32

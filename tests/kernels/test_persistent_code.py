@@ -11,7 +11,7 @@ from persistent_machine import ACTIVATIONS, Machine, in_random_order
 from persistent_models import EPS, MODELS, Item, arrays_of, items_of, plan_of
 from persistent_threads import OPERANDS, Threads, running
 
-from pallas_kernels.persistent import code, inputs, items
+from pallas_kernels.persistent import code, inputs, items, words
 from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.items import PhaseItems
 from pallas_kernels.persistent.plan import Plan
@@ -142,6 +142,25 @@ def test_gates_are_as_near_as_bfloat16_can_tell(name: str, tolerance: float) -> 
         far = getattr(code, name)(np.array([-60.0, -9.0, 60.0]))
     np.testing.assert_allclose(got, ACTIVATIONS[name](x), rtol=tolerance, atol=1e-12)
     np.testing.assert_allclose(far, [0, 0, 60], rtol=1e-6, atol=1e-12)
+
+
+def test_words_of_another_epoch_are_seen() -> None:
+    random = np.random.default_rng(0)
+    for count in (1, 2, 3, 4, 5, 20, 128):
+        written = random.integers(0, 1 << 24, count) * 256 + 7
+        with mock.patch.object(code, "logic", lambda function, *bits: function(*bits)):
+            assert words.differ([int(word) for word in written], 7) & 255 == 0
+            for late in range(count):
+                other = [int(word) - (1 if place == late else 0) for place, word in enumerate(written)]
+                assert words.differ(other, 7) & 255
+
+
+def test_a_function_of_three_bits_is_its_table() -> None:
+    """As PTX has it: bit i of the table is the function's where i's bits are those of a, b and c, the first the highest."""
+    for function in (words._any, words._either_differs):
+        for i in range(8):
+            bits = i >> 2 & 1, i >> 1 & 1, i & 1
+            assert code.table_of(function) >> i & 1 == function(*bits)
 
 
 def check_items(phase: Phase, layer: int, found: PhaseItems, wanted: list[Item]) -> None:

@@ -1,14 +1,20 @@
 """The loop of products as PTX, run in Python: what it multiplies, what it waits for, and when it gives slots back."""
 
+import types
+from typing import Any
+from unittest import mock
+
 import ml_dtypes
 import numpy as np
 import pytest
+from persistent_threads import running
 from ptx_machine import PtxMachine
 
-from pallas_kernels.persistent.products import multiply_tiles
-from pallas_kernels.persistent.steps import TILE_BYTES, TILE_K, TILE_ROWS
+from pallas_kernels.persistent.products import multiply_tiles, start_numbers
+from pallas_kernels.persistent.ring import Ring
+from pallas_kernels.persistent.steps import TILE_BYTES, TILE_K, TILE_ROWS, Phase
 
-STAGES, INPUT_TILES = 5, 7
+STAGES, INPUT_TILES, PADDED_ROWS, OFFSET = 5, 7, 192, 1000
 SLOTS, INPUT, BARRIERS = 1024, 1024 + STAGES * TILE_BYTES, 1 << 17
 """Addresses in shared memory."""
 
@@ -30,7 +36,7 @@ def input_bytes(x: np.ndarray, rows: int) -> np.ndarray:
     return found.reshape(-1).view(np.uint8)
 
 
-class Ring:
+class Landing:
     """Tiles land when somebody waits for them, into slots that have been given back."""
 
     def __init__(self, memory: np.ndarray, weights: list[np.ndarray], first: int):
@@ -56,6 +62,16 @@ class Ring:
         self.memory[begin:end] = 0xFF  # no number
 
 
+def started(batch: int, rows: int, begin: int, count: int, tile: int, part: int, row: int) -> list[int]:
+    """What the kernel finds out about an item before its input is there."""
+    phase = mock.Mock(spec=Phase, padded_rows=PADDED_ROWS)
+    plan: Any = types.SimpleNamespace(batch=batch, input_rows=rows, steps=[phase], offset=lambda kind, step: OFFSET)
+    ring = Ring(types.SimpleNamespace(shape=(STAGES,)), None, None, 3)
+    with running(mock.MagicMock(lanes=1)):
+        found = start_numbers(plan, 0, ring, SLOTS, BARRIERS, INPUT, begin, count, tile, part, row)
+    return [int(number) for number in found]
+
+
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 2), (3, 4), (4, 4), (7, 8)])
 @pytest.mark.parametrize(("first", "begin", "count"), [(0, 0, 1), (4, 2, 3), (13, 0, 7), (9, 6, 1)])
 def test_products_of_tiles_and_input(batch: int, rows: int, first: int, begin: int, count: int) -> None:
@@ -65,13 +81,11 @@ def test_products_of_tiles_and_input(batch: int, rows: int, first: int, begin: i
     memory = np.full(INPUT + INPUT_TILES * TILE_K * 2 * rows + 256, 0xFF, np.uint8)  # no number anywhere
     given = input_bytes(x, rows)
     memory[INPUT : INPUT + len(given)] = given
-    ring, slot = Ring(memory, weights, first), first % STAGES
-    arguments = (
-        BARRIERS + 8 * slot, first // STAGES % 2, SLOTS + slot * TILE_BYTES, INPUT + begin * TILE_K * 2 * rows, count,
-        BARRIERS + 8 * STAGES,
-    )  # fmt: skip
-    found = ring.machine.run(multiply_tiles(STAGES, rows), arguments, 4)
+    ring = Landing(memory, weights, first)
+    start = started(batch, rows, begin, count, first, part=3, row=128)
+    found = ring.machine.run(multiply_tiles(STAGES, rows), [*start[:5], BARRIERS + 8 * STAGES], 4)
     columns = slice(begin * TILE_K, (begin + count) * TILE_K)
     want = np.hstack([w.astype(np.float64) for w in weights]) @ x[:, columns].astype(np.float64).T
     np.testing.assert_allclose(found[:, :batch], want, rtol=1e-12, atol=1e-9)
+    assert start[5] == 4 * (OFFSET + 3 * batch * PADDED_ROWS + 128)
     assert ring.given_back == [(first + i) % STAGES for i in range(count)]
