@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 from persistent_machine import ACTIVATIONS, Machine
 
-from pallas_kernels.persistent import attended, code, columns, inputs, launch, words
+from pallas_kernels.persistent import attended, code, columns, inputs, launch, outputs, words
 from pallas_kernels.persistent.launch import Emitter, Launch
 from pallas_kernels.persistent.steps import THREADS
 
@@ -160,7 +160,7 @@ def running(threads: Threads) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, value in emitted.items():
             stack.enter_context(mock.patch.object(code, name, value))
-        for module in (words, columns, attended, inputs, launch):
+        for module in (words, columns, attended, inputs, launch, outputs):
             for name, value in loads.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

@@ -7,50 +7,15 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from persistent_machine import ACTIVATIONS, Machine, in_random_order
-from persistent_models import EPS, MODELS, Item, arrays_of, items_of, plan_of
+from persistent_ended import PROGRAMS, Recorded, ended, found_items, last_phases
+from persistent_machine import ACTIVATIONS
+from persistent_models import EPS, Item, items_of
 from persistent_threads import OPERANDS, Threads, running
 
-from pallas_kernels.persistent import code, inputs, items, words
+from pallas_kernels.persistent import code, inputs, words
 from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.items import PhaseItems
-from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import THREADS, TILE_ROWS, Attention, Collect, Phase
-
-PROGRAMS = 24
-
-
-class Recorded(Machine):
-    """Keeps every program's inputs, by layer and step."""
-
-    def input(self, number: int, layer: int, own: int, team: int, split: int, publishes: bool) -> Any:
-        held = yield from super().input(number, layer, own, team, split, publishes)
-        self.held = getattr(self, "held", {})
-        self.held[layer, number, team, split] = held
-        return held
-
-
-def ended(name: str) -> Recorded:
-    """A machine that has run a model."""
-    arguments = arrays_of(MODELS[name])
-    plan, operands = plan_of(arguments, PROGRAMS)
-    x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
-    wide = [np.asarray(a, np.float64) for a in operands]
-    machine = Recorded(plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int))
-    in_random_order(machine, np.random.default_rng(0))
-    return machine
-
-
-def found_items(plan: Plan, number: int, layer: int, program: int) -> PhaseItems:
-    """As the kernel finds them."""
-    own = layer if number < plan.in_layer else 0
-    shell = types.SimpleNamespace(plan=plan, number=lambda values, layer: jnp.int32(values[own]))
-    place: Any = types.SimpleNamespace(launch=shell, step=number, layer=layer)
-    phase = plan.steps[number]
-    assert isinstance(phase, Phase)
-    with mock.patch.object(items.lax, "axis_index", lambda name: jnp.int32(program)):
-        return PhaseItems(place, phase)
-
 
 ALL_PRODUCTS = (
     "dense among low rank", "some layers dense", "first layer low rank", "split latents", "norms and biases of dense ones",
@@ -61,14 +26,10 @@ ALL_PRODUCTS = (
 @pytest.mark.parametrize("name", ALL_PRODUCTS)
 def test_items_and_inputs_are_those_of_the_protocol(name: str) -> None:
     machine = ended(name)
-    plan, last = machine.plan, machine.plan.layers - 1
-    # Words of the last layer, of the one before and of the head are still there.
-    steps = [(last, number) for number in range(plan.in_layer)]
-    steps += [(plan.layers, number) for number in range(plan.in_layer, len(plan.steps))]
-    for layer, number in steps:
+    plan = machine.plan
+    for layer, number in last_phases(plan):
         phase = plan.steps[number]
-        if not isinstance(phase, Phase):
-            continue
+        assert isinstance(phase, Phase)
         own = layer if number < plan.in_layer else 0
         seen = set()
         for program in range(PROGRAMS):
