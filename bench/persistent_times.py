@@ -67,7 +67,7 @@ def _parts(change: Callable[[int], int]) -> Patch:
     return building, "parts_for", lambda *sizes: change(plan.parts_for(*sizes))
 
 
-def _tuning(**sizes: int) -> Patch:
+def _tuning(**sizes: float) -> Patch:
     return layers, "tuning_for", lambda *of: dataclasses.replace(tuning.tuning_for(*of), **sizes)
 
 
@@ -92,6 +92,7 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "words read 300 cycles later": (_read_later(300),),
     "one warpgroup reads": (_tuning(readers=1),),
     "two warpgroups read": (_tuning(readers=2),),
+    "divided by cost": (_tuning(kilobyte_tiles=0.175),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),

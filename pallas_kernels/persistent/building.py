@@ -9,6 +9,7 @@ from pallas_kernels.decode import DecoderLayer
 from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import Plan, parts_for, splits_for
 from pallas_kernels.persistent.sources import Output, Source
+from pallas_kernels.persistent.splitting import split_by_cost
 from pallas_kernels.persistent.steps import MOST_PARTS, TILE_ROWS, Attention, Collect, Group, Phase, Step
 from pallas_kernels.persistent.tuning import Tuning
 from pallas_kernels.projection import PackedProjection
@@ -123,6 +124,8 @@ def plan_of(
     scale = build.operand([norm.scale])
     (logits,) = build.project("head", [head], Source("stream", (mlp,), stream=middle, behind=1, scale=scale))
     build.steps.append(Collect("logits", logits, head.d_outs[0]))
+    if tuning.kilobyte_tiles:
+        build.steps = split_by_cost(build.steps, in_layer, build.programs, batch, tuning)
     plan = Plan(
         len(layers), tuple(build.steps), in_layer, batch, build.programs, width, keys[0].shape[2], count, tuning
     )

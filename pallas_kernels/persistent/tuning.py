@@ -24,6 +24,8 @@ class Tuning:
       uneven_tiles: they are, too, where that makes no program's share longer by more tiles than this: who reads the output then has
         fewer words to read, one for each split.
       most_parts: of a sequence's positions.
+      kilobyte_tiles: what reading a kilobyte of words costs, in tiles, by which phases are divided; 0 to divide them so that each
+        program has an item.
       readers: warpgroups that put an input together: 1, the one that multiplies it, or 2, another beside it. Each serves four
         sequences.
     """
@@ -34,6 +36,7 @@ class Tuning:
     whole_row_tiles: int = 16
     uneven_tiles: int = 0
     most_parts: int = 16
+    kilobyte_tiles: float = 0.0
     readers: int = 2
 
 

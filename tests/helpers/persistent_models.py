@@ -21,6 +21,7 @@ from pallas_kernels import (
 from pallas_kernels.persistent import building
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import Phase
+from pallas_kernels.persistent.tuning import Tuning
 
 EPS = 1e-5
 Ranks = tuple[int | tuple[int | None, ...] | None, ...]
@@ -130,8 +131,8 @@ def shapes_of(model: Model) -> tuple[Any, ...]:
     return jax.eval_shape(lambda: model.arguments(lambda *shape, dtype: jnp.zeros(shape, dtype)))
 
 
-def plan_of(arguments: tuple[Any, ...], programs: int) -> tuple[Plan, list[Any]]:
-    return building.plan_of(*arguments[:6], programs)
+def plan_of(arguments: tuple[Any, ...], programs: int, tuning: Tuning = building.DEFAULT) -> tuple[Plan, list[Any]]:
+    return building.plan_of(*arguments[:6], programs, tuning)
 
 
 class Item(NamedTuple):

@@ -14,7 +14,9 @@ from persistent_models import MODELS, Model, arrays_of, models, plan_of, shapes_
 from pallas_kernels import (
     decode_layers,
 )
+from pallas_kernels.persistent.building import DEFAULT
 from pallas_kernels.persistent.steps import Attention, Phase
+from pallas_kernels.persistent.tuning import Tuning
 
 SCHEDULES = [in_random_order, with_a_laggard, as_far_as_it_goes]
 
@@ -31,8 +33,10 @@ def check(name: str, programs: int, schedule: Schedule, seed: int) -> None:
     compare(*called(name), programs, schedule, seed)
 
 
-def compare(arguments: tuple[Any, ...], want: Any, programs: int, schedule: Schedule, seed: int) -> None:
-    plan, operands = plan_of(arguments, programs)
+def compare(
+    arguments: tuple[Any, ...], want: Any, programs: int, schedule: Schedule, seed: int, tuning: Tuning = DEFAULT
+) -> None:
+    plan, operands = plan_of(arguments, programs, tuning)
     assert plan.problems() is None
     x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
     wide = [np.asarray(a, np.float64) for a in operands]
@@ -49,6 +53,11 @@ def compare(arguments: tuple[Any, ...], want: Any, programs: int, schedule: Sche
 def test_the_plan_computes_the_op_whatever_the_order(name: str, programs: int) -> None:
     for seed in range(2):
         check(name, programs, in_random_order, seed)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_so_does_one_whose_phases_are_divided_by_cost(name: str) -> None:
+    compare(*called(name), 24, in_random_order, 0, Tuning(kilobyte_tiles=0.3))
 
 
 @pytest.mark.parametrize("name", MODELS)
