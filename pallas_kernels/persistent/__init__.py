@@ -5,7 +5,7 @@ sequences a third helps that to put inputs together:
 
     loading       w w w w w w k v w w w w w w ...     tiles of 16 KiB, weights and the cache's keys and values alike, in the order
                       |                                 in which they will be used; no input is waited for, so they come early
-    ring          [ 3 on their way | landed ..... ]   all shared memory that inputs leave, 13 tiles; 48 KiB on their way suffice
+    ring          [ 3 on their way | landed ..... ]   12 or 13 tiles, what memory inputs leave; 48 KiB on their way suffice
                                         |
     multiplying   input | w w w | words | input | w w | words ...   an input is put together from words of other programs
 
@@ -32,7 +32,7 @@ has no rows in the second, and who reads it takes its columns from the first: wh
 
     steps, sources, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
     numbers      what differs from layer to layer
-    layers       the op `decode_layers`, and what it refuses       building   its plan
+    layers       the op `decode_layers`, and what it refuses       building   its plan       splitting   of its phases
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given
     columns      of an output, from words     inputs      from columns to activations       products of tiles and inputs
