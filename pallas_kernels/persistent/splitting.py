@@ -5,9 +5,8 @@ row tiles that stay whole there are fewer of those, and shares are less alike. W
 """
 
 import dataclasses
-import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase, Step
@@ -27,7 +26,7 @@ def split_by_cost(steps: Sequence[Step], in_layer: int, programs: int, batch: in
       programs, batch: of the launch.
       tuning: says what a kilobyte of words costs, in tiles.
     """
-    costs = _Costs(list(steps), in_layer, programs, batch, tuning)
+    costs = Costs(steps, in_layer, programs, batch, tuning)
     for _ in range(_SWEEPS):
         before = list(costs.steps)
         for number, step in enumerate(before):
@@ -35,18 +34,28 @@ def split_by_cost(steps: Sequence[Step], in_layer: int, programs: int, batch: in
                 costs.improve(number)
         if costs.steps == before:
             break
-    return costs.steps
+    return [_divided_like(step, found) for step, found in zip(steps, costs.steps, strict=True)]
 
 
-@dataclasses.dataclass
-class _Costs:
-    """Steps as they are so far; see `split_by_cost`."""
+def _divided_like(step: Step, other: Step) -> Step:
+    if not isinstance(step, Phase):
+        return step
+    assert isinstance(other, Phase)
+    return dataclasses.replace(step, splits=other.splits, whole=other.whole, pieces=other.pieces)
 
-    steps: list[Step]
-    in_layer: int
-    programs: int
-    batch: int
-    tuning: Tuning
+
+class Costs:
+    """What steps cost as they are divided so far; see `split_by_cost`. ``steps`` have layers that are alike but once."""
+
+    def __init__(self, steps: Sequence[Step], in_layer: int, programs: int, batch: int, tuning: Tuning):
+        self.in_layer, self.programs, self.batch, self.tuning = in_layer, programs, batch, tuning
+        self._alike = [Counter(step.layers) if isinstance(step, Phase) else Counter() for step in steps]
+        self._layers = max(alike.total() for alike in self._alike)
+        self.steps: list[Step] = [
+            dataclasses.replace(step, layers=tuple(alike)) if isinstance(step, Phase) else step
+            for step, alike in zip(steps, self._alike, strict=True)
+        ]
+        self._kept: dict[tuple[str, int, int, bool], float] = {}
 
     def improve(self, number: int) -> None:
         """Divides a phase as costs least while the others stay as they are."""
@@ -62,30 +71,22 @@ class _Costs:
 
     def whole(self) -> float:
         """What all steps of a layer cost, and the head's share, in tiles."""
-        layers = max(len(step.layers) for step in self.steps if isinstance(step, Phase))
         return sum(
-            (1 if number < self.in_layer else 1 / layers)
-            * (self._longest(step) + self.tuning.kilobyte_tiles * self._words(step) / _WORDS_A_KILOBYTE)
-            for number, step in enumerate(self.steps)
+            (1 if number < self.in_layer else 1 / self._layers)
+            * (self.longest(number) + self.tuning.kilobyte_tiles * self.words(number) / _WORDS_A_KILOBYTE)
+            for number in range(len(self.steps))
         )
 
-    def _ways(self, phase: Phase) -> Iterator[Phase]:
-        """The phase as it is, then otherwise."""
-        yield phase
-        for splits in _SPLITS:
-            for whole in (False, True):
-                other = _divided(phase, splits, whole, self.programs)
-                if other is not None and other != phase and other.activation_tiles <= self.tuning.largest_input:
-                    yield other
-
-    def _longest(self, step: Step) -> float:
-        """The longest share of tiles, the mean over layers."""
+    def longest(self, number: int) -> float:
+        """The longest share of a step's tiles, the mean over layers."""
+        step = self.steps[number]
         if not isinstance(step, Phase):
             return 0.0
-        return sum(n * max(step.work(layer, self.programs)) for layer, n in _different(step)) / len(step.layers)
+        return self._mean("longest", number, step, lambda layer: max(step.work(layer, self.programs)))
 
-    def _words(self, step: Step) -> float:
-        """That a program reads."""
+    def words(self, number: int) -> float:
+        """That a program reads for a step."""
+        step = self.steps[number]
         if isinstance(step, Collect):
             return self.batch * step.columns * self._parts(step.of) / self.programs
         if isinstance(step, Attention):
@@ -101,42 +102,40 @@ class _Costs:
             of_column = sum(map(self._parts, source.of)) + (source.kind == "stream")
         return self.batch * step.activation_tiles * TILE_K * of_column
 
+    def _ways(self, phase: Phase) -> Iterator[Phase]:
+        """The phase as it is, then otherwise, where there are programs and tiles enough for that."""
+        yield phase
+        shortest = min(group.k for groups in phase.layers for group in groups if group.rows)
+        for splits in _SPLITS:
+            if len(phase.teams) * splits > self.programs or -(-shortest // TILE_K) < splits:
+                return
+            for whole in (False, True):
+                other = dataclasses.replace(phase, splits=splits, whole=whole)
+                if other.activation_tiles <= self.tuning.largest_input:
+                    yield dataclasses.replace(other, pieces=other.most_pieces(self.programs))
+
     def _parts(self, output: Output) -> float:
-        """Partial sums of a column of an output, the mean over layers."""
+        """Partial sums of a column of an output, the mean over row tiles and layers."""
         found = 0.0
         for number, count in Counter(output.steps).items():
             phase = self.steps[number]
             assert isinstance(phase, Phase)
-            found += count * _parts(phase, self.programs)
+            found += count * self._mean("parts", number, phase, lambda layer, phase=phase: self._parts_in(phase, layer))
         return found / len(output.steps)
 
-
-@functools.lru_cache(256)
-def _divided(phase: Phase, splits: int, whole: bool, programs: int) -> Phase | None:
-    """So divided; None if there are too few programs or tiles for that."""
-    shortest = min(group.k for groups in phase.layers for group in groups if group.rows)
-    if len(phase.teams) * splits > programs or -(-shortest // TILE_K) < splits:
-        return None
-    other = dataclasses.replace(phase, splits=splits, whole=whole)
-    return dataclasses.replace(other, pieces=other.most_pieces(programs))
-
-
-@functools.lru_cache(256)
-def _different(phase: Phase) -> list[tuple[int, int]]:
-    """(a layer, how many are like it)."""
-    counts = Counter(phase.layers)
-    return [(phase.layers.index(layer), count) for layer, count in counts.items()]
-
-
-@functools.lru_cache(256)
-def _parts(phase: Phase, programs: int) -> float:
-    """Partial sums of a column, the mean over row tiles and layers."""
-    found = 0.0
-    for layer, count in _different(phase):
+    def _parts_in(self, phase: Phase, layer: int) -> float:
         cuts = rows = 0
-        for team, sharers in enumerate(phase.sharers(layer, programs)):
+        for team, sharers in enumerate(phase.sharers(layer, self.programs)):
             tiles, k_tiles = phase.team_tiles(team, layer), phase.k_tiles(team, layer)
             rows += tiles // k_tiles
             cuts += 0 if phase.whole else sum(tiles * i // sharers % k_tiles != 0 for i in range(1, sharers))
-        found += count * phase.splits * (1 + cuts / rows if rows else 0)
-    return found / len(phase.layers)
+        return phase.splits * (1 + cuts / rows) if rows else 0.0
+
+    def _mean(self, what: str, number: int, phase: Phase, of_layer: Callable[[int], float]) -> float:
+        """Over layers, found out once for each way to divide a phase."""
+        key = what, number, phase.splits, phase.whole
+        if key not in self._kept:
+            alike = self._alike[number]
+            total = sum(count * of_layer(layer) for layer, count in enumerate(alike.values()))
+            self._kept[key] = total / alike.total()
+        return self._kept[key]

@@ -23,15 +23,15 @@ def plan(rank: int | None, batch: int, tuning: Tuning) -> Plan:
     return found
 
 
-def costs_of(plan: Plan) -> splitting._Costs:
+def costs_of(plan: Plan) -> splitting.Costs:
     tuning = dataclasses.replace(plan.tuning, kilobyte_tiles=COSTS.kilobyte_tiles)
-    return splitting._Costs(list(plan.steps), plan.in_layer, plan.programs, plan.batch, tuning)
+    return splitting.Costs(plan.steps, plan.in_layer, plan.programs, plan.batch, tuning)
 
 
 def words(plan: Plan) -> float:
     """Of a layer, that a program reads."""
     costs = costs_of(plan)
-    return sum(costs._words(step) for step in plan.steps[: plan.in_layer])
+    return sum(map(costs.words, range(plan.in_layer)))
 
 
 @pytest.mark.parametrize("rank", [832, 1232, None])
@@ -60,10 +60,10 @@ def test_where_words_cost_little_shares_are_alike() -> None:
 def test_words_of_an_input_are_its_columns_times_their_parts() -> None:
     found = plan(1024, 2, COSTS)
     costs = costs_of(found)
-    for step in found.steps[: found.in_layer]:
+    for number, step in enumerate(found.steps[: found.in_layer]):
         if isinstance(step, Phase) and step.source.kind == "sum":
             (output,) = step.source.of
             parts = found.steps[output.steps[0]]
             assert isinstance(parts, Phase)
-            each = costs._words(step) / (2 * 128 * step.activation_tiles)
+            each = costs.words(number) / (2 * 128 * step.activation_tiles)
             assert parts.splits <= each <= parts.parts
