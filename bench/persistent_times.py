@@ -110,8 +110,8 @@ def patched(patches: Sequence[Patch]) -> Iterator[None]:
         yield
 
 
-def compile_steps(
-    config: ModelConfig, weights: DecoderWeights, cache: KVCache, patches: Sequence[Patch], count: int = 1
+def lower_steps(
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, patches: Sequence[Patch], count: int, **lowering: Any
 ) -> Any:
     """Steps of decoding with the persistent kernel, so replaced, all at the same position. Fails where the kernel refuses.
 
@@ -128,10 +128,8 @@ def compile_steps(
 
     numbers = jax.ShapeDtypeStruct((cache.keys[0].shape[0],), jnp.int32)
     with patched(patches), prefer("persistent"):
-        traced = jax.jit(steps, donate_argnums=1, compiler_options=loop_options()).trace(
-            weights, cache, numbers, numbers
-        )
-        return traced.lower().compile()
+        jitted = jax.jit(steps, donate_argnums=1, compiler_options=loop_options())
+        return jitted.trace(weights, cache, numbers, numbers).lower(**lowering)
 
 
 def microseconds(steps: Any, weights: DecoderWeights, cache: KVCache, position: int) -> tuple[float, KVCache]:
@@ -167,7 +165,7 @@ def main() -> int:
     common |= {"batch": parsed.batch, "context": parsed.context, "floor_us": round(floor, 1)}
     common |= {"jax": jax.__version__, **provenance()}
     for name in parsed.variants.split(","):
-        steps = compile_steps(config, weights, cache, VARIANTS[name], STEPS)
+        steps = lower_steps(config, weights, cache, VARIANTS[name], STEPS).compile()
         us, cache = microseconds(steps, weights, cache, parsed.context - 1)
         append_row(out, common | {"variant": name, "us": round(us, 1)})
         print(f"{name:<24} {us:8.1f} us, floor {floor:8.1f} us", flush=True)

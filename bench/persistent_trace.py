@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from one_shape import RANKS, options, shape_of
-from persistent_times import compile_steps
+from persistent_times import lower_steps
 
 from flashsvd_jax.kv_cache import CACHE_UNIT, empty_cache
 from flashsvd_jax.random_weights import random_weights
@@ -116,7 +116,7 @@ def main() -> int:
     size = HEADER + (config.num_layers + 1) * 16 * len(MARKS) * 256
     plans: list[Plan] = []
     with marking(size), _seen_plans(plans):
-        step = compile_steps(config, weights, cache, ())
+        step = lower_steps(config, weights, cache, (), 1).compile()
     tokens, positions = (jnp.full((parsed.batch,), n, jnp.int32) for n in (1, parsed.context - 1))
     for _ in range(CALLS):
         cache, _, stall = step(weights, cache, tokens, positions)

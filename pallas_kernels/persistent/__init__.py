@@ -35,8 +35,9 @@ has no rows in the second, and who reads it takes its columns from the first: wh
     layers       the op `decode_layers`, and what it refuses       building   its plan       splitting   of its phases
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given
-    columns      of an output, from words     inputs      from columns to activations       products of tiles and inputs
-    outputs      from sums to words           heads, attend, attended     attention     ahead  what a step needs beside its tiles
+    columns      of an output, from words     inputs      from columns to activations       gates    on the way
+    products     of tiles and inputs          outputs     from sums to words
+    heads, attend, attended     attention     ahead       what a step needs beside its tiles
     words, copies, products, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.

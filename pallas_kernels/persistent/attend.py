@@ -18,11 +18,11 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.items import Part
 from pallas_kernels.persistent.launch import BY_WARP, FRESH_KEY, FRESH_VALUE, Emitter, Place
-from pallas_kernels.persistent.steps import HALF_TILE, TILE_BYTES, TILE_K, TILE_ROWS, Attention
+from pallas_kernels.persistent.products import PRODUCTS
+from pallas_kernels.persistent.steps import HALF_TILE, HEADS_BYTES, TILE_BYTES, TILE_ROWS, Attention
 from pallas_kernels.persistent.words import store_word
 
-WEIGHTS_TILE = 8 * TILE_K * 2  # byte of `Launch.heads` where the softmax's weights lie, behind the queries
-_SHAPE = plgpu.ShapeDtypeStruct((TILE_ROWS, 8), jnp.float32, layout=plgpu.Layout.WGMMA)  # pyright: ignore
+WEIGHTS_TILE = HEADS_BYTES // 2  # byte of `Launch.heads` where the softmax's weights lie, behind the queries
 
 
 def span(
@@ -92,7 +92,7 @@ def softmax(
         ]
         return _alike(scores, tops), _alike(scores, added), _alike(scores, scale)
 
-    return place.emit(body, [begin, first, length], arrays=[scores, *state], returns=(_SHAPE,) * 3)
+    return place.emit(body, [begin, first, length], arrays=[scores, *state], returns=(PRODUCTS,) * 3)
 
 
 def finish(place: Place, item: Part, attended: Sequence[Any], state: Sequence[Any]) -> None:

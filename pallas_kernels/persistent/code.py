@@ -6,7 +6,6 @@ and floats, offsets are bytes.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -210,7 +209,7 @@ def found_here(*values: Value) -> list[Value]:
     return ptx(code, *values, results=[int_type()] * count)
 
 
-def as_products(values: Sequence[Value], shape: tuple[int, int]) -> Any:
+def as_products(values: Sequence[Value], shape: tuple[int, ...]) -> Any:
     """Four floats of each thread as an array of this shape, [64, 8], as the tensor cores leave it."""
     found, turn = FragmentedArray.splat(number(0.0), shape, plgpu.Layout.WGMMA.to_mgpu()), iter(values)
     return found.foreach(lambda value, at: next(turn), create_array=True)
@@ -361,40 +360,9 @@ def positive(value: Value) -> Value:
     return arith.cmpf(arith.CmpFPredicate.OGT, value, number(0.0))
 
 
-def silu(value: Value) -> Value:
-    """x / (1 + exp(-x)); the constants are -log2(e) and 1."""
-    exponential = "mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.f32 t, t; add.f32 t, t, 0f3F800000; "
-    code = "{ .reg .f32 t; " + exponential + "rcp.approx.f32 t, t; mul.f32 $0, $1, t; }"
-    return ptx(code, value, results=[float_type()])[0]
-
-
-def gelu_tanh(value: Value) -> Value:
-    """x (1 + tanh(u)) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3): as x / (1 + exp(-2 u)), which cancels nowhere."""
-    square = mul_f(value, value)
-    cubic = mul_f(value, add_f(mul_f(square, number(0.044715)), number(1.0)))
-    exponential = power_of_two(mul_f(cubic, number(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))))
-    return mul_f(value, _reciprocal(add_f(exponential, number(1.0))))
-
-
-def gelu(value: Value) -> Value:
-    """x (1 + erf(x / sqrt(2))) / 2: half the complement of erf(|x| / sqrt(2)), from which either side of zero follows without
-    cancelling, is a polynomial in t = 1 / (1 + p |x| / sqrt(2)) times exp(-x^2 / 2) (Abramowitz and Stegun, 7.1.26)."""
-    size = max_f(value, sub_f(number(0.0), value))
-    t = _reciprocal(add_f(mul_f(size, number(ERF_P / math.sqrt(2))), number(1.0)))
-    tail = number(0.0)
-    for coefficient in reversed(ERF_COEFFICIENTS):
-        tail = mul_f(t, add_f(tail, number(coefficient / 2)))
-    tail = mul_f(tail, power_of_two(mul_f(mul_f(value, value), number(-0.5 * math.log2(math.e)))))
-    return mul_f(value, select(positive(value), sub_f(number(1.0), tail), tail))
-
-
-def _reciprocal(value: Value) -> Value:
+def reciprocal(value: Value) -> Value:
+    """1 / x, to about 23 bits."""
     return ptx("rcp.approx.f32 $0, $1;", value, results=[float_type()])[0]
-
-
-ERF_P, ERF_COEFFICIENTS = 0.3275911, (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
-
-ACTIVATIONS: dict[str, Callable[[Value], Value]] = {"silu": silu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 def offset_pointer(base: Value, offset: Value) -> Value:

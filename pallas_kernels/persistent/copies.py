@@ -36,13 +36,9 @@ def pass_barrier(at: Value, parity: Value, condition: Value | None = None) -> No
         w.ptx(code, at, parity, w.flag(condition))
 
 
-def arrive(at: Value, condition: Value | None = None) -> None:
-    """Of this thread at a barrier, where the condition holds."""
-    if condition is None:
-        w.ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", at)
-    else:
-        code = "{ .reg .pred q; setp.ne.u32 q, $1, 0; @q mbarrier.arrive.shared::cta.b64 _, [$0]; }"
-        w.ptx(code, at, w.flag(condition))
+def arrive(at: Value) -> None:
+    """Of this thread at a barrier."""
+    w.ptx("mbarrier.arrive.shared::cta.b64 _, [$0];", at)
 
 
 def copy_tile(to: Value, barrier: Value, tensor_map: Value, row: Value, column: Value, condition: Value) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.persistent import code as w
+from pallas_kernels.persistent import gates
 from pallas_kernels.persistent.attended import read_attended
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.columns import Columns, biased
@@ -221,7 +222,7 @@ class _Loader:
         ]
         if self.source.kind != "gated":
             return found[0]
-        gate = w.ACTIVATIONS[self.source.activation]
+        gate = gates.ACTIVATIONS[self.source.activation]
         return [w.mul_f(gate(g), u) for g, u in zip(*found, strict=True)]
 
     def _keep(self, chunk: _Chunk, values: list[Value]) -> Value:

@@ -20,7 +20,7 @@ from pallas_kernels.persistent.multiplying import attend_step, multiply_step
 from pallas_kernels.persistent.outputs import collect
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
-from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase
+from pallas_kernels.persistent.steps import HEADS, HEADS_BYTES, Attention, Collect, Phase
 from pallas_kernels.persistent.words import SPINS, tell
 
 
@@ -65,7 +65,7 @@ def run_layers(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[
             slots,
-            plgpu.SMEM((2, 8, TILE_K), jnp.bfloat16, transforms=w.TILED),
+            plgpu.SMEM(HEADS, jnp.bfloat16, transforms=w.TILED),
             plgpu.SMEM((plan.input_bytes // 2,), jnp.bfloat16),
             plgpu.SMEM((SMALL_FLOATS,), jnp.float32),
             barriers,
@@ -152,7 +152,7 @@ class _Program:
 
         @w.emitted(plgpu.RefType(), plgpu.RefType(w.TILED))
         def emit(context: Any, small: Any, heads: Any) -> None:
-            w.clear(w.address(heads), 2 * 8 * TILE_K * 2)
+            w.clear(w.address(heads), HEADS_BYTES)
             with w.when(w.equal(w.thread(), w.integer(0))):
                 for at, value in ((PATIENCE, SPINS), (SAID, 0)):
                     w.store_shared_integer(w.add(w.shared_address(small), w.integer(at)), w.integer(value))

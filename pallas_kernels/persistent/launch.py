@@ -39,7 +39,7 @@ class Launch:
       numbers: int32 [layers, columns], what differs from layer to layer; see `number` and the plan's `Numbers.columns`.
       small: shared memory for reductions.
       activations: shared memory, a phase's input; see `products`.
-      heads: shared memory [2, 8, 128], an attention's queries and the softmax's weights.
+      heads: shared memory, an attention's queries and the softmax's weights; see `steps.HEADS`.
       eps: of all norms.
     """
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.decode import Decoded, DecoderLayer
 from pallas_kernels.norm import LayerNorm, Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
-from pallas_kernels.persistent.code import ACTIVATIONS
+from pallas_kernels.persistent.gates import ACTIVATIONS
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS
 from pallas_kernels.persistent.tensor_maps import described_bytes

@@ -14,6 +14,7 @@ from pallas_kernels.persistent.numbers import Numbers, outputs_of
 from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import (
     CHUNK,
+    HEADS_BYTES,
     TILE_BYTES,
     TILE_K,
     TILE_ROWS,
@@ -60,7 +61,7 @@ class Plan:
 
     @property
     def activation_tiles(self) -> int:
-        return max(step.activation_tiles for step in self.steps)
+        return max(step.activation_tiles for step in self.steps if isinstance(step, Phase))
 
     @property
     def input_rows(self) -> int:
@@ -75,7 +76,7 @@ class Plan:
     @property
     def stages(self) -> int:
         """Weight tiles that fit beside that, and an attention's queries and weights."""
-        inputs = -(-self.input_bytes // _UNIT) * _UNIT + 2 * 8 * TILE_K * 2
+        inputs = -(-self.input_bytes // _UNIT) * _UNIT + HEADS_BYTES
         return (SHARED_MEMORY - _SMALL - inputs) // TILE_BYTES
 
     @functools.cached_property

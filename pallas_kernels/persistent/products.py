@@ -30,7 +30,8 @@ _LINES = "0x40000040"
 _PLAIN = "0"
 """The same of an input, whose lines of eight columns follow each other."""
 
-_PRODUCTS = plgpu.ShapeDtypeStruct((TILE_ROWS, 8), jnp.float32, layout=plgpu.Layout.WGMMA)  # pyright: ignore
+PRODUCTS = plgpu.ShapeDtypeStruct((TILE_ROWS, 8), jnp.float32, layout=plgpu.Layout.WGMMA)  # pyright: ignore
+"""A tile's products with eight rows, as the tensor cores leave them."""
 
 
 class Start(NamedTuple):
@@ -103,13 +104,12 @@ def products(ring: Ring, rows: int, start: Start) -> jax.Array:
       start: of the item.
     """
 
-    @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * 5, returns=_PRODUCTS)
+    @w.emitted(plgpu.RefType(), *[w.SCALAR(())] * 5, returns=PRODUCTS)
     def emit(context: Any, barriers: Any, *numbers: Any) -> Any:
         end = w.add(w.shared_address(barriers), w.integer(8 * ring.stages))
         given = *map(w.scalar, numbers), end
-        return w.as_products(
-            w.ptx(multiply_tiles(ring.stages, rows), *given, results=[w.float_type()] * 4), (TILE_ROWS, 8)
-        )
+        sums = w.ptx(multiply_tiles(ring.stages, rows), *given, results=[w.float_type()] * 4)
+        return w.as_products(sums, PRODUCTS.shape)
 
     return emit(ring.barriers, *start[:5])
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 
 from pallas_kernels.persistent.sources import Output, Source
 
@@ -25,6 +26,11 @@ HEAD_DIMS = (32, 64, 128)
 """That attention can have: halves that are a power of two of lanes, and no more than a tile has columns."""
 
 TILE_BYTES = TILE_ROWS * TILE_K * 2
+
+HEADS = (2, 8, TILE_K)
+"""What an attention multiplies with: queries and the softmax's weights, of up to eight heads, in shared memory."""
+
+HEADS_BYTES = 2 * math.prod(HEADS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +245,6 @@ class Collect:
     name: str
     of: Output
     columns: int
-    activation_tiles: int = 0
 
     def work(self, layer: int, programs: int) -> list[int]:
         """None that would come in tiles."""
@@ -284,8 +289,6 @@ class Attention:
         """The same, at the least: a tile of keys and one of values for every item."""
         del layer
         return [2 * -(-(self.items - turn) // programs) for turn in range(programs)]
-
-    activation_tiles: int = 2  # queries, weights of the softmax
 
 
 Step = Phase | Attention | Collect

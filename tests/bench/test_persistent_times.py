@@ -8,28 +8,27 @@ from decoder_cases import DecoderCase
 from h200_target import as_on_h200, on_h200
 
 from flashsvd_jax.kv_cache import empty_cache
-from flashsvd_jax.models import decoder
 from flashsvd_jax.models.weights import build_weights
 from flashsvd_jax.schema import abstract_params, flatten
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import assume_target, hardware_rank, prefer
+from pallas_kernels import assume_target, hardware_rank
 from pallas_kernels.persistent import layers
 from pallas_kernels.target import H200
 
 
 def lowered(variant: str) -> str:
-    """The kernel of a small model's step as text."""
+    """A small model's steps as text."""
     config = shape_config("tiny", 0.5)
     weights = jax.eval_shape(
         lambda params: build_weights(config, flatten(params).__getitem__, hardware_rank), abstract_params(config)
     )
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 64, jnp.dtype(jnp.bfloat16)))
     weights, cache = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), t) for t in (weights, cache))
-    numbers = jax.ShapeDtypeStruct((1,), jnp.int32)
-    with persistent_times.patched(persistent_times.VARIANTS[variant]), prefer("persistent"), as_on_h200():
-        step = jax.jit(lambda *arguments: decoder.decode(config, *arguments))
-        traced = step.trace(*on_h200((weights, cache, numbers, numbers)))
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    patches = persistent_times.VARIANTS[variant]
+    with as_on_h200():
+        weights, cache = on_h200((weights, cache))
+        steps = persistent_times.lower_steps(config, weights, cache, patches, 8, lowering_platforms=("cuda",))
+    return steps.as_text()
 
 
 @pytest.mark.parametrize("variant", persistent_times.VARIANTS)

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 from persistent_machine import ACTIVATIONS, Machine
 
-from pallas_kernels.persistent import attended, code, columns, inputs, launch, outputs, words
+from pallas_kernels.persistent import attended, code, columns, gates, inputs, launch, outputs, words
 from pallas_kernels.persistent.launch import Emitter, Launch
 from pallas_kernels.persistent.steps import THREADS
 
@@ -148,7 +148,7 @@ def running(threads: Threads) -> Iterator[None]:
         "total": lambda values: sum(values), "offset_pointer": base, "input_offset": lambda k, row, rows: 8 * k + row,
         "store_activations": threads.store_activations, "store_shared": threads.store_shared,
         "load_shared": lambda b, offset: threads.shared.get(int(offset), np.nan), "inverse_root": lambda v: 1 / np.sqrt(v),
-        "power_of_two": np.exp2, "_reciprocal": lambda v: 1 / v, "positive": lambda v: v > 0, "ACTIVATIONS": ACTIVATIONS,
+        "power_of_two": np.exp2, "reciprocal": lambda v: 1 / v, "positive": lambda v: v > 0,
         "warp_sum": lambda v: np.repeat(np.broadcast_to(v, threads.lanes).reshape(-1, 32).sum(1), 32),
     }  # fmt: skip
     loads = {
@@ -158,6 +158,7 @@ def running(threads: Threads) -> Iterator[None]:
         "store_words": lambda b, o, v, epoch, c: threads.store(base(b, o), v, epoch, c),
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(gates, "ACTIVATIONS", ACTIVATIONS))
         for name, value in emitted.items():
             stack.enter_context(mock.patch.object(code, name, value))
         for module in (words, columns, attended, inputs, launch, outputs):

@@ -31,6 +31,7 @@ from pallas_kernels.persistent.numbers import outputs_of
 from pallas_kernels.persistent.plan import SHARED_MEMORY, Plan, parts_for, splits_for
 from pallas_kernels.persistent.sources import Output, Source
 from pallas_kernels.persistent.steps import (
+    HEADS_BYTES,
     TILE_BYTES,
     TILE_K,
     TILE_ROWS,
@@ -180,7 +181,7 @@ def test_words_and_shared_memory(model: Model, programs: int) -> None:
         assert phase.padded_rows == TILE_ROWS * phase.tile_starts[-1]
         for team, layer in itertools.product(range(len(phase.teams)), range(len(phase.layers))):
             assert phase.k_tiles(team, layer) <= plan.activation_tiles
-    held = plan.stages * (TILE_BYTES + 16) + plan.input_bytes + 4096 + 4 * SMALL_FLOATS
+    held = plan.stages * (TILE_BYTES + 16) + plan.input_bytes + HEADS_BYTES + 4 * SMALL_FLOATS
     assert plan.stages >= 4 and held <= SHARED_MEMORY
     epochs = [plan.epoch(layer) for layer in range(-1, plan.layers + 1)]
     assert epochs == list(range(1, plan.layers + 3))
