@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -29,7 +30,7 @@ from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import prefer
 from pallas_kernels.persistent import building, code, copies, launch, layers, loading, plan, tuning, words
 
-STEPS, CALLS, REPEATS = 8, 3, 4
+STEPS, CALLS, REPEATS = 8, 3, 8
 Patch = tuple[Any, str, Any]
 
 
@@ -132,25 +133,36 @@ def lower_steps(
         return jitted.trace(weights, cache, numbers, numbers).lower(**lowering)
 
 
-def microseconds(steps: Any, weights: DecoderWeights, cache: KVCache, position: int) -> tuple[float, KVCache]:
-    """The median over repeats of a step's time in a chain of calls of STEPS, and the cache that the last one left."""
+def microseconds(steps: dict[str, Any], weights: DecoderWeights, cache: KVCache, position: int) -> dict[str, float]:
+    """Of each variant the median time of a step; all are timed in turn, so that none has a part of the run to itself."""
     batch = cache.keys[0].shape[0]
     tokens, positions = jnp.ones((batch,), jnp.int32), jnp.full((batch,), position, jnp.int32)
-    times = []
-    for _ in range(REPEATS):
-        jax.block_until_ready(cache)
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            cache, logits, _ = steps(weights, cache, tokens, positions)
-        jax.block_until_ready(logits)
-        times.append(1e6 * (time.perf_counter() - start) / (CALLS * STEPS))
-    return statistics.median(times), cache
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(1 + REPEATS):
+        for name, variant in steps.items():
+            jax.block_until_ready(cache)
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                cache, logits, _ = variant(weights, cache, tokens, positions)
+            jax.block_until_ready(logits)
+            times[name].append(1e6 * (time.perf_counter() - start) / (CALLS * STEPS))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def compiled(config: ModelConfig, weights: DecoderWeights, cache: KVCache, names: Sequence[str]) -> dict[str, Any]:
+    """Each variant's steps. Traced one after the other, as tracing is what is patched, and compiled side by side."""
+    with ThreadPoolExecutor() as pool:
+        found = {}
+        for name in names:
+            patches = [patch for part in name.split("+") for patch in VARIANTS[part]]
+            found[name] = pool.submit(lower_steps(config, weights, cache, patches, STEPS).compile)
+        return {name: future.result() for name, future in found.items()}
 
 
 def main() -> int:
     """Runs the measurement."""
     parser = options(__doc__, RANKS)
-    parser.add_argument("--variants", default=",".join(VARIANTS), metavar="NAME,..", help="all if not given")
+    parser.add_argument("--variants", default=",".join(VARIANTS), metavar="NAME+NAME,..", help="all if not given")
     parsed = parser.parse_args()
     out = rows_file(parsed.out)
     if out is None:
@@ -164,11 +176,10 @@ def main() -> int:
     common = {"suite": "persistent", "model": parsed.model, "ratio": parsed.ratio, "ranks": parsed.ranks}
     common |= {"batch": parsed.batch, "context": parsed.context, "floor_us": round(floor, 1)}
     common |= {"jax": jax.__version__, **provenance()}
-    for name in parsed.variants.split(","):
-        steps = lower_steps(config, weights, cache, VARIANTS[name], STEPS).compile()
-        us, cache = microseconds(steps, weights, cache, parsed.context - 1)
+    steps = compiled(config, weights, cache, parsed.variants.split(","))
+    for name, us in microseconds(steps, weights, cache, parsed.context - 1).items():
         append_row(out, common | {"variant": name, "us": round(us, 1)})
-        print(f"{name:<24} {us:8.1f} us, floor {floor:8.1f} us", flush=True)
+        print(f"{name:<40} {us:8.1f} us, floor {floor:8.1f} us", flush=True)
     return 0
 
 
