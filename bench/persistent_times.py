@@ -25,10 +25,12 @@ from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.decode_loop import loop_options
 from flashsvd_jax.kv_cache import CACHE_UNIT, KVCache, empty_cache
 from flashsvd_jax.models import decoder
+from flashsvd_jax.models.absorption import weights_for_decoding, with_absorbed
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import prefer
 from pallas_kernels.persistent import building, code, copies, launch, layers, loading, plan, tuning, words
+from pallas_kernels.target import target
 
 STEPS, CALLS, REPEATS = 8, 3, 8
 Patch = tuple[Any, str, Any]
@@ -72,6 +74,10 @@ def _tuning(**sizes: float) -> Patch:
     return layers, "tuning_for", lambda *of: dataclasses.replace(tuning.tuning_for(*of), **sizes)
 
 
+def _cores(count: int) -> Patch:
+    return layers, "target", lambda: dataclasses.replace(target(), cores=count)
+
+
 VARIANTS: dict[str, tuple[Patch, ...]] = {
     "as it is": (),
     "no waits": (NO_WAITS,),
@@ -94,8 +100,13 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "one warpgroup reads": (_tuning(readers=1),),
     "two warpgroups read": (_tuning(readers=2),),
     "divided by cost": (_tuning(kilobyte_tiles=0.175),),
+    "divided by twice the cost": (_tuning(kilobyte_tiles=0.35),),
+    "divided by four times the cost": (_tuning(kilobyte_tiles=0.7),),
     "half the splits": (_splits(lambda found: max(1, found // 2)),),
     "twice the splits": (_splits(lambda found: min(8, found * 2)),),
+    "128 programs": (_cores(128),),
+    "nothing absorbed": (),
+    "absorbed": (),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),
 }
 
@@ -133,7 +144,17 @@ def lower_steps(
         return jitted.trace(weights, cache, numbers, numbers).lower(**lowering)
 
 
-def microseconds(steps: dict[str, Any], weights: DecoderWeights, cache: KVCache, position: int) -> dict[str, float]:
+def weights_of(variant: str, config: ModelConfig, weights: DecoderWeights, cache: KVCache) -> DecoderWeights:
+    """What a variant decodes with: what the engine would, unless its name says otherwise."""
+    if "nothing absorbed" in variant:
+        return weights
+    batch, _, slots, _ = cache.keys[0].shape
+    return with_absorbed(weights) if "absorbed" in variant else weights_for_decoding(config, weights, batch, slots)
+
+
+def microseconds(
+    steps: dict[str, Any], weights: dict[str, DecoderWeights], cache: KVCache, position: int
+) -> dict[str, float]:
     """Of each variant the median time of a step; all are timed in turn, so that none has a part of the run to itself."""
     batch = cache.keys[0].shape[0]
     tokens, positions = jnp.ones((batch,), jnp.int32), jnp.full((batch,), position, jnp.int32)
@@ -143,19 +164,19 @@ def microseconds(steps: dict[str, Any], weights: DecoderWeights, cache: KVCache,
             jax.block_until_ready(cache)
             start = time.perf_counter()
             for _ in range(CALLS):
-                cache, logits, _ = variant(weights, cache, tokens, positions)
+                cache, logits, _ = variant(weights[name], cache, tokens, positions)
             jax.block_until_ready(logits)
             times[name].append(1e6 * (time.perf_counter() - start) / (CALLS * STEPS))
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
-def compiled(config: ModelConfig, weights: DecoderWeights, cache: KVCache, names: Sequence[str]) -> dict[str, Any]:
+def compiled(config: ModelConfig, weights: dict[str, DecoderWeights], cache: KVCache) -> dict[str, Any]:
     """Each variant's steps. Traced one after the other, as tracing is what is patched, and compiled side by side."""
     with ThreadPoolExecutor() as pool:
         found = {}
-        for name in names:
+        for name, own in weights.items():
             patches = [patch for part in name.split("+") for patch in VARIANTS[part]]
-            found[name] = pool.submit(lower_steps(config, weights, cache, patches, STEPS).compile)
+            found[name] = pool.submit(lower_steps(config, own, cache, patches, STEPS).compile)
         return {name: future.result() for name, future in found.items()}
 
 
@@ -176,8 +197,9 @@ def main() -> int:
     common = {"suite": "persistent", "model": parsed.model, "ratio": parsed.ratio, "ranks": parsed.ranks}
     common |= {"batch": parsed.batch, "context": parsed.context, "floor_us": round(floor, 1)}
     common |= {"jax": jax.__version__, **provenance()}
-    steps = compiled(config, weights, cache, parsed.variants.split(","))
-    for name, us in microseconds(steps, weights, cache, parsed.context - 1).items():
+    of_variants = {name: weights_of(name, config, weights, cache) for name in parsed.variants.split(",")}
+    steps = compiled(config, of_variants, cache)
+    for name, us in microseconds(steps, of_variants, cache, parsed.context - 1).items():
         append_row(out, common | {"variant": name, "us": round(us, 1)})
         print(f"{name:<40} {us:8.1f} us, floor {floor:8.1f} us", flush=True)
     return 0

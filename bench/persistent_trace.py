@@ -19,6 +19,7 @@ from one_shape import RANKS, options, shape_of
 from persistent_times import lower_steps
 
 from flashsvd_jax.kv_cache import CACHE_UNIT, empty_cache
+from flashsvd_jax.models.absorption import weights_for_decoding
 from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import stall_reason
 from pallas_kernels.persistent import building, code, kernel, multiplying
@@ -63,6 +64,7 @@ def marking(size: int) -> Iterator[None]:
         for owner, name, before, after in (
             (kernel, "multiply_step", "multiplies", "done"),
             (kernel, "attend_step", "multiplies", "done"),
+            (kernel, "keep_stream", "filled", "done"),
             (kernel, "load_step", "loads", "loaded"),
             (multiplying, "fill", None, "filled"),
             (multiplying, "prepare", None, "filled"),
@@ -110,9 +112,9 @@ def main() -> int:
     parser.add_argument("--raw", type=Path, help="file for the clocks")
     parsed = parser.parse_args()
     config = shape_of(parsed)
-    weights = random_weights(config)
     slots = -(-(parsed.context + 1) // CACHE_UNIT) * CACHE_UNIT
     cache = empty_cache(config, parsed.batch, slots, jnp.dtype(jnp.bfloat16))
+    weights = weights_for_decoding(config, random_weights(config), parsed.batch, slots)
     size = HEADER + (config.num_layers + 1) * 16 * len(MARKS) * 256
     plans: list[Plan] = []
     with marking(size), _seen_plans(plans):

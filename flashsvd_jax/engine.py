@@ -25,6 +25,7 @@ from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
+from flashsvd_jax.models.absorption import weights_for_decoding
 from flashsvd_jax.models.pass_options import prompt_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.prompt_chunks import PromptChunks, cut
@@ -33,7 +34,7 @@ from flashsvd_jax.sampling.counts import no_counts
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, stall_reason, target
+from pallas_kernels import implementation_names, prefer, stall_reason, target
 from pallas_kernels.registry import Record
 
 DECODE_CHUNK = 8
@@ -103,6 +104,8 @@ class Engine:
         self.kernels_used: Record = {}
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
+        with prefer(None if kernels == "auto" else kernels):
+            self._decoded_with = weights_for_decoding(config, weights, batch, self.chunks.slots)
         steps = partial(BackgroundSteps.of, kernels=kernels, used=self.kernels_used)
         of_prompts = partial(steps, compiler_options=prompt_options(weights.layers))
         self._prompts = PromptSteps(config, weights, self.chunks.slots, of_prompts)
@@ -134,7 +137,7 @@ class Engine:
         pending: list[tuple[jax.Array, Sampled | None, jax.Array | None]] = [(first, sampled, None)]
         while pending or steps_left > 0:
             while steps_left > 0 and len(pending) <= self._ahead:
-                state, *ahead = self._decode[greedy](self.weights, state, requests)
+                state, *ahead = self._decode[greedy](self._decoded_with, state, requests)
                 steps_left -= self.decode_chunk
                 pending.append(tuple(ahead))
             tokens, sampled, stall = pending.pop(0)
@@ -163,7 +166,7 @@ class Engine:
         """The decode step of greedy requests, or of all others, lowered for its shapes: for memory and kernel analysis."""
         shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
         requests = shapes(self._requests([[0]], [SamplingParams(max_tokens=1)]))
-        return self._decode[greedy].lower(self.weights, self._state_shapes, requests)
+        return self._decode[greedy].lower(self._decoded_with, self._state_shapes, requests)
 
     @functools.cached_property
     def _state_shapes(self) -> DecodeState:
@@ -182,7 +185,7 @@ class Engine:
         """The steps that requests with chunks of these lengths need, of which what is not compiled yet has begun to be."""
         decode = [self._decode[greedy]] * decodes
         for step in decode:  # first, as it takes longest; the rest is traced meanwhile
-            step.begin(self.weights, self._state_shapes, requests)
+            step.begin(self._decoded_with, self._state_shapes, requests)
         chunks = [jax.ShapeDtypeStruct((self.batch, length), jnp.int32) for length in lengths]
         return [*decode, *self._prompts.compile(chunks, requests, greedy)]
 

@@ -15,6 +15,7 @@ from flashsvd_jax.hub import resolve_model
 from flashsvd_jax.inspection_result import Expansion, Inspection, SiteInfo
 from flashsvd_jax.kv_cache import CACHE_UNIT, cache_bytes
 from flashsvd_jax.model import DEFAULT_MAX_LENGTH
+from flashsvd_jax.models.absorption import weights_for_decoding
 from flashsvd_jax.models.decoder import decode_kernel
 from flashsvd_jax.models.encoder import pass_kernels
 from flashsvd_jax.models.encoder_weights import EncoderWeights, build_encoder_weights
@@ -64,7 +65,8 @@ def _inspect(folder: ModelFolder, context: int, batch: int, materialize: str) ->
         step = _read_by_a_step(weights) + cache
         dense, _ = _on_device(config.dense(), manifest.dtype)
         dense_step = _read_by_a_step(dense) + cache
-        kernel = decode_kernel(config, weights, batch, -(-context // CACHE_UNIT) * CACHE_UNIT)
+        slots = -(-context // CACHE_UNIT) * CACHE_UNIT
+        kernel = decode_kernel(config, weights_for_decoding(config, weights, batch, slots), batch, slots)
     passes: Record = {}
     if isinstance(config, EncoderConfig) and isinstance(weights, EncoderWeights):
         passes = pass_kernels(config, weights, batch, context)

@@ -21,6 +21,7 @@ from pallas_kernels.feed_forward import feed_forward, feed_forward_by
 from pallas_kernels.heads import project_heads, project_heads_by
 from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, normed, rms_norm
 from pallas_kernels.padded_attention import attend_padded, attend_padded_by
+from pallas_kernels.persistent.layers import gains_by_absorbing
 from pallas_kernels.persistent.stalls import stall_reason
 from pallas_kernels.products import adds_as_it_writes, project
 from pallas_kernels.projection import PackedProjection, Projection, hardware_rank, pack
@@ -70,6 +71,7 @@ __all__ = [
     "decode_layers",
     "feed_forward",
     "feed_forward_by",
+    "gains_by_absorbing",
     "hardware_rank",
     "implementation_names",
     "keeps_scores",

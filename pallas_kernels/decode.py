@@ -31,6 +31,9 @@ class DecoderLayer:
       attention_out_norm, mlp_out_norm: over what attention and MLP add to the residual stream; None if the model has none.
       scale, softcap: of attention scores, as for `attend`.
       rotation: which of the tables of cosines and sines, where there are several.
+      o_gate_up: what the latents of the output projection add to those of gate and up, [latents of both, latents of o]: the first
+        factors of gate and up, times the norm's scale, times the second factor of o. A kernel may use it; None if nobody has made
+        it.
     """
 
     input_norm: Norm | LayerNorm
@@ -48,6 +51,7 @@ class DecoderLayer:
     scale: float | None = dataclasses.field(default=None, metadata={"static": True})
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     rotation: int = dataclasses.field(default=0, metadata={"static": True})
+    o_gate_up: jax.Array | None = None
 
 
 def after_attention(

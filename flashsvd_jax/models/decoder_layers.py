@@ -58,6 +58,7 @@ def layer_of(config: ModelConfig, weights: LayerWeights, window: int | None) -> 
         scale=config.attention_scale,
         softcap=config.attention_softcap,
         rotation=config.rotation(window),
+        o_gate_up=weights.o_gate_up,
     )
 
 

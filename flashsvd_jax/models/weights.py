@@ -17,7 +17,7 @@ from pallas_kernels import LayerNorm, Norm, PackedProjection
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """One transformer block. ``gate_up`` holds the gate where there is one."""
+    """One transformer block. ``gate_up`` holds the gate where there is one; for ``o_gate_up`` see `pallas_kernels.DecoderLayer`."""
 
     input_norm: Norm | LayerNorm
     qkv: PackedProjection
@@ -29,6 +29,7 @@ class LayerWeights:
     gate_up: PackedProjection
     down: PackedProjection
     mlp_out_norm: Norm | LayerNorm | None
+    o_gate_up: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass

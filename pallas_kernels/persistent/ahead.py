@@ -12,7 +12,7 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
 from pallas_kernels.persistent.launch import Emitter, Place
 from pallas_kernels.persistent.ring import Ring
-from pallas_kernels.persistent.steps import Attention, Phase, Step
+from pallas_kernels.persistent.steps import Attention, Keep, Phase, Step
 
 _LINE = 128  # bytes
 
@@ -22,6 +22,10 @@ def fetch_ahead(place: Place, ring: Ring) -> None:
     needs for itself. For the loading warpgroup, which is here before the other."""
     plan = place.launch.plan
     step, following = plan.steps[place.step], place.step + 1
+    if isinstance(step, Keep):
+        return  # its vectors, if any, are few; what follows has been fetched before it
+    if following < len(plan.steps) and isinstance(plan.steps[following], Keep):
+        following += 1
     if following == plan.in_layer:
         # After the last layer the head's first step follows; its operands are counted on from the last layer's.
         first, last = (_copied(plan.steps[n]) for n in (0, plan.in_layer))

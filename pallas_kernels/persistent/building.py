@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -10,7 +11,7 @@ from pallas_kernels.norm import Norm
 from pallas_kernels.persistent.plan import Plan, parts_for, splits_for
 from pallas_kernels.persistent.sources import Output, Source
 from pallas_kernels.persistent.splitting import split_by_cost
-from pallas_kernels.persistent.steps import MOST_PARTS, TILE_ROWS, Attention, Collect, Group, Phase, Step
+from pallas_kernels.persistent.steps import MOST_PARTS, TILE_ROWS, Attention, Collect, Group, Keep, Phase, Step
 from pallas_kernels.persistent.tuning import Tuning
 from pallas_kernels.projection import PackedProjection
 
@@ -56,8 +57,31 @@ class _Builder:
                 for p in packed
             ]
             return self._outputs(packed, [self._add(name, groups, source, together)])
-        groups = [[Group(first, *p.first.shape)] for p in packed]
-        down = self._add(f"{name} down", groups, source, together)
+        down = self.whole(f"{name} down", first, [p.first for p in packed], source, together)
+        return self.second(name, packed, [down], together)[0]
+
+    def whole(
+        self, name: str, operand: int, of_layers: Sequence[jax.Array], source: Source, together: int = 1
+    ) -> Output:
+        """Adds a phase of one operand that all rows of are read; gives its output."""
+        step = self._add(name, [[Group(operand, *array.shape)] for array in of_layers], source, together)
+        return _in_all_layers(step, of_layers)
+
+    def second(
+        self, name: str, packed: Sequence[PackedProjection], latents: Sequence[Output], together: int = 1,
+        beside: Sequence[jax.Array] = (), divided_by: int | None = None,
+    ) -> tuple[tuple[Output, ...], Output | None]:  # fmt: skip
+        """Adds the phase of a projection's second factors, of the sum of ``latents``; the last of these has its dense members.
+
+        Args:
+          name, packed, together: as for `project`.
+          latents: what its first factors put out.
+          beside: of each layer, what is done in the same phase, of all latents; none if not given.
+          divided_by: as `Source` has it.
+
+        Returns:
+          What its members put out, and what comes of ``beside``.
+        """
         count = range(len(packed[0].ups))
         # A dense member names an operand all the same, of which it has no rows.
         ups = [self.operand([p.first if p.ups[i] is None else p.ups[i] for p in packed]) for i in count]  # pyright: ignore
@@ -70,9 +94,12 @@ class _Builder:
             ]
             for p in packed
         ]
-        latent = Output((down,) * len(packed), (0,) * len(packed), (0,) * len(packed))
-        up = self._add(f"{name} up", groups, Source("sum", (latent,)), together)
-        return self._outputs(packed, [down, up])
+        if beside:
+            operand = self.operand(beside)
+            groups = [[*of_layer, Group(operand, *array.shape)] for of_layer, array in zip(groups, beside, strict=True)]
+        step = self._add(f"{name} up", groups, Source("sum", tuple(latents), divided_by=divided_by), together)
+        found = self._outputs(packed, [latents[-1].steps[0], step])
+        return found, _in_all_layers(step, beside, len(count), self.phase(step)) if beside else None
 
     def _outputs(self, packed: Sequence[PackedProjection], phases: Sequence[int]) -> tuple[Output, ...]:
         """Of the members of a projection with these phases."""
@@ -107,6 +134,12 @@ class _Builder:
         return found
 
 
+def _in_all_layers(step: int, layers: Sequence[Any], group: int = 0, phase: Phase | None = None) -> Output:
+    """What a group of a phase puts out; the first if the phase is not given."""
+    begin = TILE_ROWS * phase.tile_starts[group] if phase is not None else 0
+    return Output((step,) * len(layers), (group,) * len(layers), (begin,) * len(layers))
+
+
 def plan_of(
     x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
     values: Sequence[jax.Array], cores: int, tuning: Tuning = DEFAULT,
@@ -116,8 +149,8 @@ def plan_of(
     Arguments are those of `decode_layers`; arrays may be shapes alone.
     """
     batch, _, width = x.shape
-    build = _Builder(cores // 8 * 8, tuning, [[] for _ in layers])  # a multiple of every number of splits
-    (mlp,), middle = _layer_steps(build, layers, keys, values, batch)
+    build = _Builder(cores, tuning, [[] for _ in layers])
+    (mlp,), middle = _layer_steps(build, layers, keys, values, batch, width)
     in_layer, count = len(build.steps), len(build.operands[0])
     of_layers = [array for operands in build.operands for array in operands]
     build.operands = [[]]
@@ -133,16 +166,19 @@ def plan_of(
 
 
 def _layer_steps(
-    build: _Builder, layers: Sequence[DecoderLayer], keys: Sequence[jax.Array], values: Sequence[jax.Array], batch: int
+    build: _Builder,
+    layers: Sequence[DecoderLayer],
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    batch: int,
+    width: int,
 ) -> tuple[tuple[Output, ...], int]:
-    """Adds the steps of a layer. Gives its output, and the number of the phase that has the stream before the MLP."""
+    """Adds the steps of a layer. Gives its output, and the number of the step that has the stream before the MLP."""
     # The first stream adds what the last layer leaves, whose phases are not known yet: they are put in below.
     scale = build.operand([layer.input_norm.scale for layer in layers])
-    q, k, v = build.project("qkv", [layer.qkv for layer in layers], Source("stream", behind=1, scale=scale))
-    build.steps.append(_attention(build, layers, keys, values, batch, (q, k, v)))
-    o = build.project("o", [layer.o for layer in layers], Source("attended", attention=len(build.steps) - 1))
-    scale, middle = build.operand([layer.mlp_norm.scale for layer in layers]), len(build.steps)
-    gated = build.project("gate_up", [layer.gate_up for layer in layers], Source("stream", o, stream=0, scale=scale), 2)
+    qkv = build.project("qkv", [layer.qkv for layer in layers], Source("stream", behind=1, scale=scale))
+    add_rest = _through_latents if all(layer.o_gate_up is not None for layer in layers) else _one_after_the_other
+    gated, middle = add_rest(build, layers, _attention(build, layers, keys, values, batch, qkv), width)
     source = Source("gated", gated, activation=layers[0].gate)
     mlp = build.project("down", [layer.down for layer in layers], source)
     first = build.phase(0)
@@ -150,11 +186,48 @@ def _layer_steps(
     return mlp, middle
 
 
+def _one_after_the_other(
+    build: _Builder, layers: Sequence[DecoderLayer], attention: Attention, width: int
+) -> tuple[tuple[Output, ...], int]:
+    """Adds attention, its projection, then gate and up. Gives the outputs of these, and the number of the step that has the stream
+    before the MLP."""
+    build.steps.append(attention)
+    o = build.project("o", [layer.o for layer in layers], Source("attended", attention=len(build.steps) - 1))
+    scale, middle = build.operand([layer.mlp_norm.scale for layer in layers]), len(build.steps)
+    source = Source("stream", o, stream=0, scale=scale)
+    return build.project("gate_up", [layer.gate_up for layer in layers], source, 2), middle
+
+
+def _through_latents(
+    build: _Builder, layers: Sequence[DecoderLayer], attention: Attention, width: int
+) -> tuple[tuple[Output, ...], int]:
+    """The same where `DecoderLayer.o_gate_up` is there: gate and up's first factors are of the stream before attention, and are
+    multiplied while words of attention are on their way; what attention adds to them comes of its projection's latents. So there
+    is one input less to wait for. The norm's divisor, of the whole stream, is not known before the second factors are done."""
+    o, gate_up = ([getattr(layer, name) for layer in layers] for name in ("o", "gate_up"))
+    build.steps.append(attention)
+    scale = build.operand([layer.mlp_norm.scale for layer in layers])
+    of_stream = build.whole(
+        "gate_up ahead", build.operand([p.first for p in gate_up]), [p.first for p in gate_up],
+        Source("kept", stream=0, scale=scale), 2,
+    )  # fmt: skip
+    source = Source("attended", attention=len(build.steps) - 2)
+    latents = build.whole("o down", build.operand([p.first for p in o]), [p.first for p in o], source)
+    added, of_attention = build.second(
+        "o", o, [latents], 1, [layer.o_gate_up for layer in layers if layer.o_gate_up is not None]
+    )
+    assert of_attention is not None
+    middle = len(build.steps) + 1
+    gated, _ = build.second("gate_up", gate_up, [of_stream, of_attention], 2, divided_by=middle)
+    build.steps.append(Keep("stream", Source("stream", added, stream=0), attention.batch, width))
+    return gated, middle
+
+
 def _attention(
     build: _Builder, layers: Sequence[DecoderLayer], keys: Sequence[jax.Array], values: Sequence[jax.Array], batch: int,
-    qkv: tuple[Output, Output, Output],
+    qkv: tuple[Output, ...],
 ) -> Attention:  # fmt: skip
-    heads, kv_heads = heads_of(layers[0], keys)
+    (heads, kv_heads), (q, k, v) = heads_of(layers[0], keys), qkv
     return Attention(
         name="attention",
         heads=heads,
@@ -162,7 +235,7 @@ def _attention(
         head_dim=keys[0].shape[-1],
         parts=parts_for(batch, kv_heads, build.programs, build.tuning),
         windows=tuple(layer.window or 0 for layer in layers),
-        of=qkv,
+        of=(q, k, v),
         keys=build.operand(keys),
         values=build.operand(values),
         norms=_norms(build, layers),

@@ -19,7 +19,8 @@ from pallas_kernels.persistent.columns import Columns, biased
 from pallas_kernels.persistent.items import Team
 from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
-from pallas_kernels.persistent.words import Read, load_words, store_word, store_words
+from pallas_kernels.persistent.stream import read_stream, sum_of_squares, write_stream
+from pallas_kernels.persistent.words import Read, store_word, store_words
 
 _WORDS_OF_VARYING = 96
 """That are waited for together, at the most, where what is told of an output by layer takes registers, too."""
@@ -106,16 +107,10 @@ class _Loader:
         )
         self.publishing = w.below(w.integer(0), self.publishes)
         self.is_stream = self.source.kind == "stream"
-        self.base = self.e.base(self._before, self.source.behind)
-        self.told = w.sub(self.e.epoch, w.integer(self.source.behind))
+        self.is_normed = self.source.kind in ("stream", "kept")
         self.outputs = [Columns(self.e, output, self.source.behind) for output in self.source.of]
-        self.scale = self.e.operand(self.source.scale) if self.is_stream else None
+        self.scale = self.e.operand(self.source.scale) if self.is_normed else None
         self.stream_base = self.e.base(self.e.step)  # where this phase's own stream goes
-
-    @property
-    def _before(self) -> int:
-        """Of the steps whose words are read, one."""
-        return self.source.of[0].steps[0] if self.source.of else self.source.attention
 
     def run(self) -> None:
         w.meet_readers(self.threads)  # nobody multiplies the last input any more
@@ -145,7 +140,7 @@ class _Loader:
 
     def _round(self, chunks: list[_Chunk], squares: list[Value]) -> list[Value]:
         scales = [
-            w.load_bf16(self.scale, w.mul(chunk.column, w.integer(2))) if self.is_stream else [] for chunk in chunks
+            w.load_bf16(self.scale, w.mul(chunk.column, w.integer(2))) if self.is_normed else [] for chunk in chunks
         ]
         biases = [[output.bias(chunk.column) for output in self.outputs] for chunk in chunks]
         found, root = self._wait(chunks)
@@ -153,6 +148,7 @@ class _Loader:
             values = self._combine(parts, bias, root)
             if self.is_stream:
                 squares = [w.add_f(so_far, self._keep(chunk, values)) for so_far in squares]
+            if self.is_normed:
                 values = [w.mul_f(v, s) for v, s in zip(values, scale, strict=True)]
             values = [w.select(chunk.real, v, w.number(0.0)) for v in values]
             w.store_activations(self.e.activations, chunk.offset, values)
@@ -163,7 +159,7 @@ class _Loader:
         """Words that make up a column, its biases among them."""
         if self.source.kind == "attended":
             return self._attention.parts * 5 // 4 + 1
-        return sum(output.parts + output.has_bias for output in self.outputs) + self.is_stream
+        return sum(output.parts + output.has_bias for output in self.outputs) + self.is_normed
 
     @property
     def _attention(self) -> Attention:
@@ -196,42 +192,30 @@ class _Loader:
     def _reads(self, chunk: _Chunk) -> list[Read]:
         """Of a chunk: its columns, and where there is a gate what it gates."""
         if self.source.kind == "attended":
-            return [read_attended(self.e, self.source.attention, self.base, self.row, chunk.column)]
+            base = self.e.base(self.source.attention)
+            return [read_attended(self.e, self.source.attention, base, self.row, chunk.column)]
         reads = [output.read(self.row, chunk.column) for output in self.outputs]
-        return [self._with_stream(reads[0], chunk)] if self.is_stream else reads
-
-    def _with_stream(self, added: Read, chunk: _Chunk) -> Read:
-        at = w.add(w.mul(self.row, w.integer(self.plan.width)), chunk.column)
-        at = w.mul(w.add(at, w.integer(self.plan.offset("stream", self.source.stream))), w.integer(4))
-        count = len(added.words)
-
-        def load(need: Value, old: list[Value]) -> list[Value]:
-            return added.load(need, old[:count]) + load_words(self.base, at, need, old[count:])
-
-        def values(words: list[Value]) -> list[Value]:
-            return [w.add_f(s, v) for s, v in zip(w.floats(words[count:]), added.values(words[:count]), strict=True)]
-
-        return Read(self.told, added.words + [w.integer(0)] * CHUNK, load, values)
+        if self.is_normed:
+            return [read_stream(self.e, self.source, self.row, chunk.column, reads[0] if reads else None)]
+        return reads
 
     def _combine(self, parts: list[list[Value]], biases: list[list[Value]], root: Value | None) -> list[Value]:
-        if self.source.kind == "attended":
+        if self.source.kind in ("attended", "kept"):
             return parts[0]
         found = [
             biased(output.normed(part, root), bias)
             for output, part, bias in zip(self.outputs, parts, biases, strict=True)
         ]
         if self.source.kind != "gated":
-            return found[0]
+            return [w.total(list(column)) for column in zip(*found, strict=True)]
         gate = gates.ACTIVATIONS[self.source.activation]
         return [w.mul_f(gate(g), u) for g, u in zip(*found, strict=True)]
 
     def _keep(self, chunk: _Chunk, values: list[Value]) -> Value:
         """Publishes the stream, and gives its squares' sum."""
         used = w.both(chunk.mine, chunk.real)
-        at = w.add(w.mul(self.row, w.integer(self.plan.width)), chunk.column)
-        at = w.add(at, w.integer(self.plan.offset("stream", self.e.step)))
-        store_words(self.stream_base, w.mul(at, w.integer(4)), values, self.e.epoch, w.both(used, self.publishing))
-        return w.select(used, w.total([w.mul_f(v, v) for v in values]), w.number(0.0))
+        write_stream(self.e, self.row, chunk.column, values, w.both(used, self.publishing))
+        return w.select(used, sum_of_squares(values), w.number(0.0))
 
     def _keep_squares(self, square: Value) -> None:
         at = w.add(w.integer(SQUARES), w.mul(self.warp, w.integer(4)))

@@ -68,7 +68,7 @@ class PhaseItems:
 
     def __init__(self, place: Place, phase: Phase):
         self.phase, self.numbers = phase, _numbers(place)
-        turn = _turn(place)
+        turn = turn_of(place)
         self.team = self._team(0)
         for number in range(1, len(phase.teams)):
             other = self._team(number)
@@ -124,7 +124,7 @@ class AttentionItems:
     def __init__(self, place: Place, attention: Attention):
         self._attention, self._programs = attention, place.launch.plan.programs
         self.window = _numbers(place)["window"]
-        self._first = _turn(place)
+        self._first = turn_of(place)
         self.count = lax.div(attention.items - self._first + self._programs - 1, self._programs)
 
     def part(self, i: jax.Array) -> Part:
@@ -140,7 +140,7 @@ def _numbers(place: Place) -> dict[str, jax.Array]:
     return {name: place.launch.number(values, place.layer) for name, values in found.items()}
 
 
-def _turn(place: Place) -> jax.Array:
+def turn_of(place: Place) -> jax.Array:
     """Number of this program counted from the one that a step begins with."""
     plan = place.launch.plan
     begin = place.launch.number(plan.first_programs[place.step], place.layer)

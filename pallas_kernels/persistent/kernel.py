@@ -20,7 +20,8 @@ from pallas_kernels.persistent.multiplying import attend_step, multiply_step
 from pallas_kernels.persistent.outputs import collect
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring, ring_memory
-from pallas_kernels.persistent.steps import HEADS, HEADS_BYTES, Attention, Collect, Phase
+from pallas_kernels.persistent.steps import HEADS, HEADS_BYTES, Attention, Collect, Keep, Phase
+from pallas_kernels.persistent.stream import keep_stream
 from pallas_kernels.persistent.words import SPINS, tell
 
 
@@ -143,7 +144,10 @@ class _Program:
 
         @pl.when(multiplies)
         def _() -> None:
-            collect(place, self.logits)
+            if isinstance(step, Keep):
+                keep_stream(place)
+            else:
+                collect(place, self.logits)
 
         return tiles
 

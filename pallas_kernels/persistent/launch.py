@@ -12,7 +12,6 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.stalls import STEPS
-from pallas_kernels.persistent.steps import Phase
 from pallas_kernels.persistent.words import Patience, Read, load_run, until_written
 
 # Bytes of the small shared buffer.
@@ -109,10 +108,8 @@ class Emitter:
         return until_written(reads, Patience(attempts, said, step, self.epoch))
 
     def squares(self, stream: int, row: Value) -> Read:
-        """Of a sequence's sum of squares of the stream in an earlier phase."""
-        phase, base = self.plan.steps[stream], self.base(stream)
-        assert isinstance(phase, Phase)
-        begin, count = self.plan.offset("squares", stream), phase.splits
+        """Of a sequence's sum of squares of the stream in an earlier step."""
+        base, begin, count = self.base(stream), self.plan.offset("squares", stream), self.plan.squares(stream)
         first = w.add(w.mul(row, w.integer(count)), w.integer(begin))
 
         return Read(

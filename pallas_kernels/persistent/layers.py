@@ -126,13 +126,22 @@ def run(
     return Decoded(logits, tuple(new[: len(keys)]), tuple(new[len(keys) :]), stall)
 
 
+def gains_by_absorbing(layers: Sequence[DecoderLayer], batch: int) -> bool:
+    """Whether a step of so many sequences is faster where layers have `DecoderLayer.o_gate_up`, as these have; shapes suffice."""
+    absorbed = [layer.o_gate_up for layer in layers if layer.o_gate_up is not None]
+    most = tuning_for(target().kind, batch, layer_kinds(layers) > 1).absorbed_bytes
+    return len(absorbed) == len(layers) and sum(a.size * a.dtype.itemsize for a in absorbed) <= most * len(layers)
+
+
 def workspace(
     x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
     values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array,
 ) -> int:  # fmt: skip
-    """Bytes of the words, and of the operands' tensor maps and addresses. Weights and caches are used as they are."""
+    """Bytes of the words, of the operands' tensor maps and addresses, and of what is absorbed. Weights and caches are used as they
+    are."""
     plan, operands = plan_here(x, layers, norm, head, keys, values)
-    return 4 * plan.words + described_bytes(len(operands))
+    absorbed = sum(2 * layer.o_gate_up.size for layer in layers if layer.o_gate_up is not None)
+    return 4 * plan.words + described_bytes(len(operands)) + absorbed
 
 
 def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:

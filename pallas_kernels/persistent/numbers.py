@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from pallas_kernels.persistent.sources import Output
-from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Phase, Step
+from pallas_kernels.persistent.steps import TILE_ROWS, Attention, Collect, Keep, Phase, Step
 
 OfLayers = tuple[int, ...]
 """A number for each layer; those of the head have one."""
@@ -83,13 +83,13 @@ class Numbers:
 
 def outputs_of(step: Step) -> tuple[Output, ...]:
     """What a step reads."""
-    if isinstance(step, Phase):
+    if isinstance(step, (Phase, Keep)):
         return step.source.of
     return step.of if isinstance(step, Attention) else (step.of,)
 
 
 def _of_step(step: Step, programs: int) -> dict[str, OfLayers]:
-    if isinstance(step, Collect):
+    if isinstance(step, (Collect, Keep)):
         return {}
     if isinstance(step, Attention):
         return {"window": step.windows}

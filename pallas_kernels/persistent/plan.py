@@ -20,6 +20,7 @@ from pallas_kernels.persistent.steps import (
     TILE_ROWS,
     Attention,
     Collect,
+    Keep,
     Phase,
     Step,
 )
@@ -115,16 +116,16 @@ class Plan:
 
     def _sizes(self, number: int) -> dict[str, int]:
         """Words of a step's arrays by kind, each a whole number of what is read at once."""
-        step = self.steps[number]
+        step, found = self.steps[number], {}
         if isinstance(step, Collect):
             return {}
         if isinstance(step, Attention):
             heads = step.parts * self.batch * step.heads
             found = {"sums": heads * step.head_dim, "weights": heads}
-        else:
+        elif isinstance(step, Phase):
             found = {"sums": step.parts * self.batch * step.padded_rows}
-            if step.source.kind == "stream":
-                found |= {"squares": self.batch * step.splits, "stream": self.batch * self.width}
+        if not isinstance(step, Attention) and step.source.kind == "stream":
+            found |= {"squares": self.batch * self.squares(number), "stream": self.batch * self.width}
         return {kind: -(-size // CHUNK) * CHUNK for kind, size in found.items()}
 
     def offset(self, kind: str, step: int) -> int:
@@ -161,7 +162,20 @@ class Plan:
         Such a phase is a product of a normed input that was split: nobody had the divisor yet.
         """
         first, phase = output.phases[0], self.steps[output.phases[0]]
-        return first if isinstance(phase, Phase) and phase.source.kind == "stream" else None
+        if not isinstance(phase, Phase):
+            return None
+        return first if phase.source.kind == "stream" else phase.source.divided_by
+
+    def squares(self, step: int) -> int:
+        """Sums of squares that a step leaves of each sequence's stream, for parts of its columns."""
+        found = self.steps[step]
+        return found.parts if isinstance(found, Keep) else self.phase(step).splits
+
+    def phase(self, step: int) -> Phase:
+        """A step that is a phase."""
+        found = self.steps[step]
+        assert isinstance(found, Phase)
+        return found
 
     @staticmethod
     def epoch(layer: int) -> int:
@@ -171,8 +185,6 @@ class Plan:
     def problems(self) -> str | None:
         """Why the protocol cannot run this, or None."""
         phases = [step for step in self.steps if isinstance(step, Phase)]
-        if any(self.programs % phase.splits for phase in phases):
-            return "splits that do not divide the number of programs: a program would need several parts of an input"
         if any(phase.source.kind == "stream" and len(phase.teams) > 1 for phase in phases):
             return "parts of the residual stream, which nobody could publish whole"
         if any(self.programs < len(phase.teams) * phase.splits for phase in phases):

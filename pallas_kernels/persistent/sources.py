@@ -32,14 +32,17 @@ class Source:
     """What the input of a phase is made of.
 
     Attributes:
-      kind: "stream" the residual stream with an output added to it, normed; "sum" an output; "gated" the second of two outputs
-        times the activation of the first; "attended" the output of an attention.
+      kind: "stream" the residual stream with an output added to it, normed; "kept" the stream as it was before, times a norm's
+        scale; "sum" outputs, added up; "gated" the second of two outputs times the activation of the first; "attended" the output
+        of an attention.
       of: those outputs.
       attention: its number, of "attended".
-      stream: of a stream, the phase that had it last.
+      stream: of a stream, the step that had it last.
       behind: 1 if that phase and the output are of the layer before.
       scale: number of the operand with the norm's scale, of a stream.
       activation: of "gated".
+      divided_by: the step that has the stream by whose root mean square the phase's output is still to be divided, where it is a
+        later one than who divides else; None if there is none.
     """
 
     kind: str
@@ -49,3 +52,4 @@ class Source:
     behind: int = 0
     scale: int = 0
     activation: str = "silu"
+    divided_by: int | None = None

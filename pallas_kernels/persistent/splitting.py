@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from pallas_kernels.persistent.sources import Output
-from pallas_kernels.persistent.steps import TILE_K, Attention, Collect, Phase, Step
+from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Collect, Keep, Phase, Step
 from pallas_kernels.persistent.tuning import Tuning
 
 _SPLITS = (1, 2, 4, 8)
@@ -94,6 +94,8 @@ class Costs:
             heads = zip((step.group, 1, 1), step.of, strict=True)
             return items * step.head_dim * sum(count * self._parts(output) for count, output in heads)
         source = step.source
+        if isinstance(step, Keep):
+            return step.items * THREADS * CHUNK * (1 + sum(map(self._parts, source.of))) / self.programs
         if source.kind == "attended":
             attention = self.steps[source.attention]
             assert isinstance(attention, Attention)

@@ -7,10 +7,12 @@ same time, or before. An operand that is elsewhere than was told comes before al
 
 from collections.abc import Sequence
 
+_ALONE = ("gate_up ahead", "attention", "stream", "logits")
+
 STEPS = tuple(
     name
-    for product in ("qkv", "attention", "o", "gate_up", "down", "head", "logits")
-    for name in ([product] if product in ("attention", "logits") else [product, f"{product} down", f"{product} up"])
+    for part in ("qkv", "attention", "gate_up ahead", "o", "gate_up", "stream", "down", "head", "logits")
+    for name in ([part] if part in _ALONE else [part, f"{part} down", f"{part} up"])
 )
 """Names of all steps there may be, in their order."""
 

@@ -30,6 +30,9 @@ TILE_BYTES = TILE_ROWS * TILE_K * 2
 HEADS = (2, 8, TILE_K)
 """What an attention multiplies with: queries and the softmax's weights, of up to eight heads, in shared memory."""
 
+KEEP_TILES = 3
+"""That take as long as reading columns of the stream and writing them."""
+
 HEADS_BYTES = 2 * math.prod(HEADS)
 
 
@@ -78,10 +81,10 @@ class Phase:
     """One product.
 
     Programs divide into teams, one for each slice of the input that is read, and the programs of a team into ``splits``, each with
-    a part of the contraction axis, so that none needs more than a part of one slice. The weight tiles of a split, row tile after
-    row tile, are shared out evenly. Where a share ends within a row tile, the next program adds up the rest of it: the row tile
-    has ``pieces``, whose sums are added by who reads them. Where shares are so long that a row tile more or less does not matter,
-    row tiles stay ``whole``, which saves words.
+    a part of the contraction axis, so that none needs more than a part of one slice; what is over is idle. The weight tiles
+    of a split, row tile after row tile, are shared out evenly. Where a share ends within a row tile, the next program adds up the
+    rest of it: the row tile has ``pieces``, whose sums are added by who reads them. Where shares are so long that a row tile more
+    or less does not matter, row tiles stay ``whole``, which saves words.
 
     Attributes:
       name: of the projection, and which of its products.
@@ -142,7 +145,7 @@ class Phase:
     def _divide(self, layer: int, programs: int) -> tuple[int, ...]:
         busy = [team for team in range(len(self.teams)) if self.team_tiles(team, layer)]
         sizes = [self.splits if team in busy else 0 for team in range(len(self.teams))]
-        for _ in range(sum(sizes), programs, self.splits) if busy else ():
+        for _ in range((programs - sum(sizes)) // self.splits if busy else 0):
             busiest = max(busy, key=lambda t: self.team_tiles(t, layer) / sizes[t])
             sizes[busiest] += self.splits
         return tuple(sizes)
@@ -239,6 +242,32 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True)
+class Keep:
+    """The residual stream with an output added to it, and its squares, as words: where no phase's input is the stream just then.
+
+    An item is a sequence and one of ``parts`` of its columns: four for every thread.
+    """
+
+    name: str
+    source: Source
+    batch: int
+    width: int
+
+    @property
+    def parts(self) -> int:
+        return -(-self.width // (THREADS * CHUNK))
+
+    @property
+    def items(self) -> int:
+        return self.batch * self.parts
+
+    def work(self, layer: int, programs: int) -> list[int]:
+        """In tiles that take as long."""
+        del layer
+        return [KEEP_TILES * -(-(self.items - turn) // programs) for turn in range(programs)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Collect:
     """The end: an output, summed up, as the launch's, float32 [batch, columns]. All programs share the columns."""
 
@@ -291,4 +320,4 @@ class Attention:
         return [2 * -(-(self.items - turn) // programs) for turn in range(programs)]
 
 
-Step = Phase | Attention | Collect
+Step = Phase | Attention | Keep | Collect

@@ -26,6 +26,8 @@ class Tuning:
       most_parts: of a sequence's positions.
       kilobyte_tiles: what reading a kilobyte of words costs, in tiles, by which phases are divided; 0 to divide them so that each
         program has an item.
+      absorbed_bytes: of `pallas_kernels.DecoderLayer.o_gate_up`, the mean over layers: larger ones take longer to read than the
+        wait that they save.
       readers: warpgroups that put an input together: 1, the one that multiplies it, or 2, another beside it. Each serves four
         sequences.
     """
@@ -37,6 +39,7 @@ class Tuning:
     uneven_tiles: int = 0
     most_parts: int = 16
     kilobyte_tiles: float = 0.0
+    absorbed_bytes: int = 0
     readers: int = 2
 
 

@@ -22,7 +22,7 @@ BESIDE_TENSOR_CORES = 6
 KINDS = ("dense", "low-rank", "mixed")
 NAMES = ("llama-2-7b", "llama-3.1-8b")
 PRODUCTS = [*((name, kind, 1) for name in NAMES for kind in KINDS), *((name, "low-rank", 4) for name in NAMES)]
-PERSISTENT = [("llama-2-7b", "low-rank", 1), ("llama-3.1-8b", "low-rank", 4)]
+PERSISTENT = [("llama-2-7b", "low-rank", 1), ("llama-2-7b", "lower", 1), ("llama-3.1-8b", "low-rank", 4)]
 CASES = [*((*case, "products") for case in PRODUCTS), *((*case, "persistent") for case in PERSISTENT)]
 
 

@@ -80,6 +80,14 @@ CASES = {
         3, 1024, 2048, 8, 2, (256, 400), (63, 64, 0, 5, 127), slots=128, varied=True, dense=("0.q", "1.down", "2.v")
     ),
     "7b, eight sequences": DecoderCase(2, 4096, 11008, 32, 32, (1024, 1488), (511,) * 8, slots=576, vocab=32000),
+    "absorbed": DecoderCase(3, 512, 1160, 4, 4, (136, 200), (200,), absorbed=True),
+    "absorbed, ranks that differ": DecoderCase(
+        3, 1032, 2048, 8, 2, (256, 400), (63, 64, 5), qk_norm=True, biases=True, varied=True, absorbed=True, gate="gelu"
+    ),
+    "absorbed, eight sequences": DecoderCase(
+        2, 2048, 2048, 8, 2, (256, 400), (0, 1, 63, 64, 100, 255, 3, 127), absorbed=True
+    ),
+    "7b, absorbed": DecoderCase(4, 4096, 11008, 32, 32, (832, 1200), (511,), slots=576, vocab=32000, absorbed=True),
     "dense attention": DecoderCase(
         3, 2048, 5632, 16, 8, (None, 800), (4000, 17, 4095), slots=4096, varied=True, biases=True
     ),

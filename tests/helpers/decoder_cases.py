@@ -18,7 +18,8 @@ class DecoderCase:
 
     ``ranks`` are those of the attention's projections and of the MLP's, None for dense ones; ``varied`` draws each between half and
     1.3 times that; sites in ``dense``, such as "0.q" or "1.down", are dense whatever their ranks. ``biases`` are those of q, k and
-    v, ``more_biases`` all others of the layers. ``starts`` are positions of the new tokens, one a sequence.
+    v, ``more_biases`` all others of the layers. Low-rank layers may be ``absorbed``, see `DecoderLayer.o_gate_up`. ``starts`` are
+    positions of the new tokens, one a sequence.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class DecoderCase:
     dense: tuple[str, ...] = ()
     varied: bool = False
     window: int | None = None
+    absorbed: bool = False
     head_dim: int = 128
     dtype: Any = jnp.bfloat16
 
@@ -65,6 +67,7 @@ class DecoderCase:
             )
             for i in range(self.layers)
         ]
+        layers = [_absorbed(layer) for layer in layers] if self.absorbed else layers
         batch = len(self.starts)
         cache = [tuple(draw(batch, self.kv_heads, self.slots, self.head_dim) for _ in layers) for _ in range(2)]
         angles = jax.random.uniform(next(keys), (batch, 1, self.head_dim // 2), maxval=6.0)
@@ -83,6 +86,13 @@ class DecoderCase:
 
     def _ranks(self, layer: int, sites: Sequence[str], rank: int | None) -> list[int | None]:
         return [None if f"{layer}.{site}" in self.dense else rank for site in sites]
+
+
+def _absorbed(layer: DecoderLayer) -> DecoderLayer:
+    arrays: tuple[Any, ...] = (layer.gate_up.first, layer.mlp_norm.scale, layer.o.ups[0])
+    first, scale, up = (array.astype(jnp.float32) for array in arrays)
+    product = jnp.dot(first * scale, up, precision="highest")
+    return dataclasses.replace(layer, o_gate_up=product.astype(layer.gate_up.first.dtype))
 
 
 def _projections(

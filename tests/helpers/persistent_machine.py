@@ -17,7 +17,7 @@ from persistent_models import EPS, Item, items_of, pieces_of
 from pallas_kernels.persistent import attend
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.sources import Output
-from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect, Phase
+from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect, Keep, Phase
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -108,7 +108,7 @@ class Machine:
             if isinstance(step, Collect):
                 yield from self.collect(step, layer, g)
                 continue
-            take = self.attend if isinstance(step, Attention) else self.multiply
+            take = {Attention: self.attend, Keep: self.keep, Phase: self.multiply}[type(step)]
             yield from take(number, layer, own, items_of(plan, number, own, g))
 
     def embed(self, g: int) -> None:
@@ -121,6 +121,21 @@ class Machine:
         row, column = divmod(mine, plan.width)
         for part in range(plan.steps[added.steps[0]].parts):
             self.write(epoch, self.sums_at(added.steps[0], part, row, added.starts[0] + column), 0.0)
+
+    def keep(self, number: int, layer: int, own: int, items: range) -> Run:
+        """Four columns of a sequence a thread, 128 threads an item."""
+        plan, keep = self.plan, self.plan.steps[number]
+        for item in items:
+            row, part = divmod(item, keep.parts)
+            columns = np.arange(512 * part, min(512 * (part + 1), plan.width))
+            (added,) = keep.source.of
+            (values,) = yield from self.output(added, layer, np.array([row]), columns)
+            before = plan.offset("stream", keep.source.stream) + row * plan.width + columns
+            values = values + (yield from self.read(plan.epoch(layer), before))
+            self.write(plan.epoch(layer), plan.offset("stream", number) + row * plan.width + columns, values)
+            at = plan.offset("squares", number) + np.array([row * keep.parts + part])
+            self.write(plan.epoch(layer), at, (values**2).sum())
+            yield "moves"
 
     def sums_at(self, number: int, part: Any, row: Any, column: Any) -> Any:
         padded = self.plan.steps[number].padded_rows
@@ -143,6 +158,7 @@ class Machine:
         """A split of a team's slice of the input, [batch, columns]."""
         plan, phase = self.plan, self.plan.steps[number]
         tiles, epoch, stream = phase.k_tiles(team, own), plan.epoch(layer), phase.source.kind == "stream"
+        scaled = phase.source.kind in ("stream", "kept")
         held = np.zeros((plan.batch, tiles, TILE_K))
         squares = np.zeros(plan.batch)
         group = phase.layers[own][phase.teams[team][0]]
@@ -157,6 +173,7 @@ class Machine:
                 if publishes:
                     at = plan.offset("stream", number) + self.rows[:, None] * plan.width + columns[real]
                     self.write(epoch, at, values[:, real])
+            if scaled:
                 values = values * self.operand(layer, phase.source.scale)[columns]
             held[:, tile] = values * real
             yield "moves"
@@ -172,18 +189,20 @@ class Machine:
         found = []
         for output in source.of:
             found.append((yield from self.output(output, layer - source.behind, self.rows, at)))
-        if source.kind == "stream":
+        if source.kind in ("stream", "kept"):
             before = plan.offset("stream", source.stream) + self.rows[:, None] * plan.width + at
-            return found[0] + (yield from self.read(plan.epoch(layer) - source.behind, before))
-        return ACTIVATIONS[source.activation](found[0]) * found[1] if source.kind == "gated" else found[0]
+            return sum(found) + (yield from self.read(plan.epoch(layer) - source.behind, before))
+        return ACTIVATIONS[source.activation](found[0]) * found[1] if source.kind == "gated" else sum(found)
 
     def output(self, output: Output, layer: int, rows: np.ndarray, at: np.ndarray) -> Run:
         """[rows, columns] of an output. Layer -1 is the embedding, which lies where the first layer's does."""
         plan, own, epoch = self.plan, min(max(layer, 0), len(output.steps) - 1), self.plan.epoch(layer)
         number = output.steps[own]
         found = yield from self.sums(epoch, number, own, rows, output.starts[own] + at)
-        if isinstance(plan.steps[number], Phase) and plan.steps[number].source.kind == "stream":
-            found = found * (yield from self.roots(epoch, number))[rows, None]
+        source = plan.steps[number].source
+        divided_by = number if source.kind == "stream" else source.divided_by
+        if divided_by is not None:
+            found = found * (yield from self.roots(epoch, divided_by))[rows, None]
         return found if output.bias is None or layer < 0 else found + self.operand(layer, output.bias)[at]
 
     def sums(self, epoch: int, number: int, own: int, rows: np.ndarray, at: np.ndarray) -> Run:
@@ -201,7 +220,8 @@ class Machine:
         return found
 
     def roots(self, epoch: int, number: int) -> Run:
-        count = self.plan.steps[number].splits
+        step = self.plan.steps[number]
+        count = step.parts if isinstance(step, Keep) else step.splits
         at = self.plan.offset("squares", number) + np.arange(self.plan.batch * count).reshape(-1, count)
         return self.root((yield from self.read(epoch, at)).sum(1))
 

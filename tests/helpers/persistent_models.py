@@ -33,7 +33,8 @@ Draw = Callable[..., jax.Array]
 class Model:
     """Sizes of a decoder. ``attention`` and ``mlp`` hold a rank for each layer, None where it is dense, or one for each of q, k, v
     and o, of gate, up and down; members of one input that are given one rank have ranks 8 apart. Gate and up have one first factor
-    in the layers that are ``shared``. Biases of q, k and v alone are "qkv"."""
+    in the layers that are ``shared``. Biases of q, k and v alone are "qkv". Low-rank ones may be ``absorbed``, see
+    `DecoderLayer.o_gate_up`."""
 
     attention: Ranks = (None, None)
     mlp: Ranks = (None, None)
@@ -51,6 +52,7 @@ class Model:
     biases: str = ""
     gate: str = "silu"
     shared: tuple[int, ...] = ()
+    absorbed: bool = False
     dtype: Any = jnp.float32
 
     def arguments(self, draw: Draw) -> tuple[Any, ...]:
@@ -74,7 +76,7 @@ class Model:
         attention, mlp = _of_members(self.attention[index], 3), _of_members(self.mlp[index], 2)
         inner, of_kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         everywhere = self.biases == "all"
-        return DecoderLayer(
+        layer = DecoderLayer(
             input_norm=self.norm(draw, self.width),
             qkv=self.packed(draw, self.width, attention[:3], inner, of_kv, of_kv, biases=bool(self.biases)),
             q_norm=self.norm(draw, self.head_dim) if self.norms else None,
@@ -88,6 +90,10 @@ class Model:
             gate=self.gate,
             window=self.windows[index],
         )
+        (up,) = layer.o.ups
+        if not self.absorbed or up is None or None in layer.gate_up.ups or layer.o.biases != (None,):
+            return layer
+        return dataclasses.replace(layer, o_gate_up=layer.gate_up.first * layer.mlp_norm.scale @ up)
 
     def norm(self, draw: Draw, width: int) -> Norm:
         return Norm(1 + draw(width, dtype=self.dtype) * 0.3, EPS)
@@ -153,7 +159,7 @@ def items_of(plan: Plan, number: int, layer: int, program: int) -> list[Any]:
     if not isinstance(step, Phase):
         return list(range(turn, step.items, plan.programs))
     sizes = step.team_programs(layer, plan.programs)
-    if not any(sizes):
+    if turn >= sum(sizes):
         return []
     team = next(t for t in range(len(sizes)) if turn < sum(sizes[: t + 1]))
     index, split = divmod(turn - sum(sizes[:team]), step.splits)
@@ -212,6 +218,10 @@ MODELS = {
     "some layers dense": Model((None, 72, 136), (200, None, (None, None, 64)), batch=2, biases="qkv", gate="gelu_tanh"),
     "first layer low rank": Model((72, None), (136, None), batch=1, heads=4, width=1024, biases="all", gate="gelu"),
     "one layer": Model(((None, 72, 40, 136),), ((136, None, 64),), batch=2, biases="all"),
+    "absorbed": Model(LOW_RANK, (200, 264, 64), batch=3, biases="qkv", norms=True, absorbed=True),
+    "absorbed, split inputs": Model(
+        (136, 72), (1000, 64), batch=1, width=1032, heads=8, gate="gelu", shared=(1,), absorbed=True
+    ),
     "split latents": Model(DENSE[:2], (1000, 64), 904, kv_heads=1, width=1024, ff=1160, norms=True, shared=(0,)),
 }
 
@@ -239,8 +249,8 @@ def models(draw: st.DrawFn) -> Model:
         heads=kv_heads * draw(st.integers(1, 8)), kv_heads=kv_heads, width=draw(eighths(200)), ff=draw(eighths(300)),
         vocab=draw(st.integers(1, 700)), windows=draw(st.tuples(*[st.none() | st.integers(1, 300)] * count)),
         norms=draw(st.booleans()), gate=draw(st.sampled_from(gates)), biases=draw(st.sampled_from(everywhere)),
-        shared=draw(st.sampled_from([(), (0,), (1, 2)])),
+        shared=draw(st.sampled_from([(), (0,), (1, 2)])), absorbed=draw(st.booleans()),
     )  # fmt: skip
 
 
-PROGRAMS = st.integers(1, 17).map(lambda n: 8 * n)
+PROGRAMS = st.integers(8, 136)

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 from persistent_machine import ACTIVATIONS, Machine
 
-from pallas_kernels.persistent import attended, code, columns, gates, inputs, launch, outputs, words
+from pallas_kernels.persistent import attended, code, columns, gates, inputs, launch, outputs, stream, words
 from pallas_kernels.persistent.launch import Emitter, Launch
 from pallas_kernels.persistent.steps import THREADS
 
@@ -58,7 +58,7 @@ class Threads:
 
     def word(self, address: Array, count: int, there: Array) -> list[Array]:
         """Words that have to be of the epoch that is waited for where they are there."""
-        at, there = (np.broadcast_to(a, self.lanes) for a in ((np.asarray(address) - WORDS) // 4, there))
+        at, there = (np.broadcast_to(a, self.lanes) for a in ((np.asarray(address) - WORDS) // 4, self.here(there)))
         assert (np.asarray(address) % (4 * count) == 0).all()
         found = []
         for i in range(count):
@@ -161,7 +161,7 @@ def running(threads: Threads) -> Iterator[None]:
         stack.enter_context(mock.patch.object(gates, "ACTIVATIONS", ACTIVATIONS))
         for name, value in emitted.items():
             stack.enter_context(mock.patch.object(code, name, value))
-        for module in (words, columns, attended, inputs, launch, outputs):
+        for module in (words, columns, attended, inputs, launch, outputs, stream):
             for name, value in loads.items():
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, value))

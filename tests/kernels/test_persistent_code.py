@@ -12,14 +12,14 @@ from persistent_machine import ACTIVATIONS
 from persistent_models import EPS, Item, items_of
 from persistent_threads import OPERANDS, Threads, running
 
-from pallas_kernels.persistent import code, gates, inputs, words
+from pallas_kernels.persistent import code, gates, inputs, stream, words
 from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.items import PhaseItems
-from pallas_kernels.persistent.steps import THREADS, TILE_ROWS, Attention, Collect, Phase
+from pallas_kernels.persistent.steps import THREADS, TILE_ROWS, Attention, Collect, Keep, Phase
 
 ALL_PRODUCTS = (
     "dense among low rank", "some layers dense", "first layer low rank", "split latents", "norms and biases of dense ones",
-    "one first factor for gate and up", "one layer",
+    "one first factor for gate and up", "one layer", "absorbed", "absorbed, split inputs",
 )  # fmt: skip
 
 
@@ -61,6 +61,26 @@ def test_the_embedding_is_published_as_the_protocol_does() -> None:
         stored += len(threads.published)
     (added,) = plan.steps[0].source.of
     assert stored == plan.batch * plan.width * (1 + plan.steps[added.steps[0]].parts)
+
+
+@pytest.mark.parametrize("name", ["absorbed", "absorbed, split inputs"])
+def test_the_stream_is_kept_as_the_protocol_does(name: str) -> None:
+    machine = ended(name)
+    plan, layer, stored = machine.plan, machine.plan.layers - 1, 0
+    (number,) = (number for number, step in enumerate(plan.steps) if isinstance(step, Keep))
+    keep = plan.steps[number]
+    for program in range(PROGRAMS):
+        threads = Threads(machine, program)
+        turn = (program - plan.first_programs[number][layer]) % PROGRAMS
+
+        def emit(body: Any, given: Any, threads: Threads = threads) -> None:
+            body(threads.emitter(number, layer, EPS), given, [], None)
+
+        place: Any = types.SimpleNamespace(launch=types.SimpleNamespace(plan=plan), step=number, emit=emit)
+        with running(threads), mock.patch.object(stream, "turn_of", lambda place, turn=turn: turn):
+            stream.keep_stream(place)
+        stored += len(threads.published)
+    assert stored == plan.batch * (plan.width + keep.parts)
 
 
 @pytest.mark.parametrize("name", ["dense among low rank", "heads of 64", "norms and biases of dense ones"])

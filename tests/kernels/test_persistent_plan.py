@@ -32,12 +32,14 @@ from pallas_kernels.persistent.plan import SHARED_MEMORY, Plan, parts_for, split
 from pallas_kernels.persistent.sources import Output, Source
 from pallas_kernels.persistent.steps import (
     HEADS_BYTES,
+    KEEP_TILES,
     TILE_BYTES,
     TILE_K,
     TILE_ROWS,
     Attention,
     Collect,
     Group,
+    Keep,
     Phase,
     most_pieces,
     sharer,
@@ -58,10 +60,10 @@ def drawn_plan(model: Model, programs: int) -> Plan:
 
 def operand_numbers(steps: Any) -> Iterator[int]:
     for step in steps:
-        if isinstance(step, Collect):
+        if isinstance(step, (Collect, Keep)):
             continue
         yield from (group.weight for groups in step.layers for group in groups)
-        yield from [step.source.scale] if step.source.kind == "stream" else []
+        yield from [step.source.scale] if step.source.kind in ("stream", "kept") else []
 
 
 @given(models(), PROGRAMS)
@@ -80,6 +82,10 @@ def test_every_tile_has_one_program_and_programs_have_alike(model: Model, progra
         if isinstance(step, Attention):
             assert sorted(item for items in taken for item in items) == list(range(step.items))
             tiles = np.array([2 * len(items) for items in taken])
+        elif isinstance(step, Keep):
+            assert sorted(item for items in taken for item in items) == list(range(step.items))
+            assert plan.batch * plan.width <= 512 * step.items < plan.batch * (plan.width + 512)
+            tiles = np.array([KEEP_TILES * len(items) for items in taken])
         else:
             check_teams(step, layer, programs, [item for items in taken for item in items])
             check_pieces(plan, number, layer)
@@ -95,7 +101,8 @@ def check_teams(phase: Phase, layer: int, programs: int, taken: list[Item]) -> N
     sizes, groups = phase.team_programs(layer, programs), phase.layers[layer]
     rows = [sum(groups[i].row_tiles for i in team) for team in phase.teams]
     assert [size > 0 for size in sizes] == [count > 0 for count in rows]
-    assert sum(sizes) == (programs if any(rows) else 0) and all(size % phase.splits == 0 for size in sizes)
+    assert programs - phase.splits < sum(sizes) <= programs if any(rows) else not any(sizes)
+    assert all(size % phase.splits == 0 for size in sizes)
     assert sorted(i for team in phase.teams for i in team) == list(range(len(groups)))
     tiles = [(i.team, i.split, i.row_tile, tile) for i in taken for tile in range(i.begin, i.end)]
     wanted = []
@@ -155,9 +162,10 @@ def arrays(plan: Plan) -> Iterator[tuple[int, int]]:
             continue
         if isinstance(step, Collect):
             continue
-        yield plan.offset("sums", number), step.parts * plan.batch * step.padded_rows
+        if isinstance(step, Phase):
+            yield plan.offset("sums", number), step.parts * plan.batch * step.padded_rows
         if step.source.kind == "stream":
-            yield plan.offset("squares", number), plan.batch * step.splits
+            yield plan.offset("squares", number), plan.batch * plan.squares(number)
             yield plan.offset("stream", number), plan.batch * plan.width
 
 
@@ -264,7 +272,7 @@ def test_parts_of_the_positions_cover_what_is_visible_once(length: int, window: 
 @settings(deadline=None)
 def test_splits_are_powers_of_two_and_items_stay_long(rows: int, k: int, programs: int) -> None:
     splits, k_tiles = splits_for(rows, k, programs, TUNING), math.ceil(k / TILE_K)
-    assert splits in (1, 2, 4, 8) and programs % splits == 0 and 128 % splits == 0
+    assert splits in (1, 2, 4, 8)
     assert splits == 8 or math.ceil(k_tiles / splits) <= 12
     assert splits == 1 or k_tiles >= 4 * splits
 
@@ -302,7 +310,6 @@ def test_problems_are_told() -> None:
     (group,) = first.layers[0]
     two = dataclasses.replace(first, layers=((group, dataclasses.replace(group, x_start=64)),) * len(first.layers))
     for changed, reason in (
-        (dataclasses.replace(plan, programs=3), "do not divide"),
         (dataclasses.replace(plan, steps=(two, *plan.steps[1:])), "parts of the residual stream"),
         (dataclasses.replace(plan, programs=0), "fewer programs"),
         (with_first(k=1020), "multiple of 8"),

@@ -85,6 +85,7 @@ def test_the_models_have_what_the_protocol_must_stand() -> None:
     assert split == {
         *(("split inputs", step) for step in ("qkv down", "o down", "gate_up", "head")),
         *(("first layer low rank", step) for step in ("qkv down", "gate_up down", "head")),
+        *(("absorbed, split inputs", step) for step in ("qkv down", "o down", "gate_up up", "down up", "head")),
         *(("split latents", step) for step in ("qkv", "gate_up down", "down down", "down up", "head down", "head up")),
     }
     parts = {

@@ -23,8 +23,8 @@ _DENSE_AMONG_LOW_RANK = (
 
 
 def two_layers(name: str, kind: str) -> ModelConfig:
-    """A published shape cut to two layers: "dense", "low-rank" at ratio 0.5, or "mixed", where some sites are left dense."""
-    config = shape_config(name, 1.0 if kind == "dense" else 0.5)
+    """A published shape cut to two layers: "dense", or low-rank at ratio 0.5, at 0.4 if "lower"; "mixed" has dense sites."""
+    config = shape_config(name, {"dense": 1.0, "lower": 0.4}.get(kind, 0.5))
     dense = _DENSE_AMONG_LOW_RANK if kind == "mixed" else ()
     return first_layers(config, LAYERS, dense)
 
