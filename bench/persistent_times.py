@@ -50,18 +50,6 @@ NO_WAITS: Patch = (launch, "until_written", _at_once)
 NO_COPIES: Patch = (copies, "copy_tile", _nothing_copied)
 
 
-def _read_later(cycles: int) -> Patch:
-    """Words are not looked for before so many cycles have passed."""
-    spin = "{ .reg .pred q; .reg .u32 a, b; mov.u32 a, %clock; again: mov.u32 b, %clock; sub.u32 b, b, a; "
-    spin += f"setp.lt.u32 q, b, {cycles}; @q bra again; }}"
-
-    def until_written(reads: Sequence[words.Read], patience: Any) -> list[list[Any]]:
-        code.ptx(spin)
-        return words.until_written(reads, patience)
-
-    return launch, "until_written", until_written
-
-
 def _splits(change: Callable[[int], int]) -> Patch:
     return building, "splits_for", lambda *sizes: change(plan.splits_for(*sizes))
 
@@ -96,7 +84,6 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "shares uneven by 3": (_tuning(uneven_tiles=3),),
     "shares uneven by 6": (_tuning(uneven_tiles=6),),
     "all row tiles whole": (_tuning(whole_row_tiles=0),),
-    "words read 300 cycles later": (_read_later(300),),
     "one warpgroup reads": (_tuning(readers=1),),
     "two warpgroups read": (_tuning(readers=2),),
     "not divided by cost": (_tuning(kilobyte_tiles=0),),

@@ -27,6 +27,11 @@ on it NaN and says where it was; of all that is said, the earliest layer and ste
 Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before writes them, with the
 addresses, as they do not fit among a launch's parameters. What differs between layers is a number in a table.
 
+Gate and up's first factors are of the stream after attention. Where a layer has `DecoderLayer.o_gate_up`, they are of the stream
+before it, and the phase of the output's second factors adds what attention changes about their latents. So a layer waits for one
+input less, and their tiles are multiplied while words of attention are on their way: there, inputs follow each other faster than
+memory can bring what the ring does not hold. The stream after attention is then put together by a step that does only that.
+
 Two factors are two phases. A dense site among low-rank ones, in the same layer or in others, is a product of the first phase; it
 has no rows in the second, and who reads it takes its columns from the first: which of both it is, is a number of the table, too.
 
@@ -37,7 +42,7 @@ has no rows in the second, and who reads it takes its columns from the first: wh
     items        which a program has                      launch   what all parts are given
     columns      of an output, from words     inputs      from columns to activations       gates    on the way
     products     of tiles and inputs          outputs     from sums to words
-    heads, attend, attended     attention     ahead       what a step needs beside its tiles
+    stream       the residual stream as words       heads, attend, attended     attention     ahead       what a step needs beside its tiles
     words, copies, products, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.

@@ -257,6 +257,7 @@ KERNEL_CALLS: list[KernelCall] = [
             gate="gelu",
             starts=(0,) * 4,
         ),
+        code=196,
     ),
     _decode("7b", LLAMA_7B, "products"),
     *_encoder(),
