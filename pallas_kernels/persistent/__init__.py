@@ -42,7 +42,8 @@ has no rows in the second, and who reads it takes its columns from the first: wh
     items        which a program has                      launch   what all parts are given
     columns      of an output, from words     inputs      from columns to activations       gates    on the way
     products     of tiles and inputs          outputs     from sums to words
-    stream       the residual stream as words       heads, attend, attended     attention     ahead       what a step needs beside its tiles
+    stream       the residual stream as words
+    heads, attend, attended     attention     ahead       what a step needs beside its tiles
     words, copies, products, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.
