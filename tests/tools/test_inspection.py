@@ -22,6 +22,7 @@ from flashsvd_jax.factorization import MATERIALIZE, Factorization
 from flashsvd_jax.inspection import inspect
 from flashsvd_jax.inspection_result import Inspection
 from flashsvd_jax.kv_cache import empty_cache
+from flashsvd_jax.models import absorption
 from flashsvd_jax.models.expansion import expanded_sites
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.plotting import plot_ranks
@@ -241,6 +242,26 @@ def test_it_says_how_a_step_is_computed_here(tmp_path: Path) -> None:
     assert there.decode_kernel == "persistent" and there.decode_refusals == {}
     assert 2**14 < (there.decode_workspace or 0) < 2**18 and "of memory for itself" in str(there)
     assert more.decode_kernel == "products" and "9 sequences" in more.decode_refusals["persistent"]
+
+
+def test_what_the_engine_makes_of_the_weights_is_the_steps_own_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = {
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    low = ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+    ranks = {f"layers_{layer}.{site}": 16 for layer in range(2) for site in low}
+    folder = write_zeros(tmp_path / "model", hf, Factorization.of(ranks))
+    with assume_target(H200):
+        absorbed, several = inspect(folder), inspect(folder, batch=2)
+        monkeypatch.setattr(absorption, "gains_by_absorbing", lambda layers, batch: False)
+        plain = inspect(folder)
+        assert inspect(folder, batch=2) == several
+    assert absorbed.weight_bytes == plain.weight_bytes and absorbed.bytes_per_step == plain.bytes_per_step
+    assert absorbed.decode_kernel == plain.decode_kernel == "persistent"
+    assert (absorbed.decode_workspace or 0) >= (plain.decode_workspace or 0) + 2 * (2 * 16 * 16) * 2
 
 
 def test_it_says_how_an_encoder_computes_here(tmp_path: Path) -> None:
