@@ -11,7 +11,7 @@ SLOTS = 8192
 # Sampling holds five rows of float32 logits a sequence at once. Of the weights only the smallest factors and none of the cache's
 # arrays would fit into a sixth. The persistent kernel's words are as many as the outputs of two layers, in up to sixteen parts.
 LOGIT_ROWS = 6
-WORDS = 300_000
+WORDS = 460_000
 
 # Of a greedy step, beside the decoder's own kernels: embedding, rotation, best token, state and output; then what those kernels
 # are given, which is the length with the new token or, for the persistent one, its cleared words, stall and tensor maps.
