@@ -29,7 +29,7 @@ from flashsvd_jax.models.absorption import weights_for_decoding, with_absorbed
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.random_weights import random_weights
 from pallas_kernels import prefer
-from pallas_kernels.persistent import building, code, copies, launch, layers, loading, plan, tuning, words
+from pallas_kernels.persistent import building, code, copies, launch, layers, loading, phases, plan, tuning, words
 from pallas_kernels.target import target
 
 STEPS, CALLS, REPEATS = 8, 3, 8
@@ -51,7 +51,7 @@ NO_COPIES: Patch = (copies, "copy_tile", _nothing_copied)
 
 
 def _splits(change: Callable[[int], int]) -> Patch:
-    return building, "splits_for", lambda *sizes: change(plan.splits_for(*sizes))
+    return phases, "splits_for", lambda *sizes: change(plan.splits_for(*sizes))
 
 
 def _parts(change: Callable[[int], int]) -> Patch:

@@ -37,7 +37,8 @@ has no rows in the second, and who reads it takes its columns from the first: wh
 
     steps, sources, plan  what is computed, as data: phases, items, where words lie. Pure Python, and tested as such
     numbers      what differs from layer to layer
-    layers       the op `decode_layers`, and what it refuses       building   its plan       splitting   of its phases
+    layers       the op `decode_layers`, and what it refuses
+    building     its plan         phases     of projections          splitting  what each program has of them
     kernel       the launch       loading, multiplying    its warpgroups      ring     tiles in shared memory
     items        which a program has                      launch   what all parts are given
     columns      of an output, from words     inputs      from columns to activations       gates    on the way
