@@ -1,8 +1,10 @@
 """Fits what decoding costs beyond its bytes to the rows of `decode.jsonl`, for `flashsvd compress --ms-per-token`.
 
 A row at batch 1 took ``bytes / bandwidth + layers * a + products * b + differing layers * c``; the bandwidth is the median of those
-measured in the same runs, a, b and c are least squares over all rows of one device and one kind of kernels, none below zero. The
-largest error of a row is kept beside them. Writes flashsvd_jax/compress/decode_costs.json, as bench/report.py does.
+measured in the same runs, a, b and c are least squares over all rows of one device and one kind of kernels, none below zero. Rows
+newer than the last of layers that differ are left out: where kernels have changed since, they would tell what has changed, not what
+it costs that layers differ. The largest error of a row is kept beside them. Writes flashsvd_jax/compress/decode_costs.json, as
+bench/report.py does.
 """
 
 import json
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting.rows import Row, Setting, results
+from reporting.rows import Results, Row, Setting, results
 from scipy.optimize import nnls
 
 from flashsvd_jax.compress.decode_costs import COSTS_FILE
@@ -30,16 +32,30 @@ DIFFERENT = ("mixed", "partly dense")
 def fit(device: Path) -> dict[str, dict[str, Any]]:
     """Costs by kind of kernels from one device's rows; a kind with few rows is left out."""
     found = {}
-    rows = results(device / "decode.jsonl")
     for kind, impl in KERNELS.items():
-        measured = [
-            (setting, row)
-            for setting in rows.settings(batch=1)
-            if setting.ranks in LOW_RANK and (row := rows.row(setting, impl)) is not None and "error" not in row
-        ]
+        measured = _comparable(device / "decode.jsonl", impl)
         if len(measured) >= FEWEST_ROWS and len({setting.ranks for setting, _ in measured}) > 1:
             found[f"{device.name}/{kind}"] = _costs(measured)
     return found
+
+
+def _comparable(file: Path, impl: str) -> list[tuple[Setting, Row]]:
+    """Rows that are not newer than the last of layers that differ; all if there is none of those."""
+    dates = [_date(row) for setting, row in _measured(results(file), impl) if setting.ranks in DIFFERENT]
+    return _measured(results(file, lambda row: not dates or _date(row) <= max(dates)), impl)
+
+
+def _measured(rows: Results, impl: str) -> list[tuple[Setting, Row]]:
+    """Rows at batch 1 whose shares of low-rank projections are known."""
+    return [
+        (setting, row)
+        for setting in rows.settings(batch=1)
+        if setting.ranks in LOW_RANK and (row := rows.row(setting, impl)) is not None and "error" not in row
+    ]
+
+
+def _date(row: Row) -> str:
+    return row.get("date", "")  # early rows have none
 
 
 def _costs(measured: list[tuple[Setting, Row]]) -> dict[str, Any]:

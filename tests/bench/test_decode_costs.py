@@ -40,6 +40,22 @@ def test_costs_that_rows_were_made_from_are_found(tmp_path: Path) -> None:
         assert costs["read_tb_s"] == 4.2 and costs["rows"] == 5 and costs["largest_error_ms"] == 0
 
 
+def test_newer_rows_of_layers_that_are_alike_wait_for_others_that_differ(tmp_path: Path) -> None:
+    device = tmp_path / "some_gpu"
+    device.mkdir()
+    older, newer = (
+        [row | {"date": date} for row in rows("decode_layers=persistent", cost, 0.7, 3.0)]
+        for date, cost in (("2026-01-01", 2.0), ("2026-01-02", 1.0))
+    )
+
+    def layer_cost(*measured: list[dict[str, Any]]) -> float:
+        (device / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for some in measured for row in some))
+        return decode_costs.fit(device)["some_gpu/persistent"]["us_a_layer"]
+
+    assert layer_cost(older, [row for row in newer if row["ranks"] != "mixed"]) == pytest.approx(2.0, abs=1e-3)
+    assert layer_cost(older, newer) == pytest.approx(1.0, abs=1e-3)
+
+
 def test_no_cost_is_below_zero(tmp_path: Path) -> None:
     device = tmp_path / "some_gpu"
     device.mkdir()
