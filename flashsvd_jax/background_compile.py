@@ -18,6 +18,11 @@ from pallas_kernels.registry import Record
 _THREADS = 4
 
 
+def preferring(kernels: str) -> contextlib.AbstractContextManager[None]:
+    """Within it kernels are chosen as a user asks for: "auto", or the name of implementations to be tried first."""
+    return prefer(None if kernels == "auto" else kernels)
+
+
 class BackgroundStep:
     """A jitted function that is called with arguments of one kind, and may be compiled in another thread before its first call.
 
@@ -129,7 +134,7 @@ class BackgroundSteps(dict[Hashable, BackgroundStep]):
 
         @functools.wraps(function)
         def chosen(*args: Any) -> Any:
-            with prefer(None if kernels == "auto" else kernels):
+            with preferring(kernels):
                 return function(*given, *args)
 
         said = f"{function.__module__}.{function.__qualname__} {given} {options} {kernels}"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashsvd_jax import decode_loop
-from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps, preferring
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.errors import KernelError, RequestError
 from flashsvd_jax.kv_cache import empty_cache
@@ -34,7 +34,7 @@ from flashsvd_jax.sampling.counts import no_counts
 from flashsvd_jax.sampling.device import Sampled, sampling_arrays, wants_more_than_greedy
 from flashsvd_jax.sampling.params import SamplingParams
 from flashsvd_jax.sequences import DecodeState, Requests
-from pallas_kernels import implementation_names, prefer, stall_reason, target
+from pallas_kernels import implementation_names, stall_reason, target
 from pallas_kernels.registry import Record
 
 DECODE_CHUNK = 8
@@ -104,7 +104,7 @@ class Engine:
         self.kernels_used: Record = {}
         # Dispatches that are sent before the last is read, so that the device never waits for the host. A CPU is both.
         self._ahead = 0 if target().platform == "cpu" else 1
-        with prefer(None if kernels == "auto" else kernels):
+        with preferring(kernels):
             self._decoded_with = weights_for_decoding(config, weights, batch, self.chunks.slots)
         steps = partial(BackgroundSteps.of, kernels=kernels, used=self.kernels_used)
         of_prompts = partial(steps, compiler_options=prompt_options(weights.layers))

@@ -17,10 +17,16 @@ from pallas_kernels.persistent.attended import read_attended
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.columns import Columns, biased
 from pallas_kernels.persistent.items import Team
-from pallas_kernels.persistent.launch import SQUARES, Emitter, Launch, Place
+from pallas_kernels.persistent.launch import Emitter, Launch, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
-from pallas_kernels.persistent.stream import read_stream, sum_of_squares, write_stream
-from pallas_kernels.persistent.words import Read, store_word, store_words
+from pallas_kernels.persistent.stream import (
+    keep_squares,
+    publish_squares,
+    read_stream,
+    sum_of_squares,
+    write_stream,
+)
+from pallas_kernels.persistent.words import Read, store_words
 
 _WORDS_OF_VARYING = 96
 """That are waited for together, at the most, where what is told of an output by layer takes registers, too."""
@@ -28,11 +34,9 @@ _WORDS_OF_VARYING = 96
 
 def embed(launch: Launch, x: Any) -> None:
     """Publishes the embedding [batch, width] as the stream that the layer before the first would have left."""
-    first = launch.plan.steps[0]
-    assert isinstance(first, Phase)
-    plan, source, (output,) = launch.plan, first.source, first.source.of
-    added = plan.steps[output.steps[0]]
-    assert isinstance(added, Phase)
+    plan, source = launch.plan, launch.plan.phase(0).source
+    (output,) = source.of
+    added = plan.phase(output.steps[0])
 
     def body(e: Emitter, scalars: list[Value], refs: list[Value], arrays: Any) -> None:
         base, total = e.base(0), plan.batch * plan.width // CHUNK
@@ -63,8 +67,7 @@ def fill(place: Place, team: Team, split: jax.Array, first: jax.Array) -> None:
       split: which part of the contraction axis.
       first: nonzero in the program that has the first row tile of this split; it publishes what all of them compute.
     """
-    phase = place.launch.plan.steps[place.step]
-    assert isinstance(phase, Phase)
+    phase = place.launch.plan.phase(place.step)
 
     def body(e: Emitter, given: list[Value], refs: Any, arrays: Any) -> None:
         _Loader(e, phase, *given).run()
@@ -131,7 +134,7 @@ class _Loader:
         squares = w.repeat(rounds, none, body)
         for square in squares:
             with w.when(self.publishing):
-                self._keep_squares(square)
+                keep_squares(self.e, self.warp, self.lane, square)
         w.let_be_multiplied()
         w.meet_readers(self.threads)
         if self.is_stream:
@@ -217,16 +220,10 @@ class _Loader:
         write_stream(self.e, self.row, chunk.column, values, w.both(used, self.publishing))
         return w.select(used, sum_of_squares(values), w.number(0.0))
 
-    def _keep_squares(self, square: Value) -> None:
-        at = w.add(w.integer(SQUARES), w.mul(self.warp, w.integer(4)))
-        w.store_shared(self.e.small, at, w.warp_sum(square), w.equal(self.lane, w.integer(0)))
-
     def _publish_squares(self) -> None:
         """Adds up the squares of all warps that have a sequence: a word of it for the steps that follow."""
         alone = w.equal(w.reader(), w.integer(0))
         for row in range(self.plan.batch):
             warps = range(row, self.threads // 32, self.rows)
-            total = w.total([w.load_shared(self.e.small, w.integer(SQUARES + 4 * warp)) for warp in warps])
-            begin = self.plan.offset("squares", self.e.step) + row * self.phase.splits
-            at = w.mul(w.add(self.split, w.integer(begin)), w.integer(4))
-            store_word(self.stream_base, at, total, self.e.epoch, alone)
+            number = w.add(self.split, w.integer(row * self.phase.splits))
+            publish_squares(self.e, self.stream_base, number, warps, alone)

@@ -128,9 +128,9 @@ def run(
 
 def gains_by_absorbing(layers: Sequence[DecoderLayer], batch: int) -> bool:
     """Whether a step of so many sequences is faster where layers have `DecoderLayer.o_gate_up`, as these have; shapes suffice."""
-    absorbed = [layer.o_gate_up for layer in layers if layer.o_gate_up is not None]
     most = tuning_for(target().kind, batch, layer_kinds(layers) > 1).absorbed_bytes
-    return len(absorbed) == len(layers) and sum(a.size * a.dtype.itemsize for a in absorbed) <= most * len(layers)
+    has_all = all(layer.o_gate_up is not None for layer in layers)
+    return has_all and _absorbed_bytes(layers) <= most * len(layers)
 
 
 def workspace(
@@ -140,8 +140,7 @@ def workspace(
     """Bytes of the words, of the operands' tensor maps and addresses, and of what is absorbed. Weights and caches are used as they
     are."""
     plan, operands = plan_here(x, layers, norm, head, keys, values)
-    absorbed = sum(2 * layer.o_gate_up.size for layer in layers if layer.o_gate_up is not None)
-    return 4 * plan.words + described_bytes(len(operands)) + absorbed
+    return 4 * plan.words + described_bytes(len(operands)) + _absorbed_bytes(layers)
 
 
 def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
@@ -169,6 +168,11 @@ def _plan_of_shapes(
 def forget_plans() -> None:
     """Has plans made anew, by who changes how they are made."""
     _plan_of_shapes.cache_clear()
+
+
+def _absorbed_bytes(layers: Sequence[DecoderLayer]) -> int:
+    absorbed = [layer.o_gate_up for layer in layers if layer.o_gate_up is not None]
+    return sum(array.size * array.dtype.itemsize for array in absorbed)
 
 
 def _projections(layer: DecoderLayer) -> tuple[PackedProjection, ...]:

@@ -18,7 +18,7 @@ from pallas_kernels.persistent.launch import Place
 from pallas_kernels.persistent.outputs import store_words
 from pallas_kernels.persistent.products import Start, products, start_of
 from pallas_kernels.persistent.ring import Ring
-from pallas_kernels.persistent.steps import HALF_TILE, TILE_ROWS, Attention, Phase
+from pallas_kernels.persistent.steps import HALF_TILE, TILE_ROWS, Attention
 
 _SUMS = plgpu.ACC((TILE_ROWS, 8), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 _HALVES = (slice(0, HALF_TILE), slice(HALF_TILE, 2 * HALF_TILE))
@@ -26,8 +26,7 @@ _HALVES = (slice(0, HALF_TILE), slice(HALF_TILE, 2 * HALF_TILE))
 
 def multiply_step(place: Place, ring: Ring, tiles: jax.Array, multiplies: jax.Array) -> jax.Array:
     """Computes this program's items of a phase; gives the number of tiles so far. Who does not multiply helps with the input."""
-    phase = place.launch.plan.steps[place.step]
-    assert isinstance(phase, Phase)
+    phase = place.launch.plan.phase(place.step)
     items = PhaseItems(place, phase)
 
     def start(i: jax.Array, tile: jax.Array) -> Start:

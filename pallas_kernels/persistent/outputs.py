@@ -8,15 +8,14 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.columns import Columns, columns
 from pallas_kernels.persistent.launch import Emitter, Place
-from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect, Phase
+from pallas_kernels.persistent.steps import CHUNK, THREADS, Collect
 from pallas_kernels.persistent.words import store_word
 
 
 def store_words(place: Place, products: Any, begin: jax.Array) -> None:
     """Emits the storing of products [64, 8] as partial sums of a phase, the first one ``begin`` bytes behind its layer's words."""
     plan = place.launch.plan
-    phase = plan.steps[place.step]
-    assert isinstance(phase, Phase)
+    phase = plan.phase(place.step)
 
     def body(e: Emitter, scalars: list[Value], refs: Any, arrays: Any) -> None:
         (begin,), base = scalars, e.base(place.step)

@@ -16,7 +16,7 @@ from pallas_kernels.persistent.items import Item
 from pallas_kernels.persistent.launch import Place
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.ring import Ring
-from pallas_kernels.persistent.steps import HALF_TILE, TILE_BYTES, TILE_K, TILE_ROWS, Phase
+from pallas_kernels.persistent.steps import HALF_TILE, TILE_BYTES, TILE_K, TILE_ROWS
 
 _DEPTH = 16
 """Of the contraction axis, that one instruction has; so tiles have eight."""
@@ -79,8 +79,7 @@ def start_numbers(
     begin: Value, count: Value, tile: Value, part: Value, row: Value,
 ) -> list[Value]:  # fmt: skip
     """What a `Start` consists of; the first three are addresses in shared memory, the others as `start_of` has them."""
-    phase, rows = plan.steps[step], plan.input_rows
-    assert isinstance(phase, Phase)
+    phase, rows = plan.phase(step), plan.input_rows
     (landed, parity), _, slot = ring.barriers_of(barriers, tile)
     a = w.add(slots, w.mul(slot, w.integer(TILE_BYTES)))
     b = w.add(activations, w.mul(begin, w.integer(TILE_K * 2 * rows)))

@@ -101,7 +101,7 @@ class Costs:
             assert isinstance(attention, Attention)
             of_column = attention.parts * 1.25  # with a logarithm for every four columns
         else:
-            of_column = sum(map(self._parts, source.of)) + (source.kind == "stream")
+            of_column = sum(map(self._parts, source.of)) + (source.kind in ("stream", "kept"))
         return self.batch * step.activation_tiles * TILE_K * of_column
 
     def _ways(self, phase: Phase) -> Iterator[Phase]:

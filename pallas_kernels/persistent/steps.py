@@ -30,10 +30,10 @@ TILE_BYTES = TILE_ROWS * TILE_K * 2
 HEADS = (2, 8, TILE_K)
 """What an attention multiplies with: queries and the softmax's weights, of up to eight heads, in shared memory."""
 
+HEADS_BYTES = 2 * math.prod(HEADS)
+
 KEEP_TILES = 3
 """That take as long as reading columns of the stream and writing them."""
-
-HEADS_BYTES = 2 * math.prod(HEADS)
 
 
 @dataclasses.dataclass(frozen=True)

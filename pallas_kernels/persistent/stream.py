@@ -1,5 +1,6 @@
 """The residual stream as words: how it is read, with or without an output added to it, and the step that only keeps it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pallas_kernels.persistent import code as w
@@ -42,6 +43,19 @@ def sum_of_squares(values: list[Value]) -> Value:
     return w.total([w.mul_f(v, v) for v in values])
 
 
+def keep_squares(e: Emitter, warp: Value, lane: Value, square: Value) -> None:
+    """Has a warp's sum of them in shared memory."""
+    at = w.add(w.integer(SQUARES), w.mul(warp, w.integer(4)))
+    w.store_shared(e.small, at, w.warp_sum(square), w.equal(lane, w.integer(0)))
+
+
+def publish_squares(e: Emitter, base: Value, number: Value, warps: Sequence[int], alone: Value) -> None:
+    """Adds up what warps have kept, as the ``number``-th word of this step's squares, by one thread. ``base`` is the step's."""
+    total = w.total([w.load_shared(e.small, w.integer(SQUARES + 4 * warp)) for warp in warps])
+    at = w.mul(w.add(number, w.integer(e.plan.offset("squares", e.step))), w.integer(4))
+    store_word(base, at, total, e.epoch, alone)
+
+
 def keep_stream(place: Place) -> None:
     """Emits a `Keep`, by one warpgroup."""
     plan = place.launch.plan
@@ -70,11 +84,8 @@ def _keep_item(e: Emitter, keep: Keep, row: Value, part: Value) -> None:
     (values,) = e.wait([read_stream(e, keep.source, row, column, of.read(row, column))])
     values = biased(values, bias)
     write_stream(e, row, column, values, real)
-    square = w.warp_sum(w.select(real, sum_of_squares(values), w.number(0.0)))
-    warp, lane = w.quotient(w.thread(), 32), w.remainder(w.thread(), 32)
-    of_warp = w.add(w.integer(SQUARES), w.mul(warp, w.integer(4)))
-    w.store_shared(e.small, of_warp, square, w.equal(lane, w.integer(0)))
+    square = w.select(real, sum_of_squares(values), w.number(0.0))
+    keep_squares(e, w.quotient(w.thread(), 32), w.remainder(w.thread(), 32), square)
     w.meet()
-    total = w.total([w.load_shared(e.small, w.integer(SQUARES + 4 * warp)) for warp in range(THREADS // 32)])
-    at = w.add(w.add(w.mul(row, w.integer(keep.parts)), part), w.integer(e.plan.offset("squares", e.step)))
-    store_word(e.base(e.step), w.mul(at, w.integer(4)), total, e.epoch, w.equal(w.thread(), w.integer(0)))
+    place, alone = w.add(w.mul(row, w.integer(keep.parts)), part), w.equal(w.thread(), w.integer(0))
+    publish_squares(e, e.base(e.step), place, range(THREADS // 32), alone)

@@ -25,7 +25,7 @@ class Tuning:
         fewer words to read, one for each split.
       most_parts: of a sequence's positions.
       kilobyte_tiles: what reading a kilobyte of words costs, in tiles, by which phases are divided; 0 to divide them so that each
-        program has an item.
+        program has an item. Where it is not, the two before decide what the search begins with, and so little.
       absorbed_bytes: of `pallas_kernels.DecoderLayer.o_gate_up`, the mean over layers: larger ones take longer to read than the
         wait that they save.
       readers: warpgroups that put an input together: 1, the one that multiplies it, or 2, another beside it. Each serves four

@@ -44,7 +44,13 @@ def test_a_plan_that_was_made_before_does_not_hide_a_variant() -> None:
     arguments = jax.eval_shape(case.arguments)[:6]
     with assume_target(H200):
         before = layers.plan_here(*arguments)[0]
-        for variant in ("half the splits", "half the parts", "inputs of 8 tiles", "all row tiles whole"):
+        for variant in (
+            "half the splits",
+            "half the parts",
+            "inputs of 8 tiles",
+            "all row tiles whole",
+            "shares uneven by 3",
+        ):
             with persistent_times.patched(persistent_times.VARIANTS[variant]):
                 assert layers.plan_here(*arguments)[0] != before
             assert layers.plan_here(*arguments)[0] == before

@@ -67,3 +67,10 @@ def test_words_of_an_input_are_its_columns_times_their_parts() -> None:
             assert isinstance(parts, Phase)
             each = costs.words(number) / (2 * 128 * step.activation_tiles)
             assert parts.splits <= each <= parts.parts
+
+
+def test_the_stream_as_it_was_before_costs_a_word_a_column() -> None:
+    model = Model((832,) * 2, (1200,) * 2, batch=2, width=4096, ff=11008, heads=32, absorbed=True)
+    found, _ = plan_of(shapes_of(model), 132, COSTS)
+    (number,) = (i for i, s in enumerate(found.steps) if isinstance(s, Phase) and s.source.kind == "kept")
+    assert costs_of(found).words(number) == 2 * 128 * found.phase(number).activation_tiles
