@@ -83,7 +83,9 @@ def multiplied(
 def started(batch: int, rows: int, begin: int, count: int, tile: int, part: int, row: int) -> list[int]:
     """What the kernel finds out about an item before its input is there."""
     phase = mock.Mock(spec=Phase, padded_rows=PADDED_ROWS)
-    plan: Any = types.SimpleNamespace(batch=batch, input_rows=rows, steps=[phase], offset=lambda kind, step: OFFSET)
+    plan: Any = types.SimpleNamespace(
+        batch=batch, input_rows=rows, phase=lambda step: phase, offset=lambda kind, step: OFFSET
+    )
     ring = Ring(types.SimpleNamespace(shape=(STAGES,)), None, None, 3)
     with running(mock.MagicMock(lanes=1)):
         found = start_numbers(plan, 0, ring, SLOTS, BARRIERS, INPUT, begin, count, tile, part, row)
