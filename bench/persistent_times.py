@@ -95,6 +95,8 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "half the splits": (BY_COUNT, _splits(lambda found: max(1, found // 2))),
     "twice the splits": (BY_COUNT, _splits(lambda found: min(8, found * 2))),
     "128 programs": (_cores(128),),
+    "nothing fetched before": ((layers, "MOST_FETCHED", 0),),
+    "tiles stay in the cache": ((copies, "TILE_POLICY", "evict_normal"),),
     "nothing absorbed": (),
     "absorbed": (),
     "half the parts": (_parts(lambda found: max(1, found // 2)),),

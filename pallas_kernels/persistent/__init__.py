@@ -25,7 +25,11 @@ resident, as there are no more of them than cores. If some are not, a wait gives
 on it NaN and says where it was; of all that is said, the earliest layer and step stay (`stalls`), and the engine raises an error.
 
 Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before writes them, with the
-addresses, as they do not fit among a launch's parameters. What differs between layers is a number in a table.
+addresses, as they do not fit among a launch's parameters, and has the weights that are read first brought into the second-level
+cache. What differs between layers is a number in a table.
+
+Weights are read once a step, and there are more of them than that cache holds. So their tiles are the first to leave it, and words,
+which are read by many programs soon after they are written, and code, which is read once a layer, are not sought in memory.
 
 Gate and up's first factors are of the stream after attention. Where a layer has `DecoderLayer.o_gate_up`, they are of the stream
 before it, and the phase of the output's second factors adds what attention changes about their latents. So a layer waits for one

@@ -6,10 +6,13 @@ from typing import Any
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.stalls import of_operand
-from pallas_kernels.persistent.steps import HALF_TILE, TILE_BYTES, TILE_ROWS
+from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
 
 MAP_BYTES = 128
 """Of a tensor map."""
+
+TILE_POLICY = "evict_first"
+"""Of the cache that all cores share: nobody reads a tile of weights again, words, code and vectors are to stay."""
 
 MAPS_A_PROGRAM = 8
 """That a program of the kernel that makes them writes."""
@@ -43,11 +46,12 @@ def arrive(at: Value) -> None:
 
 def copy_tile(to: Value, barrier: Value, tensor_map: Value, row: Value, column: Value, condition: Value) -> None:
     """Starts the copy of a tile of 64 rows by 128 columns, in two halves of columns; what lies beyond the matrix comes as zeros."""
-    start = "@q cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-    code = "{ .reg .pred q; .reg .u32 c, t; setp.ne.u32 q, $5, 0; "
+    start = "@q cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+    code = "{ .reg .pred q; .reg .u32 c, t; .reg .b64 p; setp.ne.u32 q, $5, 0; "
+    code += f"createpolicy.fractional.L2::{TILE_POLICY}.b64 p, 1.0; "
     code += f"@q mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], {TILE_BYTES}; "
-    code += start + "[$0], [$2, {$4, $3}], [$1]; add.u32 c, $4, 64; add.u32 t, $0, 8192; "
-    code += start + "[t], [$2, {c, $3}], [$1]; }"
+    code += start + "[$0], [$2, {$4, $3}], [$1], p; add.u32 c, $4, 64; add.u32 t, $0, 8192; "
+    code += start + "[t], [$2, {c, $3}], [$1], p; }"
     w.ptx(code, to, barrier, tensor_map, row, column, w.flag(condition))
 
 
@@ -66,10 +70,22 @@ def fetch(at: Value) -> None:
     w.ptx("prefetch.global.L2 [$0];", at)
 
 
-def check_address(address: Value, told: Value, stall: Value, index: int) -> None:
-    """Says in the stall if both addresses of an operand differ."""
-    code = "{ .reg .pred q; setp.ne.u64 q, $0, $1; @q red.relaxed.gpu.global.max.u32 [$2], $3; }"
-    w.ptx(code, address, told, stall, w.integer(of_operand(index)))
+def fetch_all(operand: Any, bytes_: int, programs: int) -> None:
+    """Brings a matrix into the cache that all cores share: a part of it by each thread of a warpgroup of so many programs."""
+    part = -(-bytes_ // (programs * THREADS * 16)) * 16
+    begin = w.mul(w.add(w.mul(w.program(), w.integer(THREADS)), w.thread()), w.integer(part))
+    with w.when(w.below(begin, w.integer(bytes_))):
+        size = w.smaller(w.integer(part), w.sub(w.integer(bytes_), begin))
+        w.ptx("cp.async.bulk.prefetch.L2.global [$0], $1;", w.offset_pointer(w.address(operand), begin), size)
+
+
+def check_addresses(pairs: Sequence[tuple[Value, Value]], stall: Value, numbers: Sequence[int]) -> None:
+    """Says in the stall which operand's two addresses differ, the last one's number if several do."""
+    code = "{ .reg .pred q; .reg .b32 v; mov.b32 v, 0; "
+    for place, number in enumerate(numbers):
+        code += f"setp.ne.u64 q, ${2 * place}, ${2 * place + 1}; @q mov.b32 v, {of_operand(number)}; "
+    code += f"setp.ne.u32 q, v, 0; @q red.relaxed.gpu.global.max.u32 [${2 * len(pairs)}], v; }}"
+    w.ptx(code, *(address for pair in pairs for address in pair), stall)
 
 
 def write_tensor_maps(

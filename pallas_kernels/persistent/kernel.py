@@ -103,7 +103,6 @@ class _Program:
             self._clear()
             self.ring.make()
             plgpu.barrier_arrive(self.ready)
-            self._check_addresses()
             embed(self.launch, self.x)
 
         @pl.when(warpgroup != 1)
@@ -119,8 +118,9 @@ class _Program:
         @pl.when(warpgroup == 1)
         def _() -> None:
             plgpu.barrier_wait(self.ready)
-            self.ring.know_maps()
+            self.ring.know_maps(jnp.int32(0), self.launch.plan.operands, beside=False)
             self._all_steps(lambda place, tiles: load_step(place, self.ring, self.lengths, tiles))
+            self._check_addresses()  # here, as nobody waits for this warpgroup any more
 
     def _all_steps(self, act: Callable[[Place, jax.Array], jax.Array]) -> None:
         """``tiles = act(place, tiles)`` for all steps of all layers, then of the head."""
@@ -185,8 +185,9 @@ class _Program:
             mine, base = w.program(), w.address(addresses)
             for number in range(min(programs, len(operands))):
                 with w.when(w.equal(mine, w.integer(number))):
-                    for index in range(number, len(operands), programs):
-                        told = w.load_pointer(base, w.integer(index))
-                        copies.check_address(w.address(operands[index]), told, w.address(stall), index)
+                    numbers = range(number, len(operands), programs)
+                    told = [w.load_pointer(base, w.integer(index)) for index in numbers]
+                    pairs = zip((w.address(operands[index]) for index in numbers), told, strict=True)
+                    copies.check_addresses(list(pairs), w.address(stall), numbers)
 
         emit(self.launch.stall, self.launch.addresses, *self.operands)

@@ -14,7 +14,7 @@ from pallas_kernels.norm import LayerNorm, Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
 from pallas_kernels.persistent.gates import ACTIVATIONS
 from pallas_kernels.persistent.plan import Plan
-from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS
+from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS, Phase
 from pallas_kernels.persistent.tensor_maps import described_bytes
 from pallas_kernels.persistent.tuning import Tuning, tuning_for
 from pallas_kernels.products import BLOCK_DIAGONAL
@@ -23,6 +23,7 @@ from pallas_kernels.registry import layer_kinds
 from pallas_kernels.target import Target, target
 
 LARGEST_BATCH = 8  # sequences that one tensor-core instruction takes
+MOST_FETCHED = 32 * 2**20  # bytes that are brought into the second-level cache before a launch
 _MOST_QUERIES = 8  # of a kv head, as many as a tensor-core instruction takes
 
 
@@ -118,7 +119,7 @@ def run(
     caches = [jax.new_ref(array) for array in (*keys, *values)]
     of_cache = {id(array): ref for array, ref in zip((*keys, *values), caches, strict=True)}
     given = [of_cache.get(id(array), array) for array in operands]
-    maps, addresses = describe(given, [_as_matrix(a) for a in operands])
+    maps, addresses = describe(given, [_as_matrix(a) for a in operands], read_first(plan, operands))
     tables = [table.reshape(batch, -1) for table in (cos, sin)]
     start = jnp.broadcast_to(start, (batch,))
     logits, stall = run_layers(plan, maps, addresses, x.reshape(batch, width), tables, start, given, norm.eps)
@@ -131,6 +132,18 @@ def gains_by_absorbing(layers: Sequence[DecoderLayer], batch: int) -> bool:
     most = tuning_for(target().kind, batch, layer_kinds(layers) > 1).absorbed_bytes
     has_all = all(layer.o_gate_up is not None for layer in layers)
     return has_all and _absorbed_bytes(layers) <= most * len(layers)
+
+
+def read_first(plan: Plan, operands: Sequence[jax.Array]) -> list[int]:
+    """Numbers of the operands of the first phases, as many as the cache that all cores share holds beside what else is in it."""
+    found, left = [], MOST_FETCHED
+    for step in plan.steps[: plan.in_layer]:
+        for number in dict.fromkeys(group.weight for group in step.layers[0]) if isinstance(step, Phase) else ():
+            left -= operands[number].size * operands[number].dtype.itemsize
+            if left < 0:
+                return found
+            found.append(number)
+    return found
 
 
 def workspace(

@@ -17,6 +17,9 @@ from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Phase
 def load_step(place: Place, ring: Ring, lengths: Any, tiles: jax.Array) -> jax.Array:
     """Loads the tiles of this program's items of a step; gives the number of tiles so far."""
     step = place.launch.plan.steps[place.step]
+    plan = place.launch.plan
+    if place.step in (0, plan.in_layer):  # behind the head there are none, but those of the head must be known
+        ring.know_maps((place.layer + 1) * plan.operands, plan.operands, beside=True)
     fetch_ahead(place, ring)
     if isinstance(step, Attention):
         return _load_cache(place, step, ring, lengths, tiles)

@@ -59,18 +59,31 @@ class Ring:
 
         emit(self.barriers)
 
-    def know_maps(self) -> None:
-        """Makes the tensor maps usable, which the kernel before this one wrote."""
-        count = self.maps.shape[0]
+    def know_maps(self, first: jax.Array, count: int, *, beside: bool) -> None:
+        """Makes tensor maps usable from the next call on, which the kernel before this one wrote; by the loading warpgroup.
 
-        @w.emitted(plgpu.RefType())
-        def emit(context: Any, maps: Any) -> None:
-            for begin in range(0, count, THREADS):
-                index = w.add(w.thread(), w.integer(begin))
-                copies.know_tensor_map(w.offset_pointer(w.address(maps), w.mul(index, w.integer(128))))
-            w.meet()
+        A core makes one usable after the other, some hundredths of a microsecond each, so only those of a layer at a time.
 
-        emit(self.maps)
+        Args:
+          first, count: which; fewer if there are no more.
+          beside: whether by threads of another warp than that which starts copies, which need not wait for it: `copies` of these
+            maps only after the next call.
+        """
+        most, begin = self.maps.shape[0] - 1, THREADS // 2 if beside else 0
+        assert count <= THREADS - begin
+
+        @w.emitted(plgpu.RefType(), w.SCALAR(()))
+        def emit(context: Any, maps: Any, first: Any) -> None:
+            if beside:
+                w.meet()
+            mine = w.sub(w.thread(), w.integer(begin))
+            with w.when(w.below(mine, w.integer(count))):
+                index = w.smaller(w.add(w.scalar(first), mine), w.integer(most))
+                copies.know_tensor_map(w.offset_pointer(w.address(maps), w.mul(index, w.integer(copies.MAP_BYTES))))
+            if not beside:
+                w.meet()
+
+        emit(self.maps, first)
 
     def fetch_map(self, operand: jax.Array) -> None:
         """Has an operand's tensor map ready for copies to come."""

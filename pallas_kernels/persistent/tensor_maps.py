@@ -5,6 +5,7 @@ writes them into an array, with the addresses of the operands beside them. It ta
 puts in the address and the sizes of each.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import copies
-from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_ROWS
+from pallas_kernels.persistent.steps import THREADS
 
 
 def described_bytes(count: int) -> int:
@@ -27,27 +28,35 @@ def _padded(count: int) -> int:
     return -(-count // THREADS) * THREADS
 
 
-def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
+def describe(
+    operands: Sequence[Any], shapes: Sequence[tuple[int, int]], soon: Sequence[int] = ()
+) -> tuple[jax.Array, jax.Array]:
     """Maps and addresses of operands.
 
     Args:
       operands: arrays in GPU memory, or references to them.
       shapes: (rows, columns) of each as a bfloat16 matrix.
+      soon: numbers of those that are read first: brought into the cache that all cores share while the launch begins, as memory
+        has nothing else to do then.
 
     Returns:
       int32 [operands, 32], a tensor map each, with boxes of 64 rows by 64 columns; int32 [operands, 2], the addresses.
     """
     count = len(operands)
+    programs = -(-count // copies.MAPS_A_PROGRAM)
+    # A matrix that JAX encodes a map of, whose address and sizes are put in anew: one that is there, as another takes a launch.
+    matrices = [number for number, operand in enumerate(operands) if len(operand.shape) == 2]
+    template = max(matrices, key=lambda number: min(shapes[number]))
 
-    def tensor_maps(template: Any, *refs: Any) -> None:
-        given, (sizes, maps, addresses, scratch) = refs[:count], refs[count:]
-
-        @w.emitted(*[plgpu.RefType()] * (count + 5))
-        def emit(context: Any, template: Any, *refs: Any) -> None:
+    def tensor_maps(*refs: Any) -> None:
+        @w.emitted(*[plgpu.RefType()] * (count + 4))
+        def emit(context: Any, *refs: Any) -> None:
             given, (sizes, maps, addresses, scratch) = refs[:count], refs[count:]
-            copies.write_tensor_maps(context, template, given, sizes, maps, addresses, scratch)
+            for number in soon:
+                copies.fetch_all(given[number], 2 * math.prod(shapes[number]), programs)
+            copies.write_tensor_maps(context, given[template], given, sizes, maps, addresses, scratch)
 
-        emit(template, *given, sizes, maps, addresses, scratch)
+        emit(*refs)
 
     padded = _padded(count)
     call = plgpu.kernel(
@@ -56,12 +65,11 @@ def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tupl
             jax.ShapeDtypeStruct((padded, copies.MAP_BYTES // 4), jnp.int32),
             jax.ShapeDtypeStruct((padded, 2), jnp.int32),
         ),
-        grid=(-(-count // copies.MAPS_A_PROGRAM),),
+        grid=(programs,),
         grid_names=("program",),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         scratch_types=[plgpu.SMEM((THREADS * copies.MAP_BYTES // 4,), jnp.int32)],
     )
     sizes = np.zeros((padded, 2), np.int32)
     sizes[:count] = shapes
-    template = jnp.zeros((TILE_ROWS, HALF_TILE), jnp.bfloat16)
-    return call(template, *operands, sizes)
+    return call(*operands, sizes)

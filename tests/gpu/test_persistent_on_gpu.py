@@ -3,6 +3,9 @@
 A kernel that spins ends by itself after seconds, but run this under `timeout` all the same.
 """
 
+from typing import Any
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +22,11 @@ from flashsvd_jax.model import Model
 from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
 from pallas_kernels import decode_layers, stall_reason
+from pallas_kernels.persistent import tensor_maps
 
 pytestmark = pytest.mark.gpu
+
+NORM = 0  # number of an operand: the first layer's norm
 
 CASES = {
     "low rank": DecoderCase(3, 512, 1160, 4, 4, (136, 200), (200,)),
@@ -121,6 +127,19 @@ def test_a_wait_in_vain_ends_and_says_so() -> None:
     # Step 3 is the first product of the output projection, whose words the second misses in every layer.
     assert "gave up waiting for the input of 'o up' in layer 0, block" in str(stall_reason(got.stall.tolist()))
     assert np.isnan(np.asarray(got.logits)).any()
+
+
+def test_an_operand_that_is_elsewhere_is_told() -> None:
+    describe = tensor_maps.describe
+
+    def misplaced(*arguments: Any) -> Any:
+        maps, addresses = describe(*arguments)
+        return maps, addresses.at[NORM, 0].add(256)  # of a vector: nothing is copied from there
+
+    with mock.patch.object(tensor_maps, "describe", misplaced):
+        arguments = CASES["low rank"].arguments()
+        got = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))(*arguments)
+    assert f"operand {NORM}" in str(stall_reason(got.stall.tolist()))
 
 
 def test_a_model_says_the_most_likely_tokens_and_a_stall_is_an_error() -> None:

@@ -96,6 +96,17 @@ def test_every_tile_has_one_program_and_programs_have_alike(model: Model, progra
         load += tiles
 
 
+def test_what_is_read_first_is_fetched_before_as_long_as_it_fits() -> None:
+    low_rank = Model((512,) * 2, (512,) * 2, batch=1, width=4096, ff=11008, heads=32, kv_heads=32, dtype=jnp.bfloat16)
+    for model in (low_rank, dataclasses.replace(low_rank, attention=(None, None))):
+        plan, operands = plan_of(shapes_of(model), 132)
+        phases = [step for step in plan.steps[: plan.in_layer] if isinstance(step, Phase)]
+        order = list(dict.fromkeys(group.weight for phase in phases for group in phase.layers[0]))
+        ends = np.cumsum([2 * operands[number].size for number in order])
+        assert layers.read_first(plan, operands) == order[: int((ends <= layers.MOST_FETCHED).sum())]
+        assert (ends <= layers.MOST_FETCHED).sum() == (0 if model.attention[0] is None else 5)
+
+
 def check_teams(phase: Phase, layer: int, programs: int, taken: list[Item]) -> None:
     """Every team computes all its tiles and reads one slice; programs of a split have alike, and teams nearly so."""
     sizes, groups = phase.team_programs(layer, programs), phase.layers[layer]
