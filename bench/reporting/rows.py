@@ -24,7 +24,11 @@ OURS = ("flashsvd_jax-persistent", "flashsvd_jax-products", "flashsvd_jax-xla")
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What was measured. ``kept`` is the share of the layers' parameters to two digits, ``ranks`` as rows tell them."""
+    """What was measured. ``kept`` is the share of the layers' parameters to two digits, ``ranks`` as rows tell them.
+
+    Of allocated ranks it is what they were chosen for, to one digit: they keep up to a percent less, another share with each table
+    of costs.
+    """
 
     suite: str
     model: str
@@ -121,4 +125,5 @@ def _what_ran(row: Row) -> str | None:
 
 def _setting(row: Row) -> Setting:
     ranks = row.get("ranks") or ("dense" if row["ratio"] == 1 else "uniform")  # early rows have no mixed ranks
-    return Setting(row["suite"], row["model"], ranks, row["batch"], row["context"], round(row["ratio"], 2))
+    kept = round(row["ratio"], 1 if ranks.startswith("allocated") else 2)
+    return Setting(row["suite"], row["model"], ranks, row["batch"], row["context"], kept)
