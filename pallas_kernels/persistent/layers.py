@@ -129,7 +129,7 @@ def run(
 
 def gains_by_absorbing(layers: Sequence[DecoderLayer], batch: int) -> bool:
     """Whether a step of so many sequences is faster where layers have `DecoderLayer.o_gate_up`, as these have; shapes suffice."""
-    most = tuning_for(target().kind, batch, layer_kinds(layers) > 1).absorbed_bytes
+    most = _tuning_here(layers, batch).absorbed_bytes
     has_all = all(layer.o_gate_up is not None for layer in layers)
     return has_all and _absorbed_bytes(layers) <= most * len(layers)
 
@@ -158,12 +158,16 @@ def workspace(
 
 def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:
     """For the GPU in use, as `building.plan_of`: its arguments are all but the last two."""
-    device = target()
     leaves, tree = jax.tree.flatten(arguments)
     shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-    tuning = tuning_for(device.kind, arguments[0].shape[0], layer_kinds(arguments[1]) > 1)
-    plan, operands = _plan_of_shapes(tree, shapes, device.cores, tuning)
+    plan, operands = _plan_of_shapes(tree, shapes, target().cores, _tuning_here(arguments[1], arguments[0].shape[0]))
     return plan, [leaves[number] for number in operands]
+
+
+def _tuning_here(layers: Sequence[DecoderLayer], batch: int) -> Tuning:
+    """For the GPU in use; shapes suffice."""
+    bytes_ = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(layers))
+    return tuning_for(target().kind, batch, bytes_ // (10**6 * len(layers)), layer_kinds(layers) > 1)
 
 
 @functools.lru_cache(maxsize=8)

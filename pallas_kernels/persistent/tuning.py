@@ -1,8 +1,8 @@
 """Sizes of the persistent kernel that are found by measurement, not by thought.
 
 What was measured on a device is data, `tuned/<device>.json`, each figure with what it was chosen by; `bench/persistent_times.py`
-measures again. What serves larger batches better is told there by the batch from which on it holds, and what serves layers whose
-ranks differ apart. Where there is no table, the defaults below serve.
+measures again. What serves larger layers or batches better is told there by the size from which on it holds, then what serves
+layers whose ranks differ; the last that holds counts. Where there is no table, the defaults below serve.
 """
 
 import dataclasses
@@ -44,13 +44,21 @@ class Tuning:
 
 
 @functools.cache
-def tuning_for(device: str, batch: int, differ: bool) -> Tuning:
-    """For a device, by the name that it gives itself, a number of sequences, and whether layers differ in ranks."""
+def tuning_for(device: str, batch: int, megabytes: int, differ: bool) -> Tuning:
+    """Sizes for a device.
+
+    Args:
+      device: the name that it gives itself.
+      batch: sequences.
+      megabytes: of weights of a layer, the mean.
+      differ: whether layers differ in ranks.
+    """
     found = table("pallas_kernels.persistent", device)
     if not found:
         return Tuning()
     sizes = dict(found["tuning"])
-    for least, others in sorted(found["from_batch"].items(), key=lambda item: int(item[0])):
-        sizes |= others if batch >= int(least) else {}
+    for value, by_least in ((megabytes, found["from_megabytes_a_layer"]), (batch, found["from_batch"])):
+        for least, others in sorted(by_least.items(), key=lambda item: int(item[0])):
+            sizes |= others if value >= int(least) else {}
     sizes |= found["where_layers_differ"] if differ else {}
     return Tuning(**sizes)
