@@ -182,12 +182,12 @@ class _Program:
 
         @w.emitted(plgpu.RefType(), plgpu.RefType(), *[plgpu.RefType()] * len(self.operands))
         def emit(context: Any, stall: Any, addresses: Any, *operands: Any) -> None:
-            mine, base = w.program(), w.address(addresses)
+            mine, base, at = w.program(), w.address(addresses), w.address(stall)
             for number in range(min(programs, len(operands))):
                 with w.when(w.equal(mine, w.integer(number))):
                     numbers = range(number, len(operands), programs)
                     told = [w.load_pointer(base, w.integer(index)) for index in numbers]
                     pairs = zip((w.address(operands[index]) for index in numbers), told, strict=True)
-                    copies.check_addresses(list(pairs), w.address(stall), numbers)
+                    copies.check_addresses(list(pairs), at, numbers)
 
         emit(self.launch.stall, self.launch.addresses, *self.operands)

@@ -236,7 +236,7 @@ KERNEL_CALLS: list[KernelCall] = [
     _attend("head-64", 1, 14, 2, head_dim=64),
     _decode("7b", replace(LLAMA_7B, starts=(0,)), code=128),
     _decode("7b", replace(LLAMA_7B, starts=(0,) * 4), code=140),
-    _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None)), code=96),
+    _decode("7b-dense", replace(LLAMA_7B, ranks=(None, None)), code=97),
     _decode("7b-absorbed", replace(LLAMA_7B, ranks=(832, 1200), starts=(0,), absorbed=True), code=140),
     _decode("8b-ranks-that-differ", replace(LLAMA_8B, ranks=(1024, 1592), varied=True, starts=(0,) * 8)),
     _decode("8b-dense-attention", replace(LLAMA_8B, qk_norm=True, biases=True, window=4096)),
