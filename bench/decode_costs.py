@@ -2,9 +2,9 @@
 
 A row at batch 1 took ``bytes / bandwidth + layers * a + products * b + differing layers * c``; the bandwidth is the median of those
 measured in the same runs, a, b and c are least squares over all rows of one device and one kind of kernels, none below zero. Rows
-newer than the last of layers that differ are left out: where kernels have changed since, they would tell what has changed, not what
-it costs that layers differ. The largest error of a row is kept beside them. Writes flashsvd_jax/compress/decode_costs.json, as
-bench/report.py does.
+of a commit without layers that differ are left out if they are newer than the last of those: where kernels have changed since, they
+would tell what has changed, not what it costs that layers differ. The largest error of a row is kept beside them. Writes
+flashsvd_jax/compress/decode_costs.json, as bench/report.py does.
 """
 
 import json
@@ -40,9 +40,12 @@ def fit(device: Path) -> dict[str, dict[str, Any]]:
 
 
 def _comparable(file: Path, impl: str) -> list[tuple[Setting, Row]]:
-    """Rows that are not newer than the last of layers that differ; all if there is none of those."""
-    dates = [_date(row) for setting, row in _measured(results(file), impl) if setting.ranks in DIFFERENT]
-    return _measured(results(file, lambda row: not dates or _date(row) <= max(dates)), impl)
+    """Rows that are not newer than the last of layers that differ, or of its commit; all if there is none of those."""
+    differ = [row for setting, row in _measured(results(file), impl) if setting.ranks in DIFFERENT]
+    if not differ:
+        return _measured(results(file), impl)
+    last = max(differ, key=_date)
+    return _measured(results(file, lambda row: _date(row) <= _date(last) or row["commit"] == last["commit"]), impl)
 
 
 def _measured(rows: Results, impl: str) -> list[tuple[Setting, Row]]:

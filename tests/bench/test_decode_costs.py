@@ -44,16 +44,17 @@ def test_newer_rows_of_layers_that_are_alike_wait_for_others_that_differ(tmp_pat
     device = tmp_path / "some_gpu"
     device.mkdir()
     older, newer = (
-        [row | {"date": date} for row in rows("decode_layers=persistent", cost, 0.7, 3.0)]
+        [row | {"date": date, "commit": date} for row in rows("decode_layers=persistent", cost, 0.7, 3.0)]
         for date, cost in (("2026-01-01", 2.0), ("2026-01-02", 1.0))
     )
+    one_run = [row | {"date": "2026-01-03" if row["ranks"] == "uniform" else row["date"]} for row in newer]
 
     def layer_cost(*measured: list[dict[str, Any]]) -> float:
         (device / "decode.jsonl").write_text("".join(json.dumps(row) + "\n" for some in measured for row in some))
         return decode_costs.fit(device)["some_gpu/persistent"]["us_a_layer"]
 
     assert layer_cost(older, [row for row in newer if row["ranks"] != "mixed"]) == pytest.approx(2.0, abs=1e-3)
-    assert layer_cost(older, newer) == pytest.approx(1.0, abs=1e-3)
+    assert layer_cost(older, newer) == layer_cost(older, one_run) == pytest.approx(1.0, abs=1e-3)
 
 
 def test_no_cost_is_below_zero(tmp_path: Path) -> None:
