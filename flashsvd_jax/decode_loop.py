@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.models import decoder
+from flashsvd_jax.models.decoder_layers import reach_of
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, best_token, sample
 from flashsvd_jax.sequences import NO_TOKEN, DecodeState, Requests, wants_more
@@ -75,7 +76,8 @@ def _loop(
 ) -> tuple[DecodeState, jax.Array, Any, jax.Array]:  # fmt: skip
     """Decodes with ``choose(state, logits, active)``, where ``active`` says which sequences want a token; the rest as `decode`."""
     start = state.length
-    rotations = decoder.rotations_ahead(config, start, steps)
+    reach = reach_of(requests.prompt_length, requests.max_tokens)
+    rotations = decoder.rotations_ahead(config, start, steps, reach)
 
     def goes_on(carry: Any) -> jax.Array:
         turn, state, _, stall = carry

@@ -104,7 +104,8 @@ class PromptSteps:
         start, caches, found = 0, list[Any](), None
         for tokens in chunks:
             bucket = tokens.shape[1]
-            chunk = call(self._begin[bucket], self._outer, tokens, np.int32(start), requests.prompt_length)
+            of = requests.prompt_length, requests.max_tokens
+            chunk = call(self._begin[bucket], self._outer, tokens, np.int32(start), *of)
             for place, (run, kind) in enumerate(zip(self._runs, self._kinds, strict=True)):
                 if found is None:
                     steps = self._first_of_last if run.is_last else self._first

@@ -96,13 +96,13 @@ def through_layer(
     return after_attention(product, x, attended, layer)
 
 
-def rotations_ahead(config: ModelConfig, positions: jax.Array, steps: int) -> jax.Array:
+def rotations_ahead(config: ModelConfig, positions: jax.Array, steps: int, reach: jax.Array | None = None) -> jax.Array:
     """What `decode` takes as ``rotations`` at ``steps`` positions one after the other, the first int32 [batch]: [steps, ...].
 
-    Of several rotary embeddings the columns stand side by side; without any there are none.
+    Of several rotary embeddings the columns stand side by side; without any there are none. ``reach`` is as `rotations_at` has it.
     """
     ahead = (positions + jnp.arange(steps, dtype=jnp.int32)[:, None]).reshape(-1)
-    tables = rotations_at(config, ahead[:, None], ahead + 1)
+    tables = rotations_at(config, ahead[:, None], ahead + 1, None if reach is None else jnp.tile(reach, steps))
     cos, sin = (jnp.concatenate(columns, axis=-1) for columns in zip(*tables, strict=True))
     return jax.lax.complex(cos, sin).reshape(steps, positions.shape[0], 1, -1)
 

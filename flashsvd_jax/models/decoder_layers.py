@@ -25,12 +25,31 @@ Tables = list[tuple[jax.Array, jax.Array]]
 """Cosines and sines of each rotary embedding that occurs, float32 [batch, tokens, columns]."""
 
 
-def rotations_at(config: ModelConfig, positions: jax.Array, lengths: jax.Array) -> Tables:
-    """Tables for positions int32 [batch, tokens] of sequences of those lengths; of no columns where nothing is rotated."""
+def reach_of(lengths: jax.Array, max_tokens: jax.Array) -> jax.Array:
+    """Tokens that are in the cache once a request of a prompt of ``lengths`` has got its last token, int32 [batch]."""
+    return lengths + jnp.maximum(max_tokens - 1, 0)
+
+
+def rotations_at(
+    config: ModelConfig, positions: jax.Array, lengths: jax.Array, reach: jax.Array | None = None
+) -> Tables:
+    """Tables of each rotary embedding; of no columns where nothing is rotated.
+
+    Args:
+      config: the model.
+      positions: int32 [batch, tokens].
+      lengths: of the sequences so far, int32 [batch].
+      reach: to which they may grow; ``lengths`` if not given. It decides between LongRoPE's two sets of factors: as keys in the
+        cache stay as they were rotated, a request has one of them from its first token on.
+    """
     if not config.ropes:
         none = jnp.zeros((*positions.shape, 0), jnp.float32)
         return [(none, none)]
-    return [rotary_tables(rope, config.head_dim, positions, lengths) for rope in config.ropes]
+    farthest = lengths if reach is None else reach
+    return [
+        rotary_tables(rope, config.head_dim, positions, farthest if rope.kind == "longrope" else lengths)
+        for rope in config.ropes
+    ]
 
 
 def layers_of(

@@ -18,7 +18,7 @@ from jax import lax
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.kv_cache import KVCache, empty_cache, write
-from flashsvd_jax.models.decoder_layers import Tables, heads_of, layers_of, rotations_at, through_layers
+from flashsvd_jax.models.decoder_layers import Tables, heads_of, layers_of, reach_of, rotations_at, through_layers
 from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from pallas_kernels import DecoderLayer, Visible, attend, layer_kinds, project_heads
@@ -84,13 +84,18 @@ def layer_runs(config: ModelConfig, layers: Sequence[LayerWeights]) -> list[Laye
 
 
 def begin(
-    config: ModelConfig, weights: DecoderWeights, tokens: jax.Array, start: jax.Array, lengths: jax.Array
-) -> Chunk:
-    """A chunk of tokens int32 [batch, tokens] before the first layer; ``weights`` may come without layers."""
+    config: ModelConfig, weights: DecoderWeights, tokens: jax.Array, start: jax.Array, lengths: jax.Array,
+    max_tokens: jax.Array | None = None,
+) -> Chunk:  # fmt: skip
+    """A chunk of tokens int32 [batch, tokens] before the first layer; ``weights`` may come without layers.
+
+    ``max_tokens``, int32 [batch], is what may follow the prompts; nothing if not given.
+    """
     first = jnp.broadcast_to(start, tokens.shape[:1])
     positions = first[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     x = embed(config, weights.embedding, weights.positions, tokens, positions)
-    return Chunk(x, jnp.zeros_like(x), rotations_at(config, positions, lengths), start, lengths)
+    reach = None if max_tokens is None else reach_of(lengths, max_tokens)
+    return Chunk(x, jnp.zeros_like(x), rotations_at(config, positions, lengths, reach), start, lengths)
 
 
 def first_chunk(config: ModelConfig, slots: int, run: LayerRun, chunk: Chunk) -> tuple[KVCache, Chunk]:
