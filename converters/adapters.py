@@ -8,6 +8,7 @@ weight, where scale is alpha / rank, or alpha / sqrt(rank) (rsLoRA).
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 _PREFIX = "base_model.model."
+_LARGEST_SCALE = 2.0**127
+_LONGEST_PATH = 100
 _PAIR = re.compile(r"^(.*)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$)\w+)?(?:\.weight)?$")
 # What changes the forward pass beyond two factors, or stores what is read in other ways.
 _OTHER_FORMS = (
@@ -162,9 +165,10 @@ def _update(config: Mapping[str, Any], module: str, pair: Mapping[str, TensorInf
     )
     if told != rank:
         raise ConversionError(f"{where}: {CONFIG_FILE} gives {module} rank {told!r}, {a.name} has {rank}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST_SCALE:
         raise ConversionError(
-            f"{where}: {CONFIG_FILE} gives {module} the scale lora_alpha {alpha!r}, which is no number"
+            f"{where}: {CONFIG_FILE} gives {module} the scale lora_alpha {reprlib.repr(alpha)}, which is no number, or none that "
+            "float32 holds"
         )
     return LowRankUpdate(module, a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -182,11 +186,16 @@ def _setting(config: Mapping[str, Any], key: str, pattern_key: str, module: str)
 def _ends_with(module: str, pattern: str, where: str) -> bool:
     """As PEFT matches: the pattern is a regular expression for the end of a path, from a dot on.
 
-    Only those without a repeated group are tried: others may take for ever, and a checkpoint must not be able to hang the reader.
+    Only those without a repeated group are tried, on paths of a length that models have: others may take for ever, and a checkpoint
+    must not be able to hang the reader.
     """
-    if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 4 or re.search(r"\)[*+?{]|\\\d", pattern):
+    if len(pattern) > 200 or len(re.findall(r"[*+{]", pattern)) > 3 or re.search(r"\)[*+?{]|\\\d", pattern):
         raise ConversionError(f"{CONFIG_FILE}: {where} has the pattern {pattern[:200]!r}, which is too intricate")
+    if len(module) > _LONGEST_PATH:
+        raise ConversionError(
+            f"{CONFIG_FILE}: {where} cannot be matched with the path {module[:40]}.., which is too long"
+        )
     try:
         return re.match(rf"(?:.*\.)?(?:{pattern})$", module) is not None
-    except re.error as error:
+    except (re.error, OverflowError) as error:
         raise ConversionError(f"{CONFIG_FILE}: {where} has the pattern {pattern!r}, which is none: {error}") from error

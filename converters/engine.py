@@ -193,6 +193,8 @@ def _default_dtype(source: TensorSource) -> str:
     nbytes: Counter[str] = Counter()
     for info in source.infos().values():
         nbytes[info.dtype.name] += info.nbytes
+    if not nbytes:
+        raise ConversionError(f"{source.path} holds no tensors")
     (name, _), *_ = nbytes.most_common()
     return name if name in ("bfloat16", "float16") else "bfloat16"
 

@@ -88,7 +88,11 @@ class ReducedModules(ReducedWidths):
             return np.tile(np.arange(full), (shape[0], 1))
         mask = self._masks[layer]
         half = width // 2
-        pairs = mask.shape == shape and np.array_equal(mask[:, :half] + full // 2, mask[:, half:])
+        pairs = (
+            mask.shape == shape
+            and mask.dtype.kind in "iu"
+            and np.array_equal(mask[:, :half] + full // 2, mask[:, half:])
+        )
         if not pairs or mask.min() < 0 or mask.max() >= full or any(len(set(row)) != width for row in mask.tolist()):
             raise ConversionError(
                 f"{self.path}: the kept columns of layer {layer}, {list(mask.shape)}, are not {shape[0]} heads of {half} pairs of "

@@ -58,7 +58,7 @@ def take_factors(family: Family, sites: Mapping[str, Site], pool: Pool) -> tuple
     readings: Counter[Reading] = Counter(pair.reading for pair in pairs.values())
     undecided = _reading_of_square_pairs(family, readings)
     for module, pair in pairs.items():
-        factors[module] = _order(family, sites[module], pair, undecided, pool)
+        factors[module] = _order(family, sites[module], pair, undecided, readings, pool)
     return factors, _notes(family, readings)
 
 
@@ -87,7 +87,9 @@ def _reading_of_square_pairs(family: Family, readings: Counter[Reading]) -> Read
     return "either" if family.names == "none" and named == swapped else "as named"
 
 
-def _order(family: Family, site: Site, pair: _Pair, undecided: Reading, pool: Pool) -> Factors | None:
+def _order(
+    family: Family, site: Site, pair: _Pair, undecided: Reading, readings: Counter[Reading], pool: Pool
+) -> Factors | None:
     """The factors in the order that holds, or None and a problem."""
     first, second = pair.first, pair.second
     reading = undecided if pair.reading == "either" else pair.reading
@@ -101,6 +103,11 @@ def _order(family: Family, site: Site, pair: _Pair, undecided: Reading, pool: Po
         pool.problems.append(
             f"wrong way round: {shapes} form the weight {weight} only if {first.name} is applied last, "
             f"and {family.description} applies it first"
+        )
+    elif reading == "swapped" and site.d_out == site.d_in and readings["as named"]:
+        pool.problems.append(
+            f"ambiguous: {shapes} form the weight {weight} if {first.name} is applied last, unlike {readings['as named']} other "
+            "pairs, and the transposed weight if both are transposed"
         )
     else:
         factors = Factors(first, second) if reading == "as named" else Factors(second, first)

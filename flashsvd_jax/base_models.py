@@ -235,7 +235,7 @@ def _ropes_by_type(hf: Mapping[str, Any]) -> tuple[RopeConfig, RopeConfig]:
     """The rotations of layers that attend to all and of those with a window; before transformers 5, of two bases."""
     given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     sets = list(given.values()) if isinstance(given, Mapping) else [given]
-    if not set(given) <= set(_LAYER_TYPES) or not all(isinstance(s or {}, Mapping) for s in (*sets, scaling)):
+    if not all(isinstance(s or {}, Mapping) for s in (given, *sets, scaling)) or not set(given) <= set(_LAYER_TYPES):
         raise ConfigError(
             f"config.json: rope_parameters must hold a set of values for each of {', '.join(_LAYER_TYPES)}"
         )

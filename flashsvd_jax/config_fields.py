@@ -1,36 +1,41 @@
 """Reading fields of a config.json that anyone may have written: each gives its value in range, or an error that names it."""
 
-import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from flashsvd_jax.errors import ConfigError
 
+_MOST_WHOLE = 2**31 - 1
+_LEAST, _MOST = 2.0**-126, 2.0**127  # of float32, in which they are computed with
+
 
 def integer(fields: Mapping[str, Any], name: str, default: int | None = None, least: int = 1) -> int:
-    """A whole number of at least ``least``; ``default`` where it is absent or null, an error where there is none."""
+    """A whole number of at least ``least``, below 2 ** 31; ``default`` where it is absent or null, an error where there is none."""
     value = fields.get(name)
     if value is None:
         return _default(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"config.json: {name} must be a whole number of at least {least}, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST_WHOLE:
+        raise ConfigError(
+            f"config.json: {name} must be a whole number of at least {least}, below 2 ** 31, not {reprlib.repr(value)}"
+        )
     return value
 
 
 def number(fields: Mapping[str, Any], name: str, default: float | None = None) -> float:
-    """A positive finite number; ``default`` likewise."""
+    """A positive number that float32 holds; ``default`` likewise."""
     value = fields.get(name)
     return _default(name, default) if value is None else _positive(name, value)
 
 
 def optional_number(fields: Mapping[str, Any], name: str) -> float | None:
-    """A positive finite number, or None where it is absent or null."""
+    """A positive number that float32 holds, or None where it is absent or null."""
     value = fields.get(name)
     return None if value is None else _positive(name, value)
 
 
 def numbers(fields: Mapping[str, Any], name: str) -> tuple[float, ...]:
-    """A list of positive finite numbers, empty where it is absent or null."""
+    """A list of positive numbers that float32 holds, empty where it is absent or null."""
     values = fields.get(name)
     if values is None:
         return ()
@@ -78,8 +83,10 @@ def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: {name} must be a positive number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _LEAST <= value <= _MOST:
+        raise ConfigError(
+            f"config.json: {name} must be a positive number that float32 holds, not {reprlib.repr(value)}"
+        )
     return float(value)
 
 

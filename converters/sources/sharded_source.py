@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.sources.base import TensorInfo, TensorSource
+from flashsvd_jax.checkpoint.json_files import unique
 from flashsvd_jax.errors import CheckpointError
 
 _MAX_NAMED = 10
@@ -56,7 +57,7 @@ def read_index(index: Path) -> dict[str, str]:
     Raises CheckpointError for an index that is not one, names files outside its folder, or lacks shards.
     """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=unique)["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not an index of a sharded checkpoint: {error!r}") from error
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):

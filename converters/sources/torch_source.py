@@ -43,7 +43,11 @@ class TorchSource(TensorSource):
         except (RecursionError, MemoryError) as error:
             raise CheckpointError(f"{path}: the pickled objects nest too deep or contain themselves") from error
         if not self._infos:
-            raise CheckpointError(f"{path} holds no model: there are no tensors in it")
+            others = ", ".join(self.unknown_globals[:5])
+            within = (
+                f" but in objects of classes that are not read ({others}): save their state_dict()" if others else ""
+            )
+            raise CheckpointError(f"{path} holds no model: there are no tensors in it{within}")
 
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos

@@ -27,6 +27,7 @@ class TorchArchive:
         written on a big-endian machine.
         """
         self.path = path
+        self._checked: set[str] = set()  # entries whose checksum is right
         self._map: mmap.mmap | None = map_file(path)
         _require_zip(path, self._map)
         self._entries = _read_directory(path)
@@ -42,11 +43,7 @@ class TorchArchive:
         entry = self._entries[f"{self._root}data.pkl"]
         if entry.file_size > _MAX_PICKLE_BYTES:
             raise CheckpointError(f"{self.path}: data.pkl has {entry.file_size} bytes, more than a model ever needs")
-        data = bytes(self._read(entry))
-        # torch.save can be told not to compute checksums, and then writes zeros.
-        if entry.CRC not in (0, zlib.crc32(data)):
-            raise CheckpointError(f"{self.path} is damaged (checksum of data.pkl): download it again")
-        return data
+        return bytes(self._undamaged(entry))
 
     def storage_size(self, key: str) -> int:
         """Size in bytes of the storage `key`. Raises CheckpointError if it is missing or not wholly in the file."""
@@ -55,8 +52,11 @@ class TorchArchive:
         return entry.file_size
 
     def storage(self, key: str) -> memoryview:
-        """The bytes of the storage `key`: a view of the map, or a copy if the archive was compressed afterwards."""
-        return self._read(self._storage_entry(key))
+        """The bytes of the storage `key`: a view of the map, or a copy if the archive was compressed afterwards.
+
+        Raises CheckpointError if they are not those that the archive has a checksum of.
+        """
+        return self._undamaged(self._storage_entry(key))
 
     def close(self) -> None:
         """Let go of the map; it is unmapped when the last array that views it is gone."""
@@ -95,6 +95,15 @@ class TorchArchive:
         if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:
             raise damaged
         return memoryview(self._map)[data_start : data_start + entry.compress_size]
+
+    def _undamaged(self, entry: zipfile.ZipInfo) -> memoryview:
+        data = self._read(entry)
+        # torch.save can be told not to compute checksums, and then writes zeros.
+        if entry.CRC and entry.filename not in self._checked:
+            if zlib.crc32(data) != entry.CRC:
+                raise CheckpointError(f"{self.path} is damaged (checksum of {entry.filename}): download it again")
+            self._checked.add(entry.filename)
+        return data
 
     def _read(self, entry: zipfile.ZipInfo) -> memoryview:
         raw = self._locate(entry)

@@ -22,12 +22,22 @@ def read_object(path: Path, error: type[FlashSVDError] = CheckpointError) -> dic
 def parse_object(text: str, where: str, error: type[FlashSVDError] = CheckpointError) -> dict[str, Any]:
     """The JSON object in a text; raises ``error``, naming ``where`` it came from, if it holds anything else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as cause:
         raise error(f"{where} is not valid JSON: {cause}") from cause
     if not isinstance(value, dict):
         raise error(f"{where} must hold a JSON object, not {reprlib.repr(value)}")
     return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`, as ``object_pairs_hook``: raises ValueError for a name that stands in an object twice, of which one would
+    count and not be seen."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
+        raise ValueError(f"{reprlib.repr(twice)} stands in an object twice")
+    return found
 
 
 class Fields:

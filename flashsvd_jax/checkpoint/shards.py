@@ -77,6 +77,8 @@ class Shards:
 
     def _add(self, file: str) -> list[str]:
         """Opens one more file; returns what is wrong with it."""
+        if not (self._folder / file).is_file():
+            return [f"{file}: No such file"]
         try:
             opened = self._files[file] = safe_open(self._folder / file, framework="np", backend="pread")
             found = {name: opened.get_slice(name) for name in opened.offset_keys()}

@@ -1,6 +1,7 @@
 """Every kind of damage to a folder gives one error that names the file, and never a model."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def test_manifest_that_does_not_fit(single: Path, field: str, value: Any, proble
 
 def test_weights_are_missing(single: Path) -> None:
     (single / "model.safetensors").unlink()
+    refused(single, r"model\.safetensors: No such file")
+    os.mkfifo(single / "model.safetensors")  # to read from it would take for ever
     refused(single, r"model\.safetensors: No such file")
 
 

@@ -57,6 +57,8 @@ def renamed(old: str, new: str) -> Callable[[Tensors, object], None]:
         (lambda t, c: c.update(use_rslora="yes"), "use_rslora is 'yes', which is of the wrong kind"),
         (lambda t, c: t.pop("base_model.model.lm_head.weight"), "holds nothing for lm_head, which modules_to_save"),
         (lambda t, c: c.update(lora_alpha="six"), r"scale lora_alpha 'six', which is no number"),
+        (lambda t, c: c.update(lora_alpha=10**400), r"scale lora_alpha 1000.*, which is no number"),
+        (lambda t, c: c.update(rank_pattern={"a{99999999999999999999}": 3}), "which is none"),
         (lambda t, c: c.update(rank_pattern={"(a+)+": 3}), "too intricate"),
         (lambda t, c: c.update(rank_pattern={"[": 3}), "the pattern '.', which is none"),
         (lambda t, c: t.pop(B), rf"{A} is there without its other factor"),
@@ -94,6 +96,14 @@ def test_patterns_cannot_hang_the_reader(published, tmp_path) -> None:
         with pytest.raises(ConversionError, match="too intricate"):
             convert(folder, tmp_path / "out", base=source.base, progress=False)
         shutil.rmtree(folder)
+    path = "base_model.model." + "a." * 800 + "q.lora_{}.weight"
+
+    def deep(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        config.update(rank_pattern={".*.*.*x": 4})
+        tensors.update({path.format(name): torch.ones(shape) for name, shape in (("A", (4, 8)), ("B", (8, 4)))})
+
+    with pytest.raises(ConversionError, match=r"rank_pattern cannot be matched with the path .* which is too long"):
+        convert(changed(source, tmp_path / "in", deep), tmp_path / "out", base=source.base, progress=False)
     assert time.process_time() - start < 5
 
 

@@ -224,6 +224,14 @@ def test_square_factors_follow_the_other_pairs(family: str, names: str, swapped:
         assert found["down"] == down.format(f"{LAYER0}.q_proj")
 
 
+def test_a_square_pair_the_other_way_round_than_others_may_be_transposed() -> None:
+    checkpoint = Checkpoint(SQUARE)
+    checkpoint.factorize(f"{LAYER0}.k_proj", 5, "{}.V.weight", "{}.U.weight")
+    checkpoint.factorize(f"{LAYER0}.q_proj", 6, "{}.U.weight", "{}.V.weight")
+    (problem,) = checkpoint.problems("aa_svd")
+    assert problem.startswith(f"ambiguous: {LAYER0}.q_proj.V.weight") and "unlike 1 other pairs" in problem
+
+
 def test_square_factors_alone_are_ambiguous_only_without_meaningful_names() -> None:
     checkpoint = Checkpoint(SQUARE)
     checkpoint.factorize(f"{LAYER0}.q_proj", 40)

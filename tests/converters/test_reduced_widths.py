@@ -64,6 +64,7 @@ def put(name: str, *shape: int) -> Callable[[Tensors, object, object], None]:
             "are not 2 heads of 2 pairs of columns i and i . 7",
         ),
         ("modegpt", lambda t, c, k: k.__setitem__(0, k[0] + 7), "are not 2 heads of 2 pairs"),
+        ("modegpt", lambda t, c, k: k.__setitem__(0, k[0].float()), "are not 2 heads of 2 pairs"),
         (
             "modegpt",
             lambda t, c, _: c.update(mask_path=None),

@@ -37,6 +37,11 @@ def changed(source: Published, folder: Path, change: Callable[[Tensors, dict[str
     return save_safetensors(folder, {name: tensor.contiguous() for name, tensor in tensors.items()}, config)
 
 
+def test_a_checkpoint_of_no_tensors(published: Callable[[str], Published], tmp_path: Path) -> None:
+    empty = save_safetensors(tmp_path / "in", {}, json.loads((published("asvd").path / "config.json").read_text()))
+    refuse(empty, "in holds no tensors", tmp_path)
+
+
 def exchange(tensors: Tensors, one: str, other: str) -> None:
     tensors[one], tensors[other] = tensors[other], tensors[one]
 

@@ -206,6 +206,15 @@ def test_damaged_index(tmp_path, text):
         open_source(tmp_path)
 
 
+def test_a_tensor_that_an_index_names_twice(sharded):
+    index = sharded / "model.safetensors.index.json"
+    text = index.read_text()
+    name, shard = next(iter(json.loads(text)["weight_map"].items()))
+    index.write_text(text.replace('"weight_map": {', f'"weight_map": {{{json.dumps(name)}: "{shard}", ', 1))
+    with pytest.raises(CheckpointError, match=f"'{name}' stands in an object twice"):
+        open_source(sharded)
+
+
 def test_index_beside_unsharded_file(sharded):
     save_file(TENSORS, sharded / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"both model\.safetensors and model\.safetensors\.index\.json"):

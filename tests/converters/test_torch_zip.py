@@ -133,6 +133,16 @@ def test_damaged_pickle_is_found_by_its_checksum(saved):
         open_source(saved)
 
 
+def test_damaged_weights_are_found_by_their_checksum(saved):
+    contents = bytearray(saved.read_bytes())
+    with zipfile.ZipFile(saved) as archive:
+        info = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
+    contents[contents.index(b"/data/0", info.header_offset) + 200] ^= 0x40
+    saved.write_bytes(contents)
+    with open_source(saved) as source, pytest.raises(CheckpointError, match=r"damaged \(checksum of .*/data/0\)"):
+        [source.get(name) for name in source.infos()]
+
+
 def test_other_formats_are_refused(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "tar.pt").write_bytes(b"x".ljust(257, b"\0") + b"ustar\0" + bytes(300))

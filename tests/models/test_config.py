@@ -251,15 +251,18 @@ SCALES = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_sl
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        *(({name: bad}, f"{name} must be a whole number") for name in INTEGERS for bad in (0, -2, 2.5, "8", [8], True)),
+        *(({name: bad}, f"{name} must be a whole number") for name in INTEGERS
+          for bad in (0, -2, 2.5, "8", [8], True, 2**31, 10**400)),
         *(({name: bad}, f"{name} must be true or false") for name in FLAGS for bad in ("false", 1)),
         *(({name: bad}, f"{name} must be a token id") for name in ("bos_token_id", "eos_token_id") for bad in ("2", 2.5)),
         *(({name: bad}, f"{name} must be a positive number") for name in ("rms_norm_eps", "rope_theta")
-          for bad in (0, -1.0, math.nan, math.inf, "1e-5")),
+          for bad in (0, -1.0, math.nan, math.inf, "1e-5", 1e300, 1e-300, 10**400)),
         *((scaled("yarn", **{name: bad}), f"{name} must be a positive number") for name in SCALES for bad in (-1, "2", math.nan)),
         (scaled("longrope", **{**LONGROPE, "long_factor": [1.0, 0.0, 1.0]}), "long_factor must be a positive number"),
         (scaled("longrope", **{**LONGROPE, "short_factor": 2.0}), "short_factor must be a list of numbers"),
         ({"rope_theta": 1.0}, "rope_theta must be above 1"),
+        *(({"model_type": "gemma3_text", "rope_parameters": bad}, "rope_parameters must hold a set of values")
+          for bad in ([{"rope_type": "linear"}], 3)),
         ({"rope_scaling": "linear"}, "rope_parameters must be one set of values"),
         ({**WINDOWED, "sliding_window": 0}, "sliding_window must be a whole number"),
         ({**WINDOWED, "max_window_layers": -1}, "max_window_layers must be a whole number of at least 0"),
