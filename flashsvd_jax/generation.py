@@ -147,7 +147,7 @@ def _join(pieces: list[Piece]) -> Completion:
 def _run(model: Model, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[tuple[int, Piece]]:
     """Yields (row, piece); every row ends with one piece that has a finish reason."""
     before = time.perf_counter(), compile_count(), cache_hits()
-    if not prompts:
+    if len(prompts) == 0:  # of an array there is no other way to ask
         raise RequestError("no prompts were given")
     if model.tokenizer is None and any(p.stop for p in params):
         raise RequestError("stop needs a tokenizer, and this model was made without one: use stop_token_ids")

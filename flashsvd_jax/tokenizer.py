@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.errors import CheckpointError, RequestError, first_line
 
 
@@ -23,6 +24,10 @@ class Tokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
+        if not {file.name for file in companion_files(Path(folder))} - {"generation_config.json"}:
+            raise CheckpointError(
+                f"{folder} has no usable tokenizer: copy the base model's tokenizer.json there, or convert with --base"
+            )
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its backends do

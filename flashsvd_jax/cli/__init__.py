@@ -15,7 +15,7 @@ COMMANDS = {
     "encode": "turn lines of text into vectors, with an encoder",
     "convert": "turn a PyTorch SVD checkpoint into a folder that the other commands load",
     "export": "write a converted model in a published form, for other tools",
-    "compress": "turn a dense model into factors, by SVD-LLM, ASVD, FWSVD, DRONE or plain SVD",
+    "compress": "turn a dense model into factors, by plain SVD or one of seven methods",
     "finetune": "train the factors of a compressed model on a text",
     "inspect": "ranks, sizes and memory of a model, from file headers alone",
     "perplexity": "perplexity of a text file, with its standard error",
@@ -67,15 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed) or 0
-    except FlashSVDError as error:
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    except (FlashSVDError, OSError) as error:  # of the system: a name that it does not take, for one; it says which
         print(f"flashsvd {parsed.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
 
 
 def _called(arguments: Sequence[str]) -> str | None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from flashsvd_jax.cli.options import add_materialize, numbers
+from flashsvd_jax.cli.options import add_materialize, check_folder_of, numbers
 from flashsvd_jax.errors import RequestError
 
 
@@ -44,6 +44,7 @@ def run(parsed: argparse.Namespace) -> None:
         raise RequestError("give either a model or --shape")
     if parsed.new < 1 or parsed.repeats < 1:
         raise RequestError("--new and --repeats must be at least 1")
+    check_folder_of(parsed.append)
     bandwidth = read_bandwidth()
     writer = _Writer(parsed.output, sys.stdout)
     for name, config, weights in _models(parsed):

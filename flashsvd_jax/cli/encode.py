@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from flashsvd_jax.cli.options import add_loading_options
+from flashsvd_jax.cli.options import add_loading_options, check_folder_of
 from flashsvd_jax.errors import RequestError
 
 
@@ -38,8 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Runs the command."""
     texts = _lines(parsed.file)
-    if parsed.output is not None and not parsed.output.absolute().parent.is_dir():
-        raise RequestError(f"{parsed.output} cannot be written: its folder does not exist")
+    check_folder_of(parsed.output)
 
     from flashsvd_jax.encoder_model import load_encoder
     from flashsvd_jax.encoding import encode

@@ -7,7 +7,7 @@ each is not scored. So SVD papers report WikiText-2. Name the dense model first:
 import argparse
 from pathlib import Path
 
-from flashsvd_jax.cli.options import add_kernels, add_materialize, read_text
+from flashsvd_jax.cli.options import add_kernels, add_materialize, check_folder_of, read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def run(parsed: argparse.Namespace) -> None:
     from flashsvd_jax.bundled import HELDOUT
     from flashsvd_jax.evaluation import evaluate, table
 
+    check_folder_of(parsed.append)
     file = parsed.text or HELDOUT
     text = read_text(file)
     found = []

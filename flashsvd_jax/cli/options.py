@@ -105,6 +105,16 @@ def read_text(file: Path) -> str:
         raise RequestError(f"{file} cannot be read as text: {error}") from error
 
 
+def check_folder_of(file: Path | None) -> None:
+    """Refuses an output file before work is done for it.
+
+    Raises:
+      RequestError: its folder does not exist.
+    """
+    if file is not None and not file.absolute().parent.is_dir():
+        raise RequestError(f"{file} cannot be written: its folder does not exist")
+
+
 def numbers(text: str) -> list[int]:
     """Parses `1,8,32`."""
     try:

@@ -69,8 +69,8 @@ def sampling_arrays(
 
     arrays: dict[str, Any] = {  # of numpy until jit takes them
         "temperature": np.where(column("temperature") < MIN_TEMPERATURE, 0.0, column("temperature")).astype(np.float32),
-        "top_k": np.array([p.top_k if p.top_k > 0 else vocab_size for p in params], np.int32),
-        "top_p": column("top_p"),
+        "top_k": np.array([min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params], np.int32),
+        "top_p": np.maximum(column("top_p"), np.finfo(np.float32).tiny),  # of 0 no token at all would be enough
         "min_p": column("min_p"),
         "repetition_penalty": column("repetition_penalty"),
         "presence_penalty": column("presence_penalty"),

@@ -182,6 +182,8 @@ def random_request(rng: np.random.Generator) -> SamplingParams:
     [
         (SamplingParams(top_k=1), 1),
         (SamplingParams(top_p=1e-6), 1),
+        (SamplingParams(top_p=1e-300), 1),
+        (SamplingParams(top_k=2**31), VOCAB),
         (SamplingParams(min_p=1.0), 1),
         (SamplingParams(top_k=VOCAB), VOCAB),
         (SamplingParams(top_k=10**6), VOCAB),

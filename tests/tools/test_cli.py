@@ -96,6 +96,20 @@ def test_an_explained_error_is_one_line_and_ends_with_1(
     assert err.count("\n") == 1
 
 
+def test_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "x" * 300]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "xxx" in err
+
+
+@pytest.mark.parametrize("command", [["evaluate", "missing"], ["bench", "missing"]])
+def test_a_file_that_cannot_be_appended_to_is_told_before_the_work(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--append", str(tmp_path / "no" / "rows.jsonl")]) == 1
+    assert "rows.jsonl cannot be written: its folder does not exist" in capsys.readouterr().err
+
+
 def test_an_interruption_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
