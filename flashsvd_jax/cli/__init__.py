@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -76,6 +77,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        reason = _no_device()
+        if reason is None:
+            raise
+        print(f"flashsvd {parsed.command}: {reason}", file=sys.stderr)
+        return 1
+
+
+def _no_device() -> str | None:
+    """Why nothing can run, if JAX has no device: what it raises then need not say so, and differs from place to place."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception:
+        wanted = os.environ.get("JAX_PLATFORMS") or "any kind"
+        return f"JAX finds no device of {wanted}: choose another with JAX_PLATFORMS (cpu is always there), or install JAX for it"
+    return None
 
 
 def _called(arguments: Sequence[str]) -> str | None:

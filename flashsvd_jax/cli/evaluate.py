@@ -8,6 +8,7 @@ import argparse
 from pathlib import Path
 
 from flashsvd_jax.cli.options import add_kernels, add_materialize, check_folder_of, read_text
+from flashsvd_jax.errors import RequestError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,8 @@ def run(parsed: argparse.Namespace) -> None:
     from flashsvd_jax.bundled import HELDOUT
     from flashsvd_jax.evaluation import evaluate, table
 
+    if not parsed.tasks and (parsed.limit, parsed.num_fewshot) != (None, None):
+        raise RequestError("--limit and --num-fewshot are for --tasks")
     check_folder_of(parsed.append)
     file = parsed.text or HELDOUT
     text = read_text(file)

@@ -38,8 +38,7 @@ def print_stream(model: Any, prompt: Any, params: Any) -> Any:
 
 def announce_compilation(pieces: Iterator[Any]) -> Iterator[Any]:
     """Passes pieces on; says what is going on if the first is not there after two seconds."""
-    message = "compiling for this model and prompt length; the next call finds it done"
-    timer = threading.Timer(2.0, print, [message], {"file": sys.stderr, "flush": True})
+    timer = threading.Timer(2.0, _announce)
     timer.daemon = True
     timer.start()
     try:
@@ -48,6 +47,13 @@ def announce_compilation(pieces: Iterator[Any]) -> Iterator[Any]:
             yield piece
     finally:
         timer.cancel()
+
+
+def _announce() -> None:
+    from flashsvd_jax.compile_cache import is_kept
+
+    later = "; the next call finds it done" if is_kept() else ""
+    print(f"compiling for this model and prompt length{later}", file=sys.stderr, flush=True)
 
 
 def describe(statistics: Any) -> str:

@@ -110,6 +110,21 @@ def test_a_file_that_cannot_be_appended_to_is_told_before_the_work(
     assert "rows.jsonl cannot be written: its folder does not exist" in capsys.readouterr().err
 
 
+def test_a_device_that_is_not_there_is_one_line() -> None:
+    env = os.environ | {"JAX_PLATFORMS": "tpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "flashsvd_jax", "env"], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("flashsvd env: JAX finds no device of tpu: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_options_of_tasks_want_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "missing", "--limit", "3"]) == 1
+    assert "are for --tasks" in capsys.readouterr().err
+
+
 def test_an_interruption_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
