@@ -5,8 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flashsvd_jax.checkpoint.layout import companion_files
 from flashsvd_jax.errors import CheckpointError, RequestError, first_line
+
+_ANY_OF = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of which transformers needs one at least."""
 
 
 class Tokenizer:
@@ -24,7 +33,7 @@ class Tokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
-        if not {file.name for file in companion_files(Path(folder))} - {"generation_config.json"}:
+        if not any((Path(folder) / name).is_file() for name in _ANY_OF):
             raise CheckpointError(
                 f"{folder} has no usable tokenizer: copy the base model's tokenizer.json there, or convert with --base"
             )
