@@ -41,9 +41,10 @@ def fit(device: Path) -> dict[str, dict[str, Any]]:
 
 def _comparable(file: Path, impl: str) -> list[tuple[Setting, Row]]:
     """Rows that are not newer than the last of layers that differ, or of its commit; all if there is none of those."""
-    differ = [row for setting, row in _measured(results(file), impl) if setting.ranks in DIFFERENT]
+    measured = _measured(results(file), impl)
+    differ = [row for setting, row in measured if setting.ranks in DIFFERENT]
     if not differ:
-        return _measured(results(file), impl)
+        return measured
     last = max(differ, key=_date)
     return _measured(results(file, lambda row: _date(row) <= _date(last) or row["commit"] == last["commit"]), impl)
 

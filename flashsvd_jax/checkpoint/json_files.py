@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +36,7 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     count and not be seen."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index]))
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
         raise ValueError(f"{reprlib.repr(twice)} stands in an object twice")
     return found
 
