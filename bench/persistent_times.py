@@ -124,11 +124,12 @@ def lower_steps(
 
     def steps(weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array) -> Any:
         def step(_: jax.Array, found: Any) -> Any:
-            return decoder.decode(config, weights, found[0], tokens, positions)
+            cache, _, carried = found
+            return decoder.decode(config, weights, cache, tokens, positions, carried=carried)
 
-        shapes = jax.eval_shape(lambda: decoder.decode(config, weights, cache, tokens, positions))
-        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), tuple(shapes[1:]))
-        return jax.lax.fori_loop(0, count, step, (cache, *nothing))
+        no_logits = jnp.zeros((tokens.shape[0], config.vocab_size), jnp.float32)
+        cache, carried = decoder.begin(config, weights, cache, tokens, positions)
+        return jax.lax.fori_loop(0, count, step, (cache, no_logits, carried))
 
     numbers = jax.ShapeDtypeStruct((cache.keys[0].shape[0],), jnp.int32)
     with patched(patches), prefer("persistent"):

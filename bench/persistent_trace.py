@@ -21,7 +21,7 @@ from persistent_times import lower_steps
 from flashsvd_jax.kv_cache import CACHE_UNIT, empty_cache
 from flashsvd_jax.models.absorption import weights_for_decoding
 from flashsvd_jax.random_weights import random_weights
-from pallas_kernels import stall_reason
+from pallas_kernels import decode, stall_reason
 from pallas_kernels.persistent import building, code, kernel, multiplying
 from pallas_kernels.persistent.plan import Plan
 
@@ -70,7 +70,7 @@ def marking(size: int) -> Iterator[None]:
             (multiplying, "prepare", None, "filled"),
         ):
             stack.enter_context(mock.patch.object(owner, name, _marked(getattr(owner, name), before, after)))
-        stack.enter_context(mock.patch.object(kernel, "STALL_INTEGERS", size))
+        stack.enter_context(mock.patch.object(decode, "STALL_INTEGERS", size))
         yield
 
 
@@ -121,8 +121,8 @@ def main() -> int:
         step = lower_steps(config, weights, cache, (), 1).compile()
     tokens, positions = (jnp.full((parsed.batch,), n, jnp.int32) for n in (1, parsed.context - 1))
     for _ in range(CALLS):
-        cache, _, stall = step(weights, cache, tokens, positions)
-    plan, found = plans[-1], np.asarray(jax.device_get(stall))
+        cache, _, carried = step(weights, cache, tokens, positions)
+    plan, found = plans[-1], np.asarray(jax.device_get(carried.stall))
     shape = (plan.layers + 1, len(plan.steps), len(MARKS), plan.programs)
     clocks = found[HEADER : HEADER + np.prod(shape)].astype(np.uint32).astype(np.int64).reshape(shape)
     if found[0]:

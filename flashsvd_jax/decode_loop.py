@@ -10,6 +10,7 @@ does XLA update it in one launch, and in place. tests/gates counts launches.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,6 @@ from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.sampling.device import Sampled, best_token, sample
 from flashsvd_jax.sequences import NO_TOKEN, DecodeState, Requests, wants_more
 from pallas_kernels import target
-from pallas_kernels.decode import STALL_INTEGERS
 
 Choice = tuple[jax.Array, Any, Any]
 """Tokens int32 [batch], what is known of how they were chosen, and the counts of tokens with them."""
@@ -47,7 +47,7 @@ def decode(
 
     Returns:
       The state; tokens, int32 [steps, batch], NO_TOKEN where a sequence has ended; how they were chosen; a stall as
-      `pallas_kernels.Decoded` has it, after which the rest means nothing.
+      `pallas_kernels.Carried` has it, after which the rest means nothing.
     """
 
     def choose(state: DecodeState, logits: jax.Array, active: jax.Array) -> Choice:
@@ -79,14 +79,18 @@ def _loop(
     reach = reach_of(requests.prompt_length, requests.max_tokens)
     rotations = decoder.rotations_ahead(config, start, steps, reach)
 
+    cache, carried = decoder.begin(config, weights, state.cache, state.token, state.length)
+    state = replace(state, cache=cache)
+
     def goes_on(carry: Any) -> jax.Array:
-        turn, state, _, stall = carry
-        return (wants_more(state, requests) & (turn < steps) & (stall[0] == 0)).any()
+        turn, state, _, carried = carry
+        return (wants_more(state, requests) & (turn < steps) & (carried.stall[0] == 0)).any()
 
     def step(carry: Any) -> Any:
-        turn, state, outputs, _ = carry
+        turn, state, outputs, carried = carry
         rotation = jax.lax.dynamic_index_in_dim(rotations, turn[0], keepdims=False)
-        cache, logits, stall = decoder.decode(config, weights, state.cache, state.token, state.length, rotation)
+        given = state.cache, state.token, state.length, rotation, carried
+        cache, logits, carried = decoder.decode(config, weights, *given)
         active = wants_more(state, requests)
         with jax.named_scope("sample"):
             chosen, sampled, counts = choose(state, logits, active)
@@ -96,17 +100,12 @@ def _loop(
         # Without the barrier XLA would write outputs with the old turn, which then could not be updated in place.
         turn, token, length = jax.lax.optimization_barrier((turn, token, length))
         put = partial(jax.lax.dynamic_update_index_in_dim, index=turn[0] - 1, axis=0)
-        return turn, DecodeState(cache, token, length, counts), jax.tree.map(put, outputs, (token, sampled)), stall
+        return turn, DecodeState(cache, token, length, counts), jax.tree.map(put, outputs, (token, sampled)), carried
 
     # Turns are counted in the shape of the rest of the state, so that one launch updates them.
-    carry = (
-        jnp.zeros_like(start),
-        state,
-        _outputs(config, steps, state, choose),
-        jnp.zeros((STALL_INTEGERS,), jnp.int32),
-    )
-    _, state, (tokens, sampled), stall = jax.lax.while_loop(goes_on, step, carry)
-    return state, tokens, sampled, stall
+    carry = (jnp.zeros_like(start), state, _outputs(config, steps, state, choose), carried)
+    _, state, (tokens, sampled), carried = jax.lax.while_loop(goes_on, step, carry)
+    return state, tokens, sampled, carried.stall
 
 
 def _outputs(

@@ -56,7 +56,7 @@ def check_kernels(name: str) -> None:
 
 
 def check_stall(stall: np.ndarray) -> None:
-    """Raises KernelError if a kernel gave up waiting; ``stall`` is as `pallas_kernels.Decoded` has it."""
+    """Raises KernelError if a kernel gave up waiting; ``stall`` is as `pallas_kernels.Carried` has it."""
     reason = stall_reason(stall.tolist())
     if reason is not None:
         raise KernelError(f"{reason}; kernels='products' does without that kernel")

@@ -16,7 +16,7 @@ from pallas_kernels.attention import (
     split_heads,
     write_slots,
 )
-from pallas_kernels.decode import Decoded, DecoderLayer, after_attention, decode_layers
+from pallas_kernels.decode import Carried, Decoded, DecoderLayer, after_attention, begin_decoding, decode_layers
 from pallas_kernels.feed_forward import feed_forward, feed_forward_by
 from pallas_kernels.heads import project_heads, project_heads_by
 from pallas_kernels.norm import LayerNorm, Norm, add_norm, layer_norm, normed, rms_norm
@@ -49,6 +49,7 @@ __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._sibl
 __all__ = [
     "ACTIVATIONS",
     "MOST_KINDS",
+    "Carried",
     "Decoded",
     "DecoderLayer",
     "Implementation",
@@ -68,6 +69,7 @@ __all__ = [
     "attend_cached",
     "attend_padded",
     "attend_padded_by",
+    "begin_decoding",
     "decode_layers",
     "feed_forward",
     "feed_forward_by",

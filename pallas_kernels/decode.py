@@ -84,20 +84,34 @@ def _added(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Carried:
+    """What steps that follow each other hand on, see `begin_decoding`.
+
+    Attributes:
+      stall: int32 [4]; the first is nonzero if a kernel that waits for words of other blocks gave up, see `stall_reason`. All other
+        results then mean nothing, and there is no next step.
+      own: what the implementation keeps from step to step; None if nothing.
+    """
+
+    stall: jax.Array
+    own: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Decoded:
     """What `decode_layers` gives.
 
     Attributes:
       logits: float32 [batch, vocab].
       keys, values: the cache of each layer, with the new tokens in it.
-      stall: int32 [4]; the first is nonzero if a kernel that waits for words of other blocks gave up, see `stall_reason`. The other
-        results then mean nothing.
+      carried: what the next step is given.
     """
 
     logits: jax.Array
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    stall: jax.Array
+    carried: Carried
 
 
 def decode_layers_reference(
@@ -110,6 +124,7 @@ def decode_layers_reference(
     cos: jax.Array,
     sin: jax.Array,
     start: jax.Array,
+    carried: Carried | None = None,
 ) -> Decoded:
     """One step of decoding, from the embedding of the new tokens to their logits.
 
@@ -121,14 +136,16 @@ def decode_layers_reference(
       cos, sin: float32 [batch, 1, head_dim // 2], of the new tokens' positions, as for `attend_cached`; several tables side by
         side where layers name them.
       start: int32 [batch], those positions.
+      carried: of the step before, or of `begin_decoding` with these arguments; what a single step needs is made if not given.
     """
-    return _decode(project_reference, attend_cached_reference, x, layers, norm, head, keys, values, cos, sin, start)
+    given = x, layers, norm, head, keys, values, cos, sin, start, carried
+    return _decode(project_reference, attend_cached_reference, *given)
 
 
 def _decode(
     product: Any, attention: Any, x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm | LayerNorm,
     head: PackedProjection, keys: tuple[jax.Array, ...], values: tuple[jax.Array, ...],
-    cos: jax.Array, sin: jax.Array, start: jax.Array,
+    cos: jax.Array, sin: jax.Array, start: jax.Array, carried: Carried | None = None,
 ) -> Decoded:  # fmt: skip
     new_keys, new_values = list(keys), list(values)
     count = 1 + max(layer.rotation for layer in layers)
@@ -144,11 +161,27 @@ def _decode(
         x = after_attention(product, x, attended, layer)
     with jax.named_scope("head"):
         (logits,) = product(x[:, -1], head, dtype=jnp.float32, norm=norm)
-    return Decoded(logits, tuple(new_keys), tuple(new_values), jnp.zeros((STALL_INTEGERS,), jnp.int32))
+    return Decoded(logits, tuple(new_keys), tuple(new_values), nothing_carried() if carried is None else carried)
 
 
-def _with_ops(*args: Any) -> Decoded:
-    return _decode(project, attend_cached, *args)
+def _with_ops(*args: Any, carried: Carried | None = None) -> Decoded:
+    return _decode(project, attend_cached, *args, carried=carried)
+
+
+def nothing_carried() -> Carried:
+    """By steps of which nothing is kept: no stall."""
+    return Carried(jnp.zeros((STALL_INTEGERS,), jnp.int32))
+
+
+def begin_decoding(*arguments: Any) -> tuple[Carried, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """What the first of several steps is given, by the implementation that serves them, and the caches that it is to be given.
+
+    Arguments are those of the first step. The others must be of the same shapes, with the same weights, in the same program as
+    this: an implementation may keep where they are.
+    """
+    begin = decode_layers.choose(*arguments)[0].begin
+    keys, values = arguments[4:6]
+    return (nothing_carried(), keys, values) if begin is None else begin(*arguments)
 
 
 decode_layers = Op("decode_layers", decode_layers_reference)

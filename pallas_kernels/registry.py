@@ -39,6 +39,7 @@ class Implementation:
         preferred.
       unavailable: gives the reason why it can serve no call at all on a device, or None.
       workspace: bytes of GPU memory that a call takes beside its arguments and results; None where nobody has counted them.
+      begin: makes what calls that follow each other hand on, where they hand on anything; the op says how.
       whole: computes what other ops would; passed over where an implementation of those is preferred that this op has none of.
       most_kinds: of layers, see `of_kinds`, beyond which it is passed over where it is neither named nor preferred.
     """
@@ -49,6 +50,7 @@ class Implementation:
     unavailable: Callable[[Target], str | None] = lambda device: None
     whole: bool = False
     workspace: Callable[..., int] | None = None
+    begin: Callable[..., Any] | None = None
     slower: Callable[..., str | None] = lambda *args, **kwargs: None
     most_kinds: int | None = None
 

@@ -17,11 +17,13 @@ from flashsvd_jax.models.decoder_layers import heads_of, layer_of, layers_of, ro
 from flashsvd_jax.models.embedding import embed
 from flashsvd_jax.models.weights import DecoderWeights, LayerWeights
 from pallas_kernels import (
+    Carried,
     PackedProjection,
     Projection,
     Visible,
     after_attention,
     attend,
+    begin_decoding,
     decode_layers,
     layer_kinds,
     pack,
@@ -109,8 +111,8 @@ def rotations_ahead(config: ModelConfig, positions: jax.Array, steps: int, reach
 
 def decode(
     config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array,
-    rotations: jax.Array | None = None,
-) -> tuple[KVCache, jax.Array, jax.Array]:  # fmt: skip
+    rotations: jax.Array | None = None, carried: Carried | None = None,
+) -> tuple[KVCache, jax.Array, Carried]:  # fmt: skip
     """One more token of each sequence.
 
     Args:
@@ -120,12 +122,24 @@ def decode(
       tokens: int32 [batch].
       positions: int32 [batch], of these tokens.
       rotations: of `rotations_ahead`, complex64 [batch, 1, columns]; computed if not given.
+      carried: of `begin` or the token before, where several follow each other; of its own if not given.
 
     Returns:
-      The cache, float32 logits [batch, vocab], and what `pallas_kernels.Decoded` calls the stall.
+      The cache, float32 logits [batch, vocab], and what the next token is given as ``carried``.
     """
-    done = decode_layers(*_decode_arguments(config, weights, cache, tokens, positions, rotations))
-    return KVCache(done.keys, done.values), soft_cap(done.logits, config.logit_softcap), done.stall
+    done = decode_layers(*_decode_arguments(config, weights, cache, tokens, positions, rotations), carried=carried)
+    return KVCache(done.keys, done.values), soft_cap(done.logits, config.logit_softcap), done.carried
+
+
+def begin(
+    config: ModelConfig, weights: DecoderWeights, cache: KVCache, tokens: jax.Array, positions: jax.Array
+) -> tuple[KVCache, Carried]:
+    """What `decode` is given by who decodes several tokens one after the other in one program: arguments are of the first.
+
+    See `pallas_kernels.begin_decoding`.
+    """
+    carried, keys, values = begin_decoding(*_decode_arguments(config, weights, cache, tokens, positions))
+    return KVCache(keys, values), carried
 
 
 def decode_kernel(

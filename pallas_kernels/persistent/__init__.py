@@ -12,21 +12,30 @@ sequences a third helps that to put inputs together:
 The steps of a layer are phases, each one product, and an attention. The tiles of a phase, 64 output rows by 128 of the contraction
 axis, are shared out evenly: a program has a part of the contraction axis and so many tiles of its rows, which may begin and end
 within a row tile. An item is what a program has of one row tile; one of attention is a kv head and a part of its positions. What an
-item gives is written as words: a float32 whose low eight bits are its epoch, the number of the layer. Who needs a column reads the
-words of all its items until each is of the epoch it waits for, and adds them up; the residual stream and what its norm divides by
-are words too. So there is no barrier anywhere: a program waits for what it reads, while its next weights are on their way.
+item gives is written as words: a float32 whose low eight bits are its epoch, the number of the layer and whether in an odd step.
+Who needs a column reads the words of all its items until each is of the epoch it waits for, and adds them up; the residual stream
+and what its norm divides by are words too. So there is no barrier anywhere: a program waits for what it reads, while its next
+weights are on their way.
 
-Why a word that is read is the one that is meant: words are cleared before a launch, and launches on one stream do not overlap, so
-all are of this step. Layers take turns in two arrays. Within a layer every word is written once; it is written again two layers
-later, by an item whose input depends on every item of the layer between, and these on every read of the earlier word. A reader
-that came too late would wait for an epoch that is gone, and give up; it would not take one for the other. Why waiting ends: a
-program waits only for items of earlier steps, those are taken by all programs in the order of steps, and all programs are
-resident, as there are no more of them than cores. If some are not, a wait gives up after a number of attempts, makes what depends
-on it NaN and says where it was; of all that is said, the earliest layer and step stay (`stalls`), and the engine raises an error.
+Why a word that is read is the one that is meant, within a step of a token: layers take turns in two arrays. Within a layer every
+word is written once; it is written again two layers later, by an item whose input depends on every item of the layer between, and
+these on every read of the earlier word. A reader that came too late would wait for an epoch that is gone, and give up; it would
+not take one for the other. Across steps: the words of a sequence of steps, a dispatch of the engine, are cleared once, before the
+first, and no epoch is 0. Then a step finds what the one before has left, as launches on one stream do not overlap. Which words are
+written in which layer is the plan's alone, the same in every step whatever the lengths are, so a word that is read in a layer was
+written in this layer of the step before, and what is left of it there is of that time or later: it is either of another layer, or
+of the same and odd where this is even. Words of two steps before there are none. What a program must know of that, whether the
+step is odd, every thread keeps for itself, behind the words.
 
-Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before writes them, with the
-addresses, as they do not fit among a launch's parameters, and has the weights that are read first brought into the second-level
-cache. What differs between layers is a number in a table.
+Why waiting ends: a program waits only for items of earlier steps of its layer or the one before, those are taken by all programs
+in the order of steps, and all programs are resident, as there are no more of them than cores. If some are not, a wait gives up
+after a number of attempts, makes what depends on it NaN and says where it was; of all that is said, the earliest layer and step
+stay (`stalls`), and the engine raises an error.
+
+Every layer has its own arrays, of any rank. Bulk copies need a tensor map of each: a small launch before the first step writes
+them, with the addresses, as they do not fit among a launch's parameters. Each step compares these with where its operands are, and
+has the weights that the next one reads first brought into the second-level cache. What differs between layers is a number in a
+table.
 
 Weights are read once a step, and there are more of them than that cache holds. So their tiles are the first to leave it, and words,
 which are read by many programs soon after they are written, and code, which is read once a layer, are not sought in memory.
@@ -49,6 +58,7 @@ has no rows in the second, and who reads it takes its columns from the first: wh
     products     of tiles and inputs          outputs     from sums to words
     stream       the residual stream as words
     heads, attend, attended     attention     ahead       what a step needs beside its tiles
+    kept         what launches hand on
     words, copies, products, code, tensor_maps      what is emitted below Pallas; only these know JAX's internals
 
 Words that say themselves that they are there are NCCL's LL protocol.
@@ -62,5 +72,13 @@ from pallas_kernels.persistent import layers
 from pallas_kernels.registry import Implementation
 
 decode_layers.register(
-    Implementation("persistent", layers.run, layers.refuses, layers.unavailable, whole=True, workspace=layers.workspace)
+    Implementation(
+        "persistent",
+        layers.run,
+        layers.refuses,
+        layers.unavailable,
+        whole=True,
+        workspace=layers.workspace,
+        begin=layers.begin,
+    )
 )

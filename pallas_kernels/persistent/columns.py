@@ -18,7 +18,7 @@ class Columns:
         self._bias = None if output.bias is None else e.operand(output.bias, behind)
         self.has_bias = output.bias is not None
         self.base = e.base(output.steps[0], behind)
-        self.epoch = w.sub(e.epoch, w.integer(behind))
+        self.epoch = e.epoch_of(behind)
         self.normed_by = e.plan.normed_by(output)
         self._numbers = e.plan.numbers.of_output(output)
         self._phases = [step for step in map(e.plan.steps.__getitem__, output.phases) if isinstance(step, Phase)]

@@ -5,7 +5,6 @@ from typing import Any
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
-from pallas_kernels.persistent.stalls import of_operand
 from pallas_kernels.persistent.steps import HALF_TILE, THREADS, TILE_BYTES, TILE_ROWS
 
 MAP_BYTES = 128
@@ -79,13 +78,10 @@ def fetch_all(operand: Any, bytes_: int, programs: int) -> None:
         w.ptx("cp.async.bulk.prefetch.L2.global [$0], $1;", w.offset_pointer(w.address(operand), begin), size)
 
 
-def check_addresses(pairs: Sequence[tuple[Value, Value]], stall: Value, numbers: Sequence[int]) -> None:
-    """Says in the stall which operand's two addresses differ, the last one's number if several do."""
-    code = "{ .reg .pred q; .reg .b32 v; mov.b32 v, 0; "
-    for place, number in enumerate(numbers):
-        code += f"setp.ne.u64 q, ${2 * place}, ${2 * place + 1}; @q mov.b32 v, {of_operand(number)}; "
-    code += f"setp.ne.u32 q, v, 0; @q red.relaxed.gpu.global.max.u32 [${2 * len(pairs)}], v; }}"
-    w.ptx(code, *(address for pair in pairs for address in pair), stall)
+def check_address(address: Value, told: Value, stall: Value, said: Value) -> None:
+    """Says so in the stall if both addresses of an operand differ."""
+    code = "{ .reg .pred q; setp.ne.u64 q, $0, $1; @q red.relaxed.gpu.global.max.u32 [$2], $3; }"
+    w.ptx(code, address, told, stall, said)
 
 
 def write_tensor_maps(

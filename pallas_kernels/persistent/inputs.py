@@ -9,7 +9,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent import gates
@@ -17,7 +16,7 @@ from pallas_kernels.persistent.attended import read_attended
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.columns import Columns, biased
 from pallas_kernels.persistent.items import Team
-from pallas_kernels.persistent.launch import Emitter, Launch, Place
+from pallas_kernels.persistent.launch import Emitter, Place
 from pallas_kernels.persistent.steps import CHUNK, THREADS, TILE_K, Attention, Phase
 from pallas_kernels.persistent.stream import (
     keep_squares,
@@ -32,9 +31,9 @@ _WORDS_OF_VARYING = 96
 """That are waited for together, at the most, where what is told of an output by layer takes registers, too."""
 
 
-def embed(launch: Launch, x: Any) -> None:
-    """Publishes the embedding [batch, width] as the stream that the layer before the first would have left."""
-    plan, source = launch.plan, launch.plan.phase(0).source
+def embed(place: Place, x: Any) -> None:
+    """Publishes the embedding [batch, width] as the stream that the layer before the first, the place, would have left."""
+    plan, source = place.launch.plan, place.launch.plan.phase(0).source
     (output,) = source.of
     added = plan.phase(output.steps[0])
 
@@ -55,7 +54,7 @@ def embed(launch: Launch, x: Any) -> None:
                 here = w.add(w.add(column, w.integer(before)), w.mul(row, w.integer(added.padded_rows)))
                 store_words(base, w.mul(here, w.integer(4)), [w.number(0.0)] * CHUNK, e.epoch, real)
 
-    Place(launch, 0, jnp.int32(-1)).emit(body, refs=[x])
+    place.emit(body, refs=[x])
 
 
 def fill(place: Place, team: Team, split: jax.Array, first: jax.Array) -> None:

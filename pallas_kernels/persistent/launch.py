@@ -12,6 +12,7 @@ from pallas_kernels.persistent import code as w
 from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.stalls import STEPS
+from pallas_kernels.persistent.steps import THREADS
 from pallas_kernels.persistent.words import Patience, Read, load_run, until_written
 
 # Bytes of the small shared buffer.
@@ -32,7 +33,7 @@ class Launch:
 
     Attributes:
       plan: what is computed.
-      words: float words, those of two layers and of the head.
+      words: float words, those of two layers and of the head, and what else is kept from step to step.
       stall: int32 [4], see `stalls`.
       addresses: of all operands, layer by layer.
       numbers: int32 [layers, columns], what differs from layer to layer; see `number` and the plan's `Numbers.columns`.
@@ -63,6 +64,30 @@ class Launch:
 
         return load(self.numbers, layer)
 
+    def is_odd(self) -> jax.Array:
+        """1 if this is an odd step of those that hand on their words, 0 if it is an even one, as the first is."""
+
+        @w.emitted(plgpu.RefType(), returns=w.INTEGER)
+        def load(context: Any, words: Any) -> Any:
+            return w.splat(w.load_kept_integer(w.address(words), self._kept()))
+
+        return load(self.words)
+
+    def end(self, odd: jax.Array) -> None:
+        """Has the next step know that it is odd if this one is not, and the other way round."""
+
+        @w.emitted(plgpu.RefType(), w.SCALAR(()))
+        def store(context: Any, words: Any, odd: Any) -> None:
+            w.store_integer(w.address(words), self._kept(), w.sub(w.integer(1), w.scalar(odd)))
+
+        store(self.words, odd)
+
+    def _kept(self) -> Value:
+        """Where this thread keeps that, behind the words: each for itself, as none knows when others have read it."""
+        threads = w.integer(THREADS * self.plan.tuning.readers)
+        mine = w.add(w.mul(w.program(), threads), w.reader())
+        return w.mul(w.add(mine, w.integer(self.plan.words)), w.integer(4))
+
 
 def load_number(launch: Launch, numbers: Value, layer: Value, values: Sequence[int]) -> Value:
     """Emits the loading of a layer's number of ``values``, which differ, from the table at ``numbers``."""
@@ -84,17 +109,21 @@ class Emitter:
     activations: Value
     heads: Value
     layer: Value
+    epoch: Value
 
     def __post_init__(self) -> None:
         self.plan = self.launch.plan
-        self.epoch = w.add(self.layer, w.integer(self.plan.epoch(0)))
+
+    def epoch_of(self, behind: int) -> Value:
+        """Of this layer, or the one before."""
+        return w.sub(self.epoch, w.integer(Plan.epoch(behind) - Plan.epoch(0)))
 
     def base(self, step: int, behind: int = 0) -> Value:
         """Where offsets of a step's words begin, in this layer or the one before."""
         if step >= self.plan.in_layer:
             return self.words
-        epoch = w.sub(self.epoch, w.integer(behind))
-        return w.offset_pointer(self.words, w.mul(w.both(epoch, w.integer(1)), w.integer(4 * self.plan.layer_words)))
+        turn = w.both(w.sub(self.layer, w.integer(behind)), w.integer(1))
+        return w.offset_pointer(self.words, w.mul(turn, w.integer(4 * self.plan.layer_words)))
 
     def operand(self, number: int, behind: int = 0) -> Value:
         """Address of an operand of this layer, or the one before; those of the head are counted on from the last layer's."""
@@ -105,7 +134,7 @@ class Emitter:
         """`until_written`."""
         attempts, said = (w.add(self.small, w.integer(at)) for at in (PATIENCE, SAID))
         step = STEPS.index(self.plan.steps[self.step].name)
-        return until_written(reads, Patience(attempts, said, step, self.epoch))
+        return until_written(reads, Patience(attempts, said, step, self.layer))
 
     def squares(self, stream: int, row: Value) -> Read:
         """Of a sequence's sum of squares of the stream in an earlier step."""
@@ -139,11 +168,12 @@ class Emitter:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """One step of one layer of a launch."""
+    """One step of one layer of a launch, whose words are of an epoch; who does not read or write any need not know it."""
 
     launch: Launch
     step: int
     layer: jax.Array
+    epoch: jax.Array
 
     def emit(
         self,
@@ -157,18 +187,18 @@ class Place:
         """Emits ``body(emitter, scalars, addresses of refs, arrays)``; arrays are [64, 8] as products leave them."""
         launch = self.launch
         types = [plgpu.RefType()] * 5 + [plgpu.RefType(w.TILED)] + [ref_type or plgpu.RefType()] * len(refs)
-        types += [w.SCALAR(())] * (1 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
+        types += [w.SCALAR(())] * (2 + len(scalars)) + [plgpu.Layout.WGMMA] * len(arrays)
 
         @w.emitted(*types, returns=returns)
         def code(context: Any, *values: Any) -> Any:
             words, addresses, numbers, small, activations, heads, *rest = values
-            given, (layer, *rest) = rest[: len(refs)], rest[len(refs) :]
+            given, (layer, epoch, *rest) = rest[: len(refs)], rest[len(refs) :]
             emitter = Emitter(
                 launch, self.step, w.address(words), w.address(addresses), w.address(numbers),
-                w.shared_address(small), w.shared_address(activations), w.shared_address(heads), w.scalar(layer),
+                w.shared_address(small), w.shared_address(activations), w.shared_address(heads), w.scalar(layer), w.scalar(epoch),
             )  # fmt: skip
             found = [w.scalar(value) for value in rest[: len(scalars)]]
             return body(emitter, found, [w.address(ref) for ref in given], rest[len(scalars) :])
 
         fixed = (launch.words, launch.addresses, launch.numbers, launch.small, launch.activations, launch.heads)
-        return code(*fixed, *refs, self.layer, *scalars, *arrays)
+        return code(*fixed, *refs, self.layer, self.epoch, *scalars, *arrays)

@@ -1,5 +1,6 @@
 """The op `decode_layers` as one persistent launch: its plan, and what it cannot serve."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -9,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode import Decoded, DecoderLayer
+from pallas_kernels.decode import Carried, Decoded, DecoderLayer, nothing_carried
 from pallas_kernels.norm import LayerNorm, Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
 from pallas_kernels.persistent.gates import ACTIVATIONS
+from pallas_kernels.persistent.kept import Kept
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.steps import HEAD_DIMS, TILE_ROWS, Phase
 from pallas_kernels.persistent.tensor_maps import described_bytes
@@ -23,7 +25,7 @@ from pallas_kernels.registry import layer_kinds
 from pallas_kernels.target import Target, target
 
 LARGEST_BATCH = 8  # sequences that one tensor-core instruction takes
-MOST_FETCHED = 32 * 2**20  # bytes that are brought into the second-level cache before a launch
+MOST_FETCHED = 32 * 2**20  # bytes that are brought into the second-level cache for the next step
 _MOST_QUERIES = 8  # of a kv head, as many as a tensor-core instruction takes
 
 
@@ -38,7 +40,7 @@ def unavailable(device: Target) -> str | None:
 
 def refuses(
     x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: Sequence[jax.Array],
-    values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array,
+    values: Sequence[jax.Array], cos: jax.Array, sin: jax.Array, start: jax.Array, carried: Carried | None = None,
 ) -> str | None:  # fmt: skip
     """Why the kernel cannot serve a call."""
     batch, tokens, _ = x.shape
@@ -105,26 +107,59 @@ def _other_form(layers: Sequence[DecoderLayer], norm: Norm, rotated: int, head_d
     return None
 
 
-def run(
+def begin(
     x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: tuple[jax.Array, ...],
     values: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, start: jax.Array,
+) -> tuple[Carried, tuple[jax.Array, ...], tuple[jax.Array, ...]]:  # fmt: skip
+    """As `pallas_kernels.begin_decoding`: words of no epoch, and tensor maps of weights and caches where they are."""
+    from pallas_kernels.persistent.tensor_maps import describe
+
+    plan, operands = plan_here(x, layers, norm, head, keys, values)
+    caches = _Caches(keys, values)
+    maps, addresses = describe(caches.among(operands), [_as_matrix(a) for a in operands])
+    kept = Kept(jnp.zeros((plan.kept_integers,), jnp.int32), maps, addresses)
+    return dataclasses.replace(nothing_carried(), own=kept), *caches.arrays()
+
+
+def run(
+    x: jax.Array, layers: Sequence[DecoderLayer], norm: Norm, head: PackedProjection, keys: tuple[jax.Array, ...],
+    values: tuple[jax.Array, ...], cos: jax.Array, sin: jax.Array, start: jax.Array, carried: Carried | None = None,
 ) -> Decoded:  # fmt: skip
     """As `pallas_kernels.decode_layers`. The residual stream is kept in nearly float32, and rounded nowhere."""
     from pallas_kernels.persistent.kernel import run_layers
-    from pallas_kernels.persistent.tensor_maps import describe
 
+    if carried is None:
+        carried, keys, values = begin(x, layers, norm, head, keys, values, cos, sin, start)
     batch, _, width = x.shape
     plan, operands = plan_here(x, layers, norm, head, keys, values)
-    # One reference for both kernels, so that the cache of which the first tells the address is the one that the second changes.
-    caches = [jax.new_ref(array) for array in (*keys, *values)]
-    of_cache = {id(array): ref for array, ref in zip((*keys, *values), caches, strict=True)}
-    given = [of_cache.get(id(array), array) for array in operands]
-    maps, addresses = describe(given, [_as_matrix(a) for a in operands], read_first(plan, operands))
+    caches = _Caches(keys, values)
     tables = [table.reshape(batch, -1) for table in (cos, sin)]
     start = jnp.broadcast_to(start, (batch,))
-    logits, stall = run_layers(plan, maps, addresses, x.reshape(batch, width), tables, start, given, norm.eps)
-    new = [ref[...] for ref in caches]
-    return Decoded(logits, tuple(new[: len(keys)]), tuple(new[len(keys) :]), stall)
+    given = caches.among(operands)
+    first = read_first(plan, operands)
+    logits, carried = run_layers(plan, carried, x.reshape(batch, width), tables, start, given, first, norm.eps)
+    return Decoded(logits, *caches.arrays(), carried)
+
+
+class _Caches:
+    """References to the caches, which kernels change, or whose addresses they tell.
+
+    A kernel that only tells them is given references, too: they are changed as it were, so that XLA has each in one place from
+    there on, and copies it before if it has to.
+    """
+
+    def __init__(self, keys: Sequence[jax.Array], values: Sequence[jax.Array]):
+        self._layers = len(keys)
+        self._refs = {id(array): jax.new_ref(array) for array in (*keys, *values)}
+
+    def among(self, operands: Sequence[jax.Array]) -> list[Any]:
+        """Operands, references in place of caches."""
+        return [self._refs.get(id(array), array) for array in operands]
+
+    def arrays(self) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """Keys and values as they are now."""
+        now = [ref[...] for ref in self._refs.values()]
+        return tuple(now[: self._layers]), tuple(now[self._layers :])
 
 
 def gains_by_absorbing(layers: Sequence[DecoderLayer], batch: int) -> bool:
@@ -153,7 +188,7 @@ def workspace(
     """Bytes of the words, of the operands' tensor maps and addresses, and of what is absorbed. Weights and caches are used as they
     are."""
     plan, operands = plan_here(x, layers, norm, head, keys, values)
-    return 4 * plan.words + described_bytes(len(operands)) + _absorbed_bytes(layers)
+    return 4 * plan.kept_integers + described_bytes(len(operands)) + _absorbed_bytes(layers)
 
 
 def plan_here(*arguments: Any) -> tuple[Plan, list[jax.Array]]:

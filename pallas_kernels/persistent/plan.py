@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import (
     CHUNK,
     HEADS_BYTES,
+    THREADS,
     TILE_BYTES,
     TILE_K,
     TILE_ROWS,
@@ -28,8 +30,8 @@ from pallas_kernels.persistent.tuning import Tuning
 from pallas_kernels.rounding import power_of_two
 
 SHARED_MEMORY = 227 * 1024
-MOST_LAYERS = 250
-"""Epochs fit into eight bits."""
+MOST_LAYERS = 125
+"""Twice as many epochs, with those of the embedding and the head, fit into eight bits."""
 
 _UNIT = 1024  # bytes of shared memory that an array takes a multiple of
 _SMALL = 3 * _UNIT  # for barriers and reductions
@@ -147,6 +149,11 @@ class Plan:
         """In all."""
         return 2 * self.layer_words + self._words_of(range(self.in_layer, len(self.steps)))
 
+    @property
+    def kept_integers(self) -> int:
+        """That steps hand on: the words, and behind them, for every thread that waits for any, whether the next step is odd."""
+        return self.words + self.programs * THREADS * self.tuning.readers
+
     def _words_of(self, steps: range) -> int:
         return sum(size for number in steps for size in self._sizes(number).values())
 
@@ -178,9 +185,13 @@ class Plan:
         return found
 
     @staticmethod
-    def epoch(layer: int) -> int:
-        """What the words of a layer are marked with: never 0, which memory is cleared to. Layer -1 is the embedding."""
-        return layer + 2
+    def epoch(layer: Any, odd: Any = 0) -> Any:
+        """What the words of a layer are marked with, in a step that is ``odd``, 1, or even, 0. Layer -1 is the embedding.
+
+        It is never 0, which memory is cleared to before the first step. From step to step only the lowest bit changes, so that what
+        words say changes as little as can be.
+        """
+        return 2 * (layer + 2) + odd
 
     def problems(self) -> str | None:
         """Why the protocol cannot run this, or None."""

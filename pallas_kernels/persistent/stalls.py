@@ -21,13 +21,11 @@ LAYER_BITS, STEP_BITS, PROGRAM_BITS = 22, 14, 14
 
 LAST = 255
 MISPLACED = 1 << 30
-_LAYERS_BEFORE = 2  # epochs before the first layer's, see `Plan.epoch`
 
 
 def of_wait(step: str, layer: int, program: int) -> int:
     """The integer of a program that waits for the input of a step in vain."""
-    epoch = layer + _LAYERS_BEFORE
-    return (LAST - epoch << LAYER_BITS) | (LAST - STEPS.index(step) << STEP_BITS) | program
+    return (LAST - layer << LAYER_BITS) | (LAST - STEPS.index(step) << STEP_BITS) | program
 
 
 def of_operand(number: int) -> int:
@@ -36,7 +34,7 @@ def of_operand(number: int) -> int:
 
 
 def stall_reason(stall: Sequence[int]) -> str | None:
-    """What a launch said, `Decoded.stall`, in words; None if it went on to its end."""
+    """What a launch said, `Carried.stall`, in words; None if it went on to its end."""
     found = stall[0]
     if not found:
         return None
@@ -46,7 +44,7 @@ def stall_reason(stall: Sequence[int]) -> str | None:
             " this, with the versions of JAX and of its CUDA plugin"
         )
     step, program = STEPS[LAST - (found >> STEP_BITS & LAST)], found % (1 << PROGRAM_BITS)
-    layer = LAST - (found >> LAYER_BITS) - _LAYERS_BEFORE
+    layer = LAST - (found >> LAYER_BITS)
     where = (
         f"for the input of '{step}'"
         if step.startswith(("head", "logits"))

@@ -28,7 +28,7 @@ def read_stream(e: Emitter, source: Source, row: Value, column: Value, added: Re
         stream = w.floats(words[count:])
         return stream if added is None else biased(stream, added.values(words[:count]))
 
-    return Read(w.sub(e.epoch, w.integer(source.behind)), words + [w.integer(0)] * CHUNK, load, values)
+    return Read(e.epoch_of(source.behind), words + [w.integer(0)] * CHUNK, load, values)
 
 
 def write_stream(e: Emitter, row: Value, column: Value, values: list[Value], condition: Value) -> None:

@@ -5,7 +5,6 @@ writes them into an array, with the addresses of the operands beside them. It ta
 puts in the address and the sizes of each.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,16 +27,12 @@ def _padded(count: int) -> int:
     return -(-count // THREADS) * THREADS
 
 
-def describe(
-    operands: Sequence[Any], shapes: Sequence[tuple[int, int]], soon: Sequence[int] = ()
-) -> tuple[jax.Array, jax.Array]:
+def describe(operands: Sequence[Any], shapes: Sequence[tuple[int, int]]) -> tuple[jax.Array, jax.Array]:
     """Maps and addresses of operands.
 
     Args:
       operands: arrays in GPU memory, or references to them.
       shapes: (rows, columns) of each as a bfloat16 matrix.
-      soon: numbers of those that are read first: brought into the cache that all cores share while the launch begins, as memory
-        has nothing else to do then.
 
     Returns:
       int32 [operands, 32], a tensor map each, with boxes of 64 rows by 64 columns; int32 [operands, 2], the addresses.
@@ -52,8 +47,6 @@ def describe(
         @w.emitted(*[plgpu.RefType()] * (count + 4))
         def emit(context: Any, *refs: Any) -> None:
             given, (sizes, maps, addresses, scratch) = refs[:count], refs[count:]
-            for number in soon:
-                copies.fetch_all(given[number], 2 * math.prod(shapes[number]), programs)
             copies.write_tensor_maps(context, given[template], given, sizes, maps, addresses, scratch)
 
         emit(*refs)

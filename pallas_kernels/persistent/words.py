@@ -1,7 +1,7 @@
 """Words in GPU memory, and waiting for them.
 
-A word is a float32 whose low eight mantissa bits are its epoch, the number of the layer that wrote it: who reads it can tell
-whether it is there yet. Words need no barrier, no fence and no counter.
+A word is a float32 whose low eight mantissa bits are its epoch: the number of the layer that wrote it, and whether in an odd step.
+Who reads it can tell whether it is there yet. Words need no barrier, no fence and no counter.
 """
 
 import dataclasses
@@ -104,13 +104,13 @@ class Patience:
     Attributes:
       attempts: byte address in shared memory of the number of attempts.
       said: that of what is said.
-      step, epoch: what is waited for; the step as a number among `stalls.STEPS`.
+      step, layer: what is waited for; the step as a number among `stalls.STEPS`.
     """
 
     attempts: Value
     said: Value
     step: int
-    epoch: Value
+    layer: Value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _give_up(late: Value, limit: Value, patience: Patience) -> None:
 
     In shared memory: each wait has code for this, and atomic additions to GPU memory are a dozen instructions.
     """
-    said = w.mul(w.sub(w.integer(stalls.LAST), patience.epoch), w.integer(1 << stalls.LAYER_BITS))
+    said = w.mul(w.sub(w.integer(stalls.LAST), patience.layer), w.integer(1 << stalls.LAYER_BITS))
     said = w.either(said, w.integer(stalls.LAST - patience.step << stalls.STEP_BITS))
     code = "{ .reg .pred q; setp.ne.u32 q, $0, 0; @q st.shared.u32 [$1], 1; setp.ne.and.u32 q, $2, 1, q; "
     w.ptx(

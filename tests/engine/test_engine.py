@@ -204,8 +204,8 @@ def decode_with(monkeypatch: pytest.MonkeyPatch, stall: Callable[[jax.Array], ja
 
     def observed(config: Any, weights: Any, cache: Any, tokens: jax.Array, positions: jax.Array, *rest: Any) -> Any:
         jax.debug.callback(lambda at: steps.append(at.tolist()), positions, ordered=True)
-        cache, logits, _ = decode(config, weights, cache, tokens, positions, *rest)
-        return cache, logits, stall(positions)
+        cache, logits, carried = decode(config, weights, cache, tokens, positions, *rest)
+        return cache, logits, dataclasses.replace(carried, stall=stall(positions))
 
     monkeypatch.setattr(decoder, "decode", observed)
     return steps

@@ -3,6 +3,7 @@
 A kernel that spins ends by itself after seconds, but run this under `timeout` all the same.
 """
 
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -21,7 +22,7 @@ from flashsvd_jax.errors import KernelError
 from flashsvd_jax.model import Model
 from flashsvd_jax.random_weights import random_weights
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import decode_layers, stall_reason
+from pallas_kernels import Decoded, begin_decoding, decode_layers, prefer, stall_reason
 from pallas_kernels.persistent import tensor_maps
 
 pytestmark = pytest.mark.gpu
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.gpu
 NORM = 0  # number of an operand: the first layer's norm
 
 CASES = {
+    "one layer": DecoderCase(1, 512, 1024, 4, 2, (128, 256), (3, 200), slots=256),
     "low rank": DecoderCase(3, 512, 1160, 4, 4, (136, 200), (200,)),
     "7b": DecoderCase(4, 4096, 11008, 32, 32, (1024, 1488), (511,), slots=576, vocab=32000),
     "first token": DecoderCase(2, 512, 1024, 4, 2, (128, 256), (0, 255), qk_norm=True),
@@ -113,11 +115,51 @@ def test_layers_against_float32(name: str) -> None:
     with jax.default_matmul_precision("highest"):
         want = decode_layers.reference(*wide)
     got = run(*arguments)
-    assert not np.asarray(got.stall).any()
-    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(ours, np.asarray(theirs, np.float64)) < 1e-2 if theirs.ndim > 1 else True
-    same = jax.jit(lambda a, b: jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x, y: (x == y).all(), a, b)))
-    assert all(bool(same(got, run(*arguments))) for _ in range(20))
+    assert not np.asarray(got.carried.stall).any()
+    for ours, theirs in zip(results(got), results(want), strict=True):
+        assert relative_error(ours, np.asarray(theirs, np.float64)) < 1e-2
+    assert all(bool(same(results(got), results(run(*arguments)))) for _ in range(20))
+
+
+def results(decoded: Decoded) -> list[jax.Array]:
+    return [decoded.logits, *decoded.keys, *decoded.values]
+
+
+@jax.jit
+def same(a: Any, b: Any) -> jax.Array:
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x, y: (x == y).all(), a, b))
+
+
+@pytest.mark.parametrize("name", ["one layer", "ranks that differ", "absorbed, eight sequences", "dense with a window"])
+def test_steps_that_hand_on_their_words_are_as_those_that_do_not(name: str) -> None:
+    """To the bit if they begin anew after any even number of steps, each with other tokens at other positions."""
+    at_once, often, alone = (stepped(CASES[name].arguments(), steps) for steps in (120, 10, 1))
+    assert not any(np.asarray(stalls).any() for *_, stalls in (at_once, often, alone))
+    assert bool(same(at_once[:3], often[:3])) and not bool(same(at_once[0][0], at_once[0][1]))
+    for ours, theirs in zip(jax.tree.leaves(at_once[:3]), jax.tree.leaves(alone[:3]), strict=True):
+        assert relative_error(ours, np.asarray(theirs, np.float64)) < 1e-2
+
+
+def stepped(arguments: tuple[Any, ...], steps: int) -> tuple[jax.Array, ...]:
+    """Logits, keys, values and stalls of 120 steps, so many of which hand on their words."""
+    x, layers, norm, head, keys, values, *tables, _ = arguments
+    rng, groups = np.random.default_rng(0), 120 // steps
+    xs = rng.standard_normal((120, *x.shape)).astype(x.dtype).reshape(groups, steps, *x.shape)
+    starts = rng.integers(0, keys[0].shape[2], (groups, steps, x.shape[0])).astype(np.int32)
+
+    def step(carry: Any, given: Any) -> Any:
+        (keys, values, carried), (x, start) = carry, given
+        done = decode_layers(x, layers, norm, head, keys, values, *tables, start, carried=carried)
+        return (done.keys, done.values, done.carried), done.logits
+
+    def group(caches: Any, given: Any) -> Any:
+        carried, *caches = begin_decoding(given[0][0], layers, norm, head, *caches, *tables, given[1][0])
+        (*caches, carried), logits = jax.lax.scan(step, (*caches, carried), given)
+        return tuple(caches), (logits, carried.stall)
+
+    with prefer("persistent"):
+        (keys, values), (logits, stalls) = jax.jit(partial(jax.lax.scan, group))((keys, values), (xs, starts))
+    return logits.reshape(120, -1), keys, values, stalls
 
 
 def test_a_wait_in_vain_ends_and_says_so() -> None:
@@ -125,8 +167,23 @@ def test_a_wait_in_vain_ends_and_says_so() -> None:
     with forgetting(3):
         got = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))(*arguments)
     # Step 3 is the first product of the output projection, whose words the second misses in every layer.
-    assert "gave up waiting for the input of 'o up' in layer 0, block" in str(stall_reason(got.stall.tolist()))
+    assert "gave up waiting for the input of 'o up' in layer 0, block" in str(stall_reason(got.carried.stall.tolist()))
     assert np.isnan(np.asarray(got.logits)).any()
+
+
+def test_words_of_the_step_before_are_not_taken_for_missing_ones() -> None:
+    @jax.jit
+    def two_steps(*arguments: Any) -> tuple[jax.Array, Decoded]:
+        carried, keys, values = begin_decoding(*arguments)
+        first = decode_layers(*arguments[:4], keys, values, *arguments[6:], carried=carried)
+        with forgetting(3):
+            given = *arguments[:4], first.keys, first.values, *arguments[6:]
+            return first.logits, decode_layers(*given, carried=first.carried)
+
+    logits, second = two_steps(*CASES["low rank"].arguments())
+    assert not np.isnan(np.asarray(logits)).any()
+    assert "the input of 'o up' in layer 0, block" in str(stall_reason(second.carried.stall.tolist()))
+    assert np.isnan(np.asarray(second.logits)).any()
 
 
 def test_an_operand_that_is_elsewhere_is_told() -> None:
@@ -139,7 +196,7 @@ def test_an_operand_that_is_elsewhere_is_told() -> None:
     with mock.patch.object(tensor_maps, "describe", misplaced):
         arguments = CASES["low rank"].arguments()
         got = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))(*arguments)
-    assert f"operand {NORM}" in str(stall_reason(got.stall.tolist()))
+    assert f"operand {NORM}" in str(stall_reason(got.carried.stall.tolist()))
 
 
 def test_a_model_says_the_most_likely_tokens_and_a_stall_is_an_error() -> None:

@@ -28,13 +28,17 @@ class Recorded(Machine):
 
 
 def ended(name: str) -> Recorded:
-    """A machine that has run a model."""
+    """A machine that has run a model twice, the second time in an odd step."""
     arguments = arrays_of(MODELS[name])
     plan, operands = plan_of(arguments, PROGRAMS)
     x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
     wide = [np.asarray(a, np.float64) for a in operands]
-    machine = Recorded(plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int))
-    in_random_order(machine, np.random.default_rng(0))
+    given = plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int)
+    machine = None
+    for seed in range(2):
+        machine = Recorded(*given, machine)
+        in_random_order(machine, np.random.default_rng(seed))
+    assert machine is not None
     return machine
 
 

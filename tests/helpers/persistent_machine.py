@@ -45,6 +45,7 @@ class Machine:
       x: embedding [batch, width].
       tables: cosines and sines [batch, head_dim // 2].
       lengths: position of each sequence's new token.
+      before: the machine of the step before, whose words are left; none are if not given.
     """
 
     plan: Plan
@@ -52,11 +53,16 @@ class Machine:
     x: np.ndarray
     tables: tuple[np.ndarray, np.ndarray]
     lengths: np.ndarray
+    before: "Machine | None" = None
 
     def __post_init__(self) -> None:
-        plan = self.plan
-        self.words = np.full(plan.words, np.nan)
-        self.epochs = np.zeros(plan.words, int)
+        plan, before = self.plan, self.before
+        self.number = 0 if before is None else before.number + 1  # of the step
+        # A program sees words and epochs, and must not see one of another time: counted over all layers of all steps.
+        self.words = np.full(plan.words, np.nan) if before is None else before.words.copy()
+        self.epochs = np.zeros(plan.words, int) if before is None else before.epochs.copy()
+        self.times = np.full(plan.words, -1) if before is None else before.times.copy()
+        self.before = None
         (last,) = (step for step in plan.steps if isinstance(step, Collect))
         self.logits = np.full((plan.batch, last.columns), np.nan)
         self.new: dict[tuple[int, int, int, int], np.ndarray] = {}  # (layer, operand, sequence, kv head) -> [head_dim]
@@ -76,25 +82,31 @@ class Machine:
     def operand(self, layer: int, number: int) -> np.ndarray:
         return self.operands[layer * self.plan.operands + number]
 
-    def read(self, epoch: int, at: np.ndarray) -> Run:
-        """Words of an epoch, once all are there."""
-        at = self.place(epoch, at)
+    def read(self, layer: int, at: np.ndarray) -> Run:
+        """Words of a layer, once all are there."""
+        at, epoch, time = self.place(layer, at), self.epoch(layer), self.time(layer)
         while True:
-            found = self.epochs[at]
-            assert (found <= epoch).all(), "a word was overwritten while a program still wanted it"
-            if (found == epoch).all():
+            assert (self.times[at] <= time).all(), "a word was overwritten while a program still wanted it"
+            if (self.epochs[at] == epoch).all():
+                assert (self.times[at] == time).all(), "a word of another time was taken"
                 return self.words[at]
             yield "waits"
 
-    def write(self, epoch: int, at: np.ndarray, values: np.ndarray) -> None:
-        at = self.place(epoch, at)
-        assert (self.epochs[at] < epoch).all(), "a word is written twice"
+    def write(self, layer: int, at: np.ndarray, values: np.ndarray) -> None:
+        at = self.place(layer, at)
+        assert (self.times[at] < self.time(layer)).all(), "a word is written twice"
         self.words[at] = values
-        self.epochs[at] = epoch
+        self.epochs[at], self.times[at] = self.epoch(layer), self.time(layer)
 
-    def place(self, epoch: int, at: np.ndarray) -> np.ndarray:
+    def epoch(self, layer: int) -> int:
+        return self.plan.epoch(layer, self.number % 2)
+
+    def time(self, layer: int) -> int:
+        return self.number * (self.plan.layers + 2) + layer + 1
+
+    def place(self, layer: int, at: np.ndarray) -> np.ndarray:
         """Layers take turns in two arrays; the head's words lie behind both."""
-        return np.where(at < 2 * self.plan.layer_words, at + (epoch & 1) * self.plan.layer_words, at)
+        return np.where(at < 2 * self.plan.layer_words, at + (layer & 1) * self.plan.layer_words, at)
 
     def program(self, g: int) -> Run:
         plan = self.plan
@@ -113,14 +125,14 @@ class Machine:
 
     def embed(self, g: int) -> None:
         """Four columns a thread, 128 threads a program."""
-        plan, (source, epoch) = self.plan, (self.plan.steps[0].source, self.plan.epoch(-1))
+        plan, source = self.plan, self.plan.steps[0].source
         (added,) = source.of
         columns = np.arange(plan.batch * plan.width)
         mine = columns[columns // 512 % plan.programs == g]
-        self.write(epoch, plan.offset("stream", source.stream) + mine, self.x.ravel()[mine])
+        self.write(-1, plan.offset("stream", source.stream) + mine, self.x.ravel()[mine])
         row, column = divmod(mine, plan.width)
         for part in range(plan.steps[added.steps[0]].parts):
-            self.write(epoch, self.sums_at(added.steps[0], part, row, added.starts[0] + column), 0.0)
+            self.write(-1, self.sums_at(added.steps[0], part, row, added.starts[0] + column), 0.0)
 
     def keep(self, number: int, layer: int, own: int, items: range) -> Run:
         """Four columns of a sequence a thread, 128 threads an item."""
@@ -131,10 +143,10 @@ class Machine:
             (added,) = keep.source.of
             (values,) = yield from self.output(added, layer, np.array([row]), columns)
             before = plan.offset("stream", keep.source.stream) + row * plan.width + columns
-            values = values + (yield from self.read(plan.epoch(layer), before))
-            self.write(plan.epoch(layer), plan.offset("stream", number) + row * plan.width + columns, values)
+            values = values + (yield from self.read(layer, before))
+            self.write(layer, plan.offset("stream", number) + row * plan.width + columns, values)
             at = plan.offset("squares", number) + np.array([row * keep.parts + part])
-            self.write(plan.epoch(layer), at, (values**2).sum())
+            self.write(layer, at, (values**2).sum())
             yield "moves"
 
     def sums_at(self, number: int, part: Any, row: Any, column: Any) -> Any:
@@ -157,7 +169,7 @@ class Machine:
     def input(self, number: int, layer: int, own: int, team: int, split: int, publishes: bool) -> Run:
         """A split of a team's slice of the input, [batch, columns]."""
         plan, phase = self.plan, self.plan.steps[number]
-        tiles, epoch, stream = phase.k_tiles(team, own), plan.epoch(layer), phase.source.kind == "stream"
+        tiles, stream = phase.k_tiles(team, own), phase.source.kind == "stream"
         scaled = phase.source.kind in ("stream", "kept")
         held = np.zeros((plan.batch, tiles, TILE_K))
         squares = np.zeros(plan.batch)
@@ -172,40 +184,40 @@ class Machine:
                 squares += (values[:, real] ** 2).sum(1)
                 if publishes:
                     at = plan.offset("stream", number) + self.rows[:, None] * plan.width + columns[real]
-                    self.write(epoch, at, values[:, real])
+                    self.write(layer, at, values[:, real])
             if scaled:
                 values = values * self.operand(layer, phase.source.scale)[columns]
             held[:, tile] = values * real
             yield "moves"
         if stream and publishes:
-            self.write(epoch, plan.offset("squares", number) + self.rows * phase.splits + split, squares)
+            self.write(layer, plan.offset("squares", number) + self.rows * phase.splits + split, squares)
         return held.reshape(plan.batch, -1)
 
     def columns(self, number: int, layer: int, at: np.ndarray) -> Run:
         """[batch, columns] of a phase's input."""
         plan, source = self.plan, self.plan.steps[number].source
         if source.kind == "attended":
-            return (yield from self.attended(plan.epoch(layer), source.attention, at))
+            return (yield from self.attended(layer, source.attention, at))
         found = []
         for output in source.of:
             found.append((yield from self.output(output, layer - source.behind, self.rows, at)))
         if source.kind in ("stream", "kept"):
             before = plan.offset("stream", source.stream) + self.rows[:, None] * plan.width + at
-            return sum(found) + (yield from self.read(plan.epoch(layer) - source.behind, before))
+            return sum(found) + (yield from self.read(layer - source.behind, before))
         return ACTIVATIONS[source.activation](found[0]) * found[1] if source.kind == "gated" else sum(found)
 
     def output(self, output: Output, layer: int, rows: np.ndarray, at: np.ndarray) -> Run:
         """[rows, columns] of an output. Layer -1 is the embedding, which lies where the first layer's does."""
-        plan, own, epoch = self.plan, min(max(layer, 0), len(output.steps) - 1), self.plan.epoch(layer)
+        plan, own = self.plan, min(max(layer, 0), len(output.steps) - 1)
         number = output.steps[own]
-        found = yield from self.sums(epoch, number, own, rows, output.starts[own] + at)
+        found = yield from self.sums(layer, number, own, rows, output.starts[own] + at)
         source = plan.steps[number].source
         divided_by = number if source.kind == "stream" else source.divided_by
         if divided_by is not None:
-            found = found * (yield from self.roots(epoch, divided_by))[rows, None]
+            found = found * (yield from self.roots(layer, divided_by))[rows, None]
         return found if output.bias is None or layer < 0 else found + self.operand(layer, output.bias)[at]
 
-    def sums(self, epoch: int, number: int, own: int, rows: np.ndarray, at: np.ndarray) -> Run:
+    def sums(self, layer: int, number: int, own: int, rows: np.ndarray, at: np.ndarray) -> Run:
         """[rows, columns] of a phase's output."""
         plan, phase = self.plan, self.plan.steps[number]
         if (number, own) not in self.pieces:
@@ -216,26 +228,26 @@ class Machine:
         for split, piece in itertools.product(range(phase.splits), range(phase.pieces)):
             there = pieces > piece
             words = self.sums_at(number, split * phase.pieces + piece, rows[:, None], at[there])
-            found[:, there] += yield from self.read(epoch, words)
+            found[:, there] += yield from self.read(layer, words)
         return found
 
-    def roots(self, epoch: int, number: int) -> Run:
+    def roots(self, layer: int, number: int) -> Run:
         step = self.plan.steps[number]
         count = step.parts if isinstance(step, Keep) else step.splits
         at = self.plan.offset("squares", number) + np.arange(self.plan.batch * count).reshape(-1, count)
-        return self.root((yield from self.read(epoch, at)).sum(1))
+        return self.root((yield from self.read(layer, at)).sum(1))
 
     def root(self, squares: np.ndarray) -> np.ndarray:
         return 1 / np.sqrt(squares / self.plan.width + EPS)
 
-    def attended(self, epoch: int, number: int, at: np.ndarray) -> Run:
+    def attended(self, layer: int, number: int, at: np.ndarray) -> Run:
         """Parts of the positions, weighed by what each has of the softmax."""
         of, plan = self.plan.steps[number], self.plan
         rows = np.arange(of.parts)[:, None, None] * plan.batch + self.rows[:, None]
-        values = yield from self.read(epoch, plan.offset("sums", number) + rows * of.heads * of.head_dim + at)
+        values = yield from self.read(layer, plan.offset("sums", number) + rows * of.heads * of.head_dim + at)
         heads = self.rows[:, None] * of.heads + at // of.head_dim
         parts = np.arange(of.parts)[:, None, None]
-        logs = yield from self.read(epoch, plan.offset("weights", number) + heads * of.parts + parts)
+        logs = yield from self.read(layer, plan.offset("weights", number) + heads * of.parts + parts)
         shares = np.exp2(logs - logs.max(0))
         return (values * shares).sum(0) / shares.sum(0)
 
@@ -255,7 +267,7 @@ class Machine:
         row = (sum(max(layer[i].row_tiles for layer in phase.layers) for i in range(index)) + within) * TILE_ROWS
         part = item.split * phase.pieces + item.piece
         at = self.sums_at(number, part, self.rows[:, None], row + np.arange(TILE_ROWS))
-        self.write(plan.epoch(layer), at, y)
+        self.write(layer, at, y)
 
     def collect(self, step: Collect, layer: int, g: int) -> Run:
         """Four columns a thread, 128 threads a program."""
@@ -318,9 +330,9 @@ class Machine:
         logs = np.where(total > 0, largest + np.log2(np.maximum(total, 1e-30)), -1e30)
         heads = (part * plan.batch + row) * of.heads + head * of.group + np.arange(of.group)
         at = plan.offset("sums", number) + heads[:, None] * of.head_dim + np.arange(of.head_dim)
-        self.write(plan.epoch(layer), at, attended)
+        self.write(layer, at, attended)
         heads = row * of.heads + head * of.group + np.arange(of.group)
-        self.write(plan.epoch(layer), plan.offset("weights", number) + heads * of.parts + part, logs)
+        self.write(layer, plan.offset("weights", number) + heads * of.parts + part, logs)
 
     def caches(self, layer: int) -> Iterator[np.ndarray]:
         """Keys and values of a layer after the launch."""

@@ -37,7 +37,7 @@ class Threads:
 
     def emitter(self, step: int, layer: int, eps: float) -> Emitter:
         shell = Launch(self.machine.plan, *[None] * 7, eps)  # pyright: ignore[reportArgumentType]
-        return Emitter(shell, step, WORDS, ADDRESSES, NUMBERS, 0, 0, 0, layer)
+        return Emitter(shell, step, WORDS, ADDRESSES, NUMBERS, 0, 0, 0, layer & MASK, self.machine.epoch(layer))
 
     # ------------------------------------------------------------------ memory
 

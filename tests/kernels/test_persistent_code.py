@@ -55,9 +55,9 @@ def test_the_embedding_is_published_as_the_protocol_does() -> None:
         def emit(body: Any, refs: Any, threads: Threads = threads) -> None:
             body(threads.emitter(0, -1, EPS), [], refs, None)
 
-        with running(threads), mock.patch.object(inputs, "Place", lambda *at: types.SimpleNamespace(emit=emit)):
-            shell: Any = types.SimpleNamespace(plan=plan)
-            inputs.embed(shell, OPERANDS + (len(machine.operands) - 1 << 32))
+        place: Any = types.SimpleNamespace(launch=types.SimpleNamespace(plan=plan), emit=emit)
+        with running(threads):
+            inputs.embed(place, OPERANDS + (len(machine.operands) - 1 << 32))
         stored += len(threads.published)
     (added,) = plan.steps[0].source.of
     assert stored == plan.batch * plan.width * (1 + plan.steps[added.steps[0]].parts)

@@ -154,7 +154,7 @@ def test_what_a_program_stores_is_what_the_protocol_has(name: str) -> None:
                     (split * int(found.team.k_tiles) + begin) * TILE_K, count,
                 )  # fmt: skip
                 threads, tile = Stored(machine, program), 7 * program + i
-                threads.epoch = plan.epoch(layer)
+                threads.epoch = machine.epoch(layer)
                 with running(threads), mock.patch.object(code, "as_index", lambda index: index):
                     start = start_numbers(
                         plan, number, ring, SLOTS, BARRIERS, INPUT, begin, count, tile,

@@ -28,7 +28,7 @@ REFUSED = [
     (dict(heads=9, kv_heads=1), "more than 8 queries a kv head"),
     (dict(gate="relu"), "a gate of relu; it serves silu, gelu, gelu_tanh"),
     (dict(mlp=(136, 132)), "no multiple of 8"),
-    (dict(attention=(136,) * 251, mlp=(64,) * 251, windows=(None,) * 251), "more than 250 layers"),
+    (dict(attention=(136,) * 126, mlp=(64,) * 126, windows=(None,) * 126), "more than 125 layers"),
 ]
 
 
