@@ -134,10 +134,12 @@ def run(
     plan, operands = plan_here(x, layers, norm, head, keys, values)
     caches = _Caches(keys, values)
     tables = [table.reshape(batch, -1) for table in (cos, sin)]
-    start = jnp.broadcast_to(start, (batch,))
-    given = caches.among(operands)
-    first = read_first(plan, operands)
-    logits, carried = run_layers(plan, carried, x.reshape(batch, width), tables, start, given, first, norm.eps)
+    # XLA makes slices part of a launch (jax 0.11.2), and then forgets which operands it changes.
+    x, tables, start = jax.lax.optimization_barrier(
+        (x.reshape(batch, width), tables, jnp.broadcast_to(start, (batch,)))
+    )
+    first, given = read_first(plan, operands), caches.among(operands)
+    logits, carried = run_layers(plan, carried, x, tables, start, given, first, norm.eps)
     return Decoded(logits, *caches.arrays(), carried)
 
 

@@ -1,8 +1,10 @@
 """A dispatch is one thing for the host to send, and moves neither weights nor cache: the engine's steps compiled for an H200."""
 
+import jax
 import pytest
-from cuda_compile import Compiled, compile_lowered_by
-from decode_steps import lower_decode, two_layers
+from cuda_compile import Compiled, compile_for_h200, compile_lowered_by
+from decode_steps import decode_slices, lower_decode, two_layers
+from decoder_cases import DecoderCase
 
 from flashsvd_jax.kv_cache import cache_bytes
 from pallas_kernels.triton.blocks import MATVEC_BATCH
@@ -55,3 +57,12 @@ def test_a_greedy_dispatch_is_one_command_buffer_with_few_launches(
 def test_a_dispatch_with_options_is_one_command_buffer_too(name: str, kind: str, batch: int, kernels: str) -> None:
     kinds = [thunk.kind for thunk in compiled_step(name, kind, batch, kernels, False).loop_body()]
     assert kinds.count("kConditional") == 2  # an order of the tokens, and log-probabilities
+
+
+def test_the_persistent_kernel_is_launched_as_it_is_whatever_it_is_given() -> None:
+    """XLA would make a slice part of the launch, and forget which operands it changes: caches would be copied, words lost."""
+    arguments = jax.eval_shape(DecoderCase(2, 512, 1024, 4, 2, (128, 256), (3, 200)).arguments)
+    xs = jax.ShapeDtypeStruct((8, *arguments[0].shape), arguments[0].dtype)
+    body = [inner for thunk in compile_for_h200(decode_slices, xs, arguments).loop_body() for inner in thunk.walk()]
+    with_slices = [inner.kind for thunk in body if thunk.kind == "kDynamicSliceFusion" for inner in thunk.walk()]
+    assert [thunk.kind for thunk in body].count("kCustomCall") == 1 and "kCustomCall" not in with_slices

@@ -11,7 +11,7 @@ from flashsvd_jax.engine import Engine
 from flashsvd_jax.models.weights import DecoderWeights, build_weights
 from flashsvd_jax.schema import abstract_params, flatten
 from flashsvd_jax.shapes import shape_config
-from pallas_kernels import hardware_rank
+from pallas_kernels import begin_decoding, decode_layers, hardware_rank
 
 LAYERS = 2
 _DENSE_AMONG_LOW_RANK = (
@@ -41,3 +41,16 @@ def lower_decode(
     weights = on_h200(jax.eval_shape(build, abstract_params(config)))
     with as_on_h200():
         return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode(greedy=greedy)
+
+
+def decode_slices(xs: jax.Array, arguments: tuple[Any, ...]) -> Any:
+    """Steps of the op `decode_layers` on slices of an array, xs [steps, batch, 1, width]."""
+    _, layers, norm, head, keys, values, *where = arguments
+    carried, keys, values = begin_decoding(*arguments)
+
+    def step(carry: Any, x: jax.Array) -> Any:
+        keys, values, carried = carry
+        done = decode_layers(x, layers, norm, head, keys, values, *where, carried=carried)
+        return (done.keys, done.values, done.carried), done.logits
+
+    return jax.lax.scan(step, (keys, values, carried), xs)
