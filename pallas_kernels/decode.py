@@ -177,7 +177,8 @@ def begin_decoding(*arguments: Any) -> tuple[Carried, tuple[jax.Array, ...], tup
     """What the first of several steps is given, by the implementation that serves them, and the caches that it is to be given.
 
     Arguments are those of the first step. The others must be of the same shapes, with the same weights, in the same program as
-    this: an implementation may keep where they are.
+    this: an implementation may keep where they are. So weights must be arguments of that program: of its constants XLA makes one
+    more for each loop.
     """
     begin = decode_layers.choose(*arguments)[0].begin
     keys, values = arguments[4:6]

@@ -3,7 +3,6 @@
 A kernel that spins ends by itself after seconds, but run this under `timeout` all the same.
 """
 
-from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -142,23 +141,29 @@ def test_steps_that_hand_on_their_words_are_as_those_that_do_not(name: str) -> N
 
 def stepped(arguments: tuple[Any, ...], steps: int) -> tuple[jax.Array, ...]:
     """Logits, keys, values and stalls of 120 steps, so many of which hand on their words."""
-    x, layers, norm, head, keys, values, *tables, _ = arguments
+    x, keys = arguments[0], arguments[4]
     rng, groups = np.random.default_rng(0), 120 // steps
     xs = rng.standard_normal((120, *x.shape)).astype(x.dtype).reshape(groups, steps, *x.shape)
     starts = rng.integers(0, keys[0].shape[2], (groups, steps, x.shape[0])).astype(np.int32)
 
-    def step(carry: Any, given: Any) -> Any:
-        (keys, values, carried), (x, start) = carry, given
-        done = decode_layers(x, layers, norm, head, keys, values, *tables, start, carried=carried)
-        return (done.keys, done.values, done.carried), done.logits
+    @jax.jit
+    def run(arguments: tuple[Any, ...], xs: jax.Array, starts: jax.Array) -> Any:
+        _, layers, norm, head, keys, values, *tables, _ = arguments
 
-    def group(caches: Any, given: Any) -> Any:
-        carried, *caches = begin_decoding(given[0][0], layers, norm, head, *caches, *tables, given[1][0])
-        (*caches, carried), logits = jax.lax.scan(step, (*caches, carried), given)
-        return tuple(caches), (logits, carried.stall)
+        def step(carry: Any, given: Any) -> Any:
+            (keys, values, carried), (x, start) = carry, given
+            done = decode_layers(x, layers, norm, head, keys, values, *tables, start, carried=carried)
+            return (done.keys, done.values, done.carried), done.logits
+
+        def group(caches: Any, given: Any) -> Any:
+            carried, *caches = begin_decoding(given[0][0], layers, norm, head, *caches, *tables, given[1][0])
+            (*caches, carried), logits = jax.lax.scan(step, (*caches, carried), given)
+            return tuple(caches), (logits, carried.stall)
+
+        return jax.lax.scan(group, (keys, values), (xs, starts))
 
     with prefer("persistent"):
-        (keys, values), (logits, stalls) = jax.jit(partial(jax.lax.scan, group))((keys, values), (xs, starts))
+        (keys, values), (logits, stalls) = run(arguments, xs, starts)
     return logits.reshape(120, -1), keys, values, stalls
 
 
