@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--layers-per-basis", type=int, metavar="N", help="basis_sharing: how many neighbouring layers share a basis; 2"
     )
-    add("--alpha", type=float, default=0.5, metavar="A", help="asvd: exponent of the inputs' mean magnitude")
+    add("--alpha", type=float, metavar="A", help="asvd: exponent of the inputs' mean magnitude; 0.5")
     add(
         "--calibration",
         type=Path,
@@ -74,6 +74,8 @@ def run(parsed: argparse.Namespace) -> None:
     from flashsvd_jax.inspection import inspect
 
     recipe = _recipe(parsed)
+    if parsed.calibration is not None and not recipe.reads_text:
+        raise RequestError("--calibration is for what reads a text, which neither this --method nor --alloc does")
     calibration = _calibration(parsed) if recipe.reads_text else None
     options = {"dtype": parsed.dtype, "resume": parsed.resume, "progress": not parsed.quiet}
     with _dense_folder(parsed) as folder:
@@ -88,8 +90,12 @@ def _recipe(parsed: argparse.Namespace) -> "Recipe":
     from flashsvd_jax.compress.budget import Unit
     from flashsvd_jax.compress.decode_costs import COSTS_FILE, DEFAULT_COSTS, load_costs
 
-    options = {"multiple": parsed.rank_multiple, "alpha": parsed.alpha, "update": parsed.update, "heads": parsed.heads}
+    options = {"multiple": parsed.rank_multiple, "update": parsed.update, "heads": parsed.heads}
     options |= {"layers_per_basis": parsed.layers_per_basis, "alike": parsed.alike}
+    if parsed.alpha is not None:
+        if parsed.method != "asvd":
+            raise RequestError(f"--alpha is for --method asvd, not {parsed.method}")
+        options["alpha"] = parsed.alpha
     if parsed.ranks is not None:
         if parsed.alloc != "uniform" or parsed.rank_multiple != 1:
             raise RequestError("--ranks says every rank: leave --alloc and --rank-multiple out")

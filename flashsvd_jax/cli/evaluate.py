@@ -32,13 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> None:
     """Runs the command."""
     from flashsvd_jax.bundled import HELDOUT
+    from flashsvd_jax.checkpoint import open_folder
     from flashsvd_jax.evaluation import evaluate, table
+    from flashsvd_jax.hub import resolve_model
 
     if not parsed.tasks and (parsed.limit, parsed.num_fewshot) != (None, None):
         raise RequestError("--limit and --num-fewshot are for --tasks")
     check_folder_of(parsed.append)
     file = parsed.text or HELDOUT
     text = read_text(file)
+    for model in parsed.models:  # all are there before one is scored, which takes minutes
+        with open_folder(resolve_model(model)):
+            pass
     found = []
     for model in parsed.models:
         found.append(

@@ -60,7 +60,7 @@ class Ring:
         emit(self.barriers)
 
     def know_maps(self, first: jax.Array, count: int, *, beside: bool) -> None:
-        """Makes tensor maps usable from the next call on, which the kernel before this one wrote; by the loading warpgroup.
+        """Makes tensor maps usable from the next call on, which an earlier kernel wrote; by the loading warpgroup.
 
         A core makes one usable after the other, some hundredths of a microsecond each, so only those of a layer at a time.
 

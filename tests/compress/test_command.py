@@ -54,6 +54,8 @@ def test_a_text_of_ones_own(dense: Any, tmp_path: Path, capsys: pytest.CaptureFi
         (["--ratio", "60"], "between 0 and 1, not 60.0"),
         (["--ratio", "0.5", "--calibration", "missing.txt"], "missing.txt cannot be read as text"),
         (["--ratio", "0.5", "--samples", "1000000", "--length", "32"], "calibration.txt has"),
+        (["--ratio", "0.5", "--alpha", "0.4"], "--alpha is for --method asvd, not svdllm"),
+        (["--ratio", "0.5", "--method", "svd", "--calibration", "any.txt"], "neither this --method nor --alloc does"),
     ],
 )
 def test_an_explained_error_is_one_line_and_leaves_nothing(

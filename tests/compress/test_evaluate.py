@@ -127,3 +127,12 @@ def test_a_damaged_folder_is_named(dense: Any, tmp_path: Path, capsys: pytest.Ca
     (tmp_path / "broken" / "model.safetensors").write_bytes(b"nothing")
     assert main(["evaluate", str(tmp_path / "broken"), "--quiet"]) == 1
     assert "broken" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_told_before_another_is_scored(
+    dense: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "lines.jsonl"
+    models = [str(dense.folder), str(tmp_path / "missing")]
+    assert main(["evaluate", *models, "--append", str(lines), "--window", "16", "--quiet"]) == 1
+    assert "missing" in capsys.readouterr().err and not lines.exists()
