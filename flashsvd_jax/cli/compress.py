@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashsvd_jax.cli.options import read_text
-from flashsvd_jax.errors import RequestError
+from flashsvd_jax.errors import FlashSVDError, RequestError
 
 if TYPE_CHECKING:
     from flashsvd_jax.compress import Calibration, Recipe
@@ -147,7 +147,18 @@ def _dense_folder(parsed: argparse.Namespace) -> Iterator[Path]:
     with temporary as folder:
         dense = Path(folder, "dense")
         _siblings.load("converters").convert(path, dense, dtype=parsed.dtype, progress=not parsed.quiet)
-        yield dense
+        with _called(dense, path):
+            yield dense
+
+
+@contextlib.contextmanager
+def _called(folder: Path, source: Path) -> Iterator[None]:
+    """Errors say the source, which the user knows, in place of the folder that it was converted into."""
+    try:
+        yield
+    except FlashSVDError as error:
+        error.args = (str(error).replace(str(folder), str(source)),)
+        raise
 
 
 def _kept_conversion(parsed: argparse.Namespace, path: Path) -> Iterator[Path]:
@@ -163,5 +174,6 @@ def _kept_conversion(parsed: argparse.Namespace, path: Path) -> Iterator[Path]:
         dense = work.path / "dense"
         if not dense.is_dir():  # which appears whole
             _siblings.load("converters").convert(path, dense, dtype=parsed.dtype, progress=not parsed.quiet)
-        yield dense
+        with _called(dense, path):
+            yield dense
         work.remove()

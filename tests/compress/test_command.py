@@ -67,6 +67,15 @@ def test_an_explained_error_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_factorized_checkpoint_is_named_as_it_was_given(
+    resume: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(bundled.COMPRESSED), str(tmp_path / "out"), "--ratio", "0.5", *SMALL, *resume, "--quiet"]
+    assert main(["compress", *arguments]) == 1
+    assert f"{bundled.COMPRESSED} is factorized already" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_statistics_of_a_text_lower_the_heldout_perplexity(tmp_path: Path) -> None:
     convert(bundled.DENSE, tmp_path / "dense", progress=False)
