@@ -18,9 +18,12 @@ def test_it_has_as_many_parameters_as_uniform_ranks() -> None:
     assert count_params(found) == pytest.approx(count_params(uniform), rel=0.002)
     assert count_params(found) <= count_params(uniform)
     alike = allocated_config(case.model, case.ratio, alike=True)
-    times = [decode_milliseconds(config, 2, load_costs()) for config in (alike, found, uniform)]
-    assert times[0] < 0.98 * times[1]  # layers that differ cost what ranks by time save
-    assert times[1] == pytest.approx(times[2], rel=0.02)
+    costs = load_costs()
+    times = [decode_milliseconds(config, 2, costs) for config in (alike, found, uniform)]
+    assert times[0] < 0.98 * times[1]
+    # Layers that differ cost more than ranks by time save (rows of 1862c95), but save they do.
+    differ = found.num_layers * costs.us_a_differing_layer / 1e3
+    assert times[1] - differ < 0.98 * times[2] < times[2] < times[1] < times[2] + differ
     assert jobs.ranks_told(case, found) == "allocated"
     assert allocated_config(case.model, case.ratio) is found
 
