@@ -56,9 +56,8 @@ def take_factors(family: Family, sites: Mapping[str, Site], pool: Pool) -> tuple
         elif first is not None or second is not None:
             factors[module] = None
     readings: Counter[Reading] = Counter(pair.reading for pair in pairs.values())
-    undecided = _reading_of_square_pairs(family, readings)
     for module, pair in pairs.items():
-        factors[module] = _order(family, sites[module], pair, undecided, readings, pool)
+        factors[module] = _order(family, sites[module], pair, readings, pool)
     return factors, _notes(family, readings)
 
 
@@ -87,12 +86,10 @@ def _reading_of_square_pairs(family: Family, readings: Counter[Reading]) -> Read
     return "either" if family.names == "none" and named == swapped else "as named"
 
 
-def _order(
-    family: Family, site: Site, pair: _Pair, undecided: Reading, readings: Counter[Reading], pool: Pool
-) -> Factors | None:
+def _order(family: Family, site: Site, pair: _Pair, readings: Counter[Reading], pool: Pool) -> Factors | None:
     """The factors in the order that holds, or None and a problem."""
     first, second = pair.first, pair.second
-    reading = undecided if pair.reading == "either" else pair.reading
+    reading = _reading_of_square_pairs(family, readings) if pair.reading == "either" else pair.reading
     shapes = f"{first.name} {list(first.shape)} and {second.name} {list(second.shape)}"
     weight = f"[{site.d_out}, {site.d_in}] of the base model"
     if reading == "neither":

@@ -161,16 +161,16 @@ def _decode(
         x = after_attention(product, x, attended, layer)
     with jax.named_scope("head"):
         (logits,) = product(x[:, -1], head, dtype=jnp.float32, norm=norm)
-    return Decoded(logits, tuple(new_keys), tuple(new_values), nothing_carried() if carried is None else carried)
+    return Decoded(logits, tuple(new_keys), tuple(new_values), newly_carried() if carried is None else carried)
 
 
 def _with_ops(*args: Any, carried: Carried | None = None) -> Decoded:
     return _decode(project, attend_cached, *args, carried=carried)
 
 
-def nothing_carried() -> Carried:
-    """By steps of which nothing is kept: no stall."""
-    return Carried(jnp.zeros((STALL_INTEGERS,), jnp.int32))
+def newly_carried(own: Any = None) -> Carried:
+    """What a first step is given: no stall, and what the implementation keeps."""
+    return Carried(jnp.zeros((STALL_INTEGERS,), jnp.int32), own)
 
 
 def begin_decoding(*arguments: Any) -> tuple[Carried, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
@@ -182,7 +182,7 @@ def begin_decoding(*arguments: Any) -> tuple[Carried, tuple[jax.Array, ...], tup
     """
     begin = decode_layers.choose(*arguments)[0].begin
     keys, values = arguments[4:6]
-    return (nothing_carried(), keys, values) if begin is None else begin(*arguments)
+    return (newly_carried(), keys, values) if begin is None else begin(*arguments)
 
 
 decode_layers = Op("decode_layers", decode_layers_reference)

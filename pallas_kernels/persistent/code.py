@@ -177,16 +177,6 @@ def load_integer(base: Value, offset: Value) -> Value:
     return ptx(at_offset("$1", "$2") + "ld.global.nc.u32 $0, [a]; }", base, offset, results=[int_type()])[0]
 
 
-def load_kept_integer(base: Value, offset: Value) -> Value:
-    """One integer that this thread alone writes."""
-    return ptx(at_offset("$1", "$2") + "ld.global.u32 $0, [a]; }", base, offset, results=[int_type()])[0]
-
-
-def store_integer(base: Value, offset: Value, value: Value) -> None:
-    """One integer."""
-    ptx(at_offset("$0", "$1") + "st.global.u32 [a], $2; }", base, offset, value)
-
-
 def floats(words: Sequence[Value]) -> list[Value]:
     """The same bits as floats."""
     return [arith.bitcast(float_type(), word) for word in words]

@@ -13,7 +13,7 @@ from pallas_kernels.persistent.code import Value
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.stalls import STEPS
 from pallas_kernels.persistent.steps import THREADS
-from pallas_kernels.persistent.words import Patience, Read, load_run, until_written
+from pallas_kernels.persistent.words import Patience, Read, load_kept, load_run, store_kept, until_written
 
 # Bytes of the small shared buffer.
 PATIENCE = 0  # int32: attempts that a wait may take
@@ -69,7 +69,7 @@ class Launch:
 
         @w.emitted(plgpu.RefType(), returns=w.INTEGER)
         def load(context: Any, words: Any) -> Any:
-            return w.splat(w.load_kept_integer(w.address(words), self._kept()))
+            return w.splat(load_kept(w.address(words), self._kept()))
 
         return load(self.words)
 
@@ -78,7 +78,7 @@ class Launch:
 
         @w.emitted(plgpu.RefType(), w.SCALAR(()))
         def store(context: Any, words: Any, odd: Any) -> None:
-            w.store_integer(w.address(words), self._kept(), w.sub(w.integer(1), w.scalar(odd)))
+            store_kept(w.address(words), self._kept(), w.sub(w.integer(1), w.scalar(odd)))
 
         store(self.words, odd)
 

@@ -1,6 +1,5 @@
 """The op `decode_layers` as one persistent launch: its plan, and what it cannot serve."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode import Carried, Decoded, DecoderLayer, nothing_carried
+from pallas_kernels.decode import Carried, Decoded, DecoderLayer, newly_carried
 from pallas_kernels.norm import LayerNorm, Norm
 from pallas_kernels.persistent.building import heads_of, plan_of
 from pallas_kernels.persistent.gates import ACTIVATIONS
@@ -118,7 +117,7 @@ def begin(
     caches = _Caches(keys, values)
     maps, addresses = describe(caches.among(operands), [_as_matrix(a) for a in operands])
     kept = Kept(jnp.zeros((plan.kept_integers,), jnp.int32), maps, addresses)
-    return dataclasses.replace(nothing_carried(), own=kept), *caches.arrays()
+    return newly_carried(kept), *caches.arrays()
 
 
 def run(

@@ -72,6 +72,16 @@ def store_words(base: Value, offset: Value, values: Sequence[Value], epoch: Valu
     w.ptx(w.at_offset("$0", "$1") + code, base, offset, *(_word(v, epoch) for v in values), w.flag(condition))
 
 
+def load_kept(base: Value, offset: Value) -> Value:
+    """An integer behind the words, which this thread alone writes."""
+    return w.ptx(w.at_offset("$1", "$2") + "ld.global.u32 $0, [a]; }", base, offset, results=[w.int_type()])[0]
+
+
+def store_kept(base: Value, offset: Value, value: Value) -> None:
+    """The same for the next launch."""
+    w.ptx(w.at_offset("$0", "$1") + "st.global.u32 [a], $2; }", base, offset, value)
+
+
 def _word(value: Value, epoch: Value) -> Value:
     return arith.ori(w.both(arith.bitcast(w.int_type(), value), w.integer(-256)), epoch)
 

@@ -7,7 +7,7 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 from persistent_machine import Machine, in_random_order
-from persistent_models import MODELS, arrays_of, plan_of
+from persistent_models import MODELS, arrays_of
 
 from pallas_kernels.persistent import items
 from pallas_kernels.persistent.items import PhaseItems
@@ -29,14 +29,9 @@ class Recorded(Machine):
 
 def ended(name: str) -> Recorded:
     """A machine that has run a model twice, the second time in an odd step."""
-    arguments = arrays_of(MODELS[name])
-    plan, operands = plan_of(arguments, PROGRAMS)
-    x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
-    wide = [np.asarray(a, np.float64) for a in operands]
-    given = plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int)
-    machine = None
+    arguments, machine = arrays_of(MODELS[name]), None
     for seed in range(2):
-        machine = Recorded(*given, machine)
+        machine = Recorded.of(arguments, PROGRAMS, before=machine)
         in_random_order(machine, np.random.default_rng(seed))
     assert machine is not None
     return machine

@@ -8,16 +8,18 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
-from persistent_models import EPS, Item, items_of, pieces_of
+from persistent_models import EPS, Item, items_of, pieces_of, plan_of
 
 from pallas_kernels.persistent import attend
+from pallas_kernels.persistent.building import DEFAULT
 from pallas_kernels.persistent.plan import Plan
 from pallas_kernels.persistent.sources import Output
 from pallas_kernels.persistent.steps import TILE_K, TILE_ROWS, Attention, Collect, Keep, Phase
+from pallas_kernels.persistent.tuning import Tuning
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -53,22 +55,32 @@ class Machine:
     x: np.ndarray
     tables: tuple[np.ndarray, np.ndarray]
     lengths: np.ndarray
-    before: "Machine | None" = None
+    before: dataclasses.InitVar["Machine | None"] = None
 
-    def __post_init__(self) -> None:
-        plan, before = self.plan, self.before
+    def __post_init__(self, before: "Machine | None") -> None:
+        plan = self.plan
         self.number = 0 if before is None else before.number + 1  # of the step
         # A program sees words and epochs, and must not see one of another time: counted over all layers of all steps.
         self.words = np.full(plan.words, np.nan) if before is None else before.words.copy()
         self.epochs = np.zeros(plan.words, int) if before is None else before.epochs.copy()
         self.times = np.full(plan.words, -1) if before is None else before.times.copy()
-        self.before = None
         (last,) = (step for step in plan.steps if isinstance(step, Collect))
         self.logits = np.full((plan.batch, last.columns), np.nan)
         self.new: dict[tuple[int, int, int, int], np.ndarray] = {}  # (layer, operand, sequence, kv head) -> [head_dim]
         self.pieces: dict[tuple[int, int], np.ndarray] = {}  # (step, layer) -> of every row tile
         self.rows = np.arange(plan.batch)
         self.programs = {g: self.program(g) for g in range(plan.programs)}
+
+    @classmethod
+    def of(
+        cls, arguments: tuple[Any, ...], programs: int, tuning: Tuning = DEFAULT, before: "Machine | None" = None
+    ) -> Self:
+        """For arguments of `decode_layers`."""
+        plan, operands = plan_of(arguments, programs, tuning)
+        assert plan.problems() is None
+        x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
+        wide = [np.asarray(a, np.float64) for a in operands]
+        return cls(plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int), before)
 
     def move(self, g: int) -> bool:
         """Lets a program go on until it waits or has done one thing; says whether it could."""

@@ -36,19 +36,9 @@ def check(name: str, programs: int, schedule: Schedule, seed: int) -> None:
 def compare(
     arguments: tuple[Any, ...], want: Any, programs: int, schedule: Schedule, seed: int, tuning: Tuning = DEFAULT
 ) -> None:
-    machine = new_machine(arguments, programs, tuning)
+    machine = Machine.of(arguments, programs, tuning)
     schedule(machine, np.random.default_rng(seed))
     check_results(machine, want)
-
-
-def new_machine(
-    arguments: tuple[Any, ...], programs: int, tuning: Tuning = DEFAULT, before: Machine | None = None
-) -> Machine:
-    plan, operands = plan_of(arguments, programs, tuning)
-    assert plan.problems() is None
-    x, *_, cos, sin, start = (np.asarray(a, np.float64) for a in (arguments[0], *arguments[6:]))
-    wide = [np.asarray(a, np.float64) for a in operands]
-    return Machine(plan, wide, x[:, 0], (cos[:, 0], sin[:, 0]), start.astype(int), before)
 
 
 def check_results(machine: Machine, want: Any) -> None:
@@ -95,7 +85,7 @@ def test_no_word_of_a_step_before_is_taken(name: str, schedule: Schedule) -> Non
     """The machine would say so: of words that steps hand on it knows when they were written."""
     machine = None
     for seed, (arguments, want) in enumerate(steps_of(name, 3)):
-        machine = new_machine(arguments, 24, before=machine)
+        machine = Machine.of(arguments, 24, before=machine)
         schedule(machine, np.random.default_rng(seed))
         check_results(machine, want)
 
