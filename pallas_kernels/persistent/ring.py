@@ -5,6 +5,7 @@ it, one for the threads that are done with it.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -31,13 +32,13 @@ class Ring:
       slots: [stages, 2, 64, 64], a tile in two halves of columns each.
       barriers: for every slot whether it has been filled, then for every slot whether it may be filled again.
       maps: tensor maps of all operands.
-      in_flight: tiles that have been asked for and have not landed, at the most.
+      in_flight: tiles that have been asked for and have not landed, at the most; with a half, one more or one less in turn.
     """
 
     slots: Any
     barriers: Any
     maps: Any
-    in_flight: int
+    in_flight: float
 
     @property
     def stages(self) -> int:
@@ -107,9 +108,11 @@ class Ring:
             index, row, column, tile = map(w.scalar, numbers)
             filled, freed, slot = self.barriers_of(w.shared_address(barriers), tile)
             copies.pass_barrier(*freed, w.below(w.integer(self.stages - 1), tile))
-            earlier = w.sub(tile, w.integer(self.in_flight))
+            earlier = w.sub(tile, w.integer(int(self.in_flight)))
+            if self.in_flight % 1:
+                earlier = w.sub(earlier, w.both(tile, w.integer(1)))
             landed, _, _ = self.barriers_of(w.shared_address(barriers), earlier)
-            copies.pass_barrier(*landed, w.below(w.integer(self.in_flight - 1), tile))
+            copies.pass_barrier(*landed, w.below(w.integer(math.ceil(self.in_flight) - 1), tile))
             at = w.offset_pointer(w.address(maps), w.mul(index, w.integer(128)))
             to = w.add(w.shared_address(slots), w.mul(slot, w.integer(TILE_BYTES)))
             copies.copy_tile(to, filled[0], at, row, column, w.equal(w.thread(), w.integer(0)))

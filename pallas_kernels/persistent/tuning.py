@@ -16,8 +16,8 @@ class Tuning:
     """Sizes.
 
     Attributes:
-      tiles_in_flight: tiles of 16 KiB that a program has asked for and not got. Fewer leave memory idle, more make words wait
-        behind weights.
+      tiles_in_flight: tiles of 16 KiB that a program has asked for and not got, whole or with a half: then two are asked for
+        together. Fewer leave memory idle, more make words wait behind weights.
       words_at_once: words that a thread waits for together, at the most: as many as its registers hold.
       largest_input: tiles; a phase with a larger input is split, so that more of shared memory is left for weights.
       whole_row_tiles: from so many row tiles a program on, they are shared out whole.
@@ -32,7 +32,7 @@ class Tuning:
         sequences.
     """
 
-    tiles_in_flight: int = 3
+    tiles_in_flight: float = 3
     words_at_once: int = 96
     largest_input: int = 12
     whole_row_tiles: int = 16
