@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from persistent_models import (
@@ -356,7 +357,13 @@ def test_sizes_of_a_device_are_data() -> None:
     assert measured[3].readers == TUNING.readers == 2
     assert all(1 <= sizes.tiles_in_flight < 8 and sizes.tiles_in_flight % 0.5 == 0 for sizes in measured)
     assert all(sizes.words_at_once % 4 == 0 for sizes in measured)
-    assert tuning_for("NVIDIA of another kind", 4, 200, True) == tuning_for("", 1, 200, False) == TUNING
+    assert tuning_for("", 1, 200, False) == TUNING
+
+
+@pytest.mark.parametrize(("batch", "megabytes", "differ"), [(1, 200, False), (1, 350, True), (4, 200, False)])
+def test_other_hoppers_take_the_sizes_of_the_one_that_was_measured(batch: int, megabytes: int, differ: bool) -> None:
+    found = tuning_for("NVIDIA H100 80GB HBM3", batch, megabytes, differ)
+    assert found == tuning_for("NVIDIA H200", batch, megabytes, differ) != TUNING
 
 
 def test_a_large_layer_has_more_tiles_in_flight_where_words_are_few() -> None:
