@@ -185,7 +185,8 @@ def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None
                 writer.add(name, job.source.get(info.name))
                 bar.update()
     except WeightWarning as warning:
-        raise ConversionError(f"{warning}; nothing was written") from warning
+        named = _listing(tuple(dict.fromkeys(stored[name].name for name in warning.arrays)))
+        raise ConversionError(f"{warning}; in {job.source.path}: {named}; nothing was written") from warning
 
 
 def _default_dtype(source: TensorSource) -> str:

@@ -199,9 +199,10 @@ class Engine:
             if not prompt:
                 raise RequestError(f"{which} is empty: it has no token to start from")
             if len(prompt) >= self.max_length:
+                more = "raise max_length or " if self.max_length < self.config.max_position else ""
                 raise RequestError(
                     f"{which} has {len(prompt)} tokens; the cache holds {self.max_length} and the completion needs at least one:"
-                    " raise max_length or shorten the prompt"
+                    f" {more}shorten the prompt"
                 )
             if min(prompt) < 0 or max(prompt) >= self.config.vocab_size:
                 raise RequestError(f"{which} has token ids outside the vocabulary of {self.config.vocab_size}")

@@ -22,7 +22,11 @@ from flashsvd_jax.errors import CheckpointError
 
 
 class WeightWarning(UserWarning):
-    """Weights that were written hold NaN or infinity."""
+    """Weights that were written hold NaN or infinity; ``arrays`` are their names."""
+
+    def __init__(self, message: str, arrays: Sequence[str] = ()):
+        super().__init__(message)
+        self.arrays = tuple(arrays)
 
 
 class FolderWriter:
@@ -120,7 +124,7 @@ class FolderWriter:
         if self._flaws:
             listed = "; ".join(f"{name} {flaw}" for name, flaw in sorted(self._flaws.items()))
             message = f"{self._dst}: {len(self._flaws)} arrays are not finite: {listed}"
-            warnings.warn(message, WeightWarning, stacklevel=4)
+            warnings.warn(WeightWarning(message, sorted(self._flaws)), stacklevel=4)
 
 
 def save_params(

@@ -90,9 +90,10 @@ class _Conversation:
         try:
             prompt = self._model.tokenizer.encode_chat([*system, *messages])
             if len(prompt) >= self._model.max_length:
+                more = self._model.max_length < self._model.config.max_position
                 raise RequestError(
                     f"the conversation has {len(prompt)} tokens and there is room for {self._model.max_length}:"
-                    " /reset begins a new one, --max-length makes more room"
+                    f" /reset begins a new one{', --max-length makes more room' if more else ''}"
                 )
             reply = self._stream(prompt)
         except RequestError as error:

@@ -338,8 +338,8 @@ BAD_REQUESTS = {
     "too many prompts": ([[1]] * 5, "between 1 and 4 prompts"),
     "empty": ([[]], "the prompt is empty"),
     "second empty": ([[1], []], "prompt 1 is empty"),
-    "too long": ([[1] * 96], "the prompt has 96 tokens.*max_length"),
-    "third too long": ([[1], [1], [1] * 500], "prompt 2 has 500 tokens.*max_length"),
+    "too long": ([[1] * 96], "the prompt has 96 tokens; the cache holds 96 .*: shorten the prompt"),
+    "third too long": ([[1], [1], [1] * 500], "prompt 2 has 500 tokens; .*: shorten the prompt"),
     "negative token": ([[1, -1, 2]], "the prompt has token ids outside the vocabulary of 320"),
     "token too large": ([[1], [1, 320]], "prompt 1 has token ids outside the vocabulary of 320"),
 }
@@ -350,6 +350,12 @@ def test_a_request_that_cannot_be_served_is_an_error(tiny: Any, case: str) -> No
     prompts, message = BAD_REQUESTS[case]
     with pytest.raises(RequestError, match=message):
         next(tiny.engine(batch=4).generate(prompts, [GREEDY] * len(prompts)))
+
+
+def test_more_room_is_advised_where_the_model_knows_more_positions(tiny: Any) -> None:
+    engine = Engine(tiny.config, tiny.weights, max_length=32)
+    with pytest.raises(RequestError, match=r"32 tokens; the cache holds 32 .*: raise max_length or shorten the prompt"):
+        next(engine.generate([[1] * 32], [GREEDY]))
 
 
 def test_prompts_and_options_are_paired(tiny: Any) -> None:

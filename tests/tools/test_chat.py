@@ -71,6 +71,13 @@ def test_a_conversation_too_long_is_not_kept_and_says_what_to_do(tiny: Any, talk
     assert out == f"{reply(tiny, 'hi')}\n"
 
 
+def test_no_more_room_is_advised_than_the_model_has(tiny: Any, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = tiny.short.config.max_position
+    monkeypatch.setattr(tiny.short, "max_length", most)
+    err = talk("x" * most).err
+    assert f"there is room for {most}: /reset begins a new one\n" in err
+
+
 def test_a_reply_cut_short_says_why(talk: Talk) -> None:
     assert "cut short: see --max-tokens" in talk("hi").err
     assert "no room is left: /reset" in talk("x" * 22).err
