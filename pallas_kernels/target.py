@@ -31,7 +31,7 @@ class Target:
     @property
     def shared_memory(self) -> int:
         """Bytes that a block may use: 99 KiB on consumer chips, more on those for data centres."""
-        return {(8, 0): 163, (8, 7): 163, (9, 0): 227}.get(self.capability, 99) * 1024
+        return {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227}.get(self.capability, 99) * 1024
 
 
 H200 = Target("cuda", "NVIDIA H200", (9, 0), 132)

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs from Ampere to Hopper, as Pallas-Triton tile programs."""
+"""Kernels for NVIDIA GPUs from Ampere to Blackwell, as Pallas-Triton tile programs."""
 
 from pallas_kernels.attention import attend, attend_cached
 from pallas_kernels.feed_forward import feed_forward as feed_forward_op

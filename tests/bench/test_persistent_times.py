@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import persistent_times
 import pytest
 from decoder_cases import DecoderCase
-from h200_target import as_on_h200, on_h200
+from described_device import as_on_device, on_device
 
 from flashsvd_jax.kv_cache import empty_cache
 from flashsvd_jax.models.weights import build_weights
@@ -25,8 +25,8 @@ def lowered(variant: str) -> str:
     cache = jax.eval_shape(lambda: empty_cache(config, 1, 64, jnp.dtype(jnp.bfloat16)))
     weights, cache = (jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16), t) for t in (weights, cache))
     patches = persistent_times.VARIANTS[variant]
-    with as_on_h200():
-        weights, cache = on_h200((weights, cache))
+    with as_on_device():
+        weights, cache = on_device((weights, cache))
         steps = persistent_times.lower_steps(config, weights, cache, patches, 8, lowering_platforms=("cuda",))
     return steps.as_text()
 

@@ -1,4 +1,4 @@
-"""Lowers for CUDA and compiles for an H200 on a machine that has neither GPU nor driver.
+"""Lowers for CUDA and compiles for an H200, or another GPU, on a machine that has neither GPU nor driver.
 
 Lowering happens in this process. Compilation happens in another one: it needs JAX's CUDA plugin, which the tests' own JAX must
 not have, and some kernels end the process that compiles them. What is compiled travels there by pickle, so functions must be
@@ -16,13 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h200_target
+import described_device
 import jax
 import ptxas
 from cuda_toolchain import Toolchain, require_toolchain
 from xla_thunks import Kernel, Thunk, parse_thunks
 
-_CHILD = Path(h200_target.__file__).with_name("h200_child.py")
+from pallas_kernels.target import H200, Target
+
+_CHILD = Path(described_device.__file__).with_name("compiler_child.py")
 _TIMEOUT_S = 300
 
 
@@ -32,7 +34,7 @@ class CompilationError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program compiled for an H200.
+    """A program compiled for a GPU.
 
     Attributes:
       thunks: what the host does, in order, after command buffers are formed.
@@ -74,8 +76,8 @@ class Compiled:
 
 def lower_for_cuda(f: Callable[..., Any], *avals: Any, **jit_options: Any) -> Any:
     """``jax.jit(f, **jit_options)`` lowered for CUDA as on an H200, kernels included; avals are shapes or static arguments."""
-    with h200_target.as_on_h200():
-        traced = jax.jit(f, **jit_options).trace(*h200_target.on_h200(avals))
+    with described_device.as_on_device():
+        traced = jax.jit(f, **jit_options).trace(*described_device.on_device(avals))
         return traced.lower(lowering_platforms=("cuda",))
 
 
@@ -90,17 +92,26 @@ def compile_for_h200(f: Callable[..., Any], *avals: Any, **jit_options: Any) -> 
 
 def compile_lowered_by(lower: Callable[..., Any], *args: Any, **kwargs: Any) -> Compiled:
     """Compiles what ``lower(*args, **kwargs)`` returns for an H200, where lowering is not a plain `jax.jit` of a function."""
+    return compile_for(H200, lower, *args, **kwargs)
+
+
+def compile_for(device: Target, lower: Callable[..., Any], *args: Any, **kwargs: Any) -> Compiled:
+    """The same for any GPU whose name JAX knows."""
     toolchain = require_toolchain()
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        request = {"call": _pickled(lower, args, kwargs), "cuda": str(toolchain.cuda), "dump": str(folder / "dump")}
+        request = {
+            "call": _pickled(device, lower, args, kwargs),
+            "cuda": str(toolchain.cuda),
+            "dump": str(folder / "dump"),
+        }
         answer = _run_child(toolchain, request, folder)
         return _read(toolchain, folder / "dump", answer)
 
 
-def _pickled(lower: Callable[..., Any], args: Any, kwargs: Any) -> str:
+def _pickled(device: Target, lower: Callable[..., Any], args: Any, kwargs: Any) -> str:
     try:
-        return pickle.dumps((lower, args, kwargs)).hex()
+        return pickle.dumps((device, lower, args, kwargs)).hex()
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise TypeError(f"only functions of importable modules can be compiled in another process: {error}") from error
 

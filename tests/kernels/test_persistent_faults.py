@@ -3,7 +3,7 @@
 import jax
 import pytest
 from decoder_cases import DecoderCase
-from h200_target import as_on_h200
+from described_device import as_on_device
 from persistent_faults import FEW_SPINS, forgetting
 
 from pallas_kernels import decode_layers
@@ -27,7 +27,7 @@ def stores(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("step", [3, None])
 def test_a_forgetful_kernel_lowers(step: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     found, spins = stores(monkeypatch), kernel.SPINS
-    with forgetting(step), as_on_h200():
+    with forgetting(step), as_on_device():
         assert kernel.SPINS == FEW_SPINS
         run = jax.jit(lambda *arguments: decode_layers(*arguments, implementation="persistent"))
         run.trace(*jax.eval_shape(CASE.arguments)).lower(lowering_platforms=("cuda",))

@@ -115,7 +115,7 @@ def test_refusals_say_why() -> None:
         (Target("cpu"), "cpu"),
         (Target("rocm", "gfx942"), "rocm"),
         (Target("cuda", "NVIDIA T4", (7, 5), 40), "7.5"),
-        (Target("cuda", "NVIDIA B200", (10, 0), 148), "10.0"),
+        (Target("cuda", "NVIDIA B300", (10, 3), 148), "10.3"),
     ],
 )
 def test_other_devices_are_refused(device: Target, reason: str) -> None:

@@ -6,11 +6,13 @@ from flashsvd_jax.length_batches import batch_within_workspace, scores_held
 from pallas_kernels import Target, assume_target
 from pallas_kernels.target import H200
 
+B200, B300 = Target("cuda", "NVIDIA B200", (10, 0), 148), Target("cuda", "NVIDIA B300", (10, 3), 148)
+
 
 @pytest.mark.parametrize(
     ("device", "held"),
-    [(Target("cpu"), 12 * 512), (H200, 0), (Target("cuda", "NVIDIA B200", (10, 0), 148), 12 * 512)],
-    ids=["cpu", "H200", "B200"],
+    [(Target("cpu"), 12 * 512), (H200, 0), (B200, 0), (B300, 12 * 512)],
+    ids=["cpu", "H200", "B200", "B300"],
 )
 def test_scores_count_where_no_kernel_does_without_them(device: Target, held: int) -> None:
     with assume_target(device):

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 from cut_models import first_layers
-from h200_target import as_on_h200, on_h200
+from described_device import as_on_device, on_device
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
@@ -38,8 +38,8 @@ def lower_decode(
     def build(params: dict[str, Any]) -> DecoderWeights:
         return build_weights(config, flatten(params).__getitem__, hardware_rank)
 
-    weights = on_h200(jax.eval_shape(build, abstract_params(config)))
-    with as_on_h200():
+    weights = on_device(jax.eval_shape(build, abstract_params(config)))
+    with as_on_device():
         return Engine(config, weights, batch=batch, max_length=max_length, kernels=kernels).lower_decode(greedy=greedy)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from cuda_compile import lower_for_cuda
-from h200_target import as_on_h200
+from described_device import as_on_device
 
 from flashsvd_jax.encoder_config import EncoderConfig
 from flashsvd_jax.factorization import Factorization
@@ -37,6 +37,6 @@ def lower_pass(rank: int | None, batch: int, tokens: int, block_tokens: int | No
 
     weights = jax.eval_shape(build, abstract_params(config))
     given = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, tokens), (batch,)))
-    with as_on_h200():
+    with as_on_device():
         options = encoder_options(weights.layers, tokens_together(batch, tokens, block_tokens))
     return lower_for_cuda(run, weights, *given, compiler_options=options)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from cut_models import first_layers
-from h200_target import as_on_h200, on_h200
+from described_device import as_on_device, on_device
 
 from flashsvd_jax.config import ModelConfig
 from flashsvd_jax.engine import Engine
@@ -22,8 +22,8 @@ def lower_prompt(ranks: str, layers: int, tokens: int, step: int) -> Any:
     config: ModelConfig = (mixed_config if ranks == "mixed" else shape_config)("llama-2-7b", 0.5)
     config = first_layers(config, layers)
     build = partial(build_weights, config, pad_rank=hardware_rank)
-    weights = on_h200(jax.eval_shape(lambda params: build(flatten(params).__getitem__), abstract_params(config)))
-    with as_on_h200():
+    weights = on_device(jax.eval_shape(lambda params: build(flatten(params).__getitem__), abstract_params(config)))
+    with as_on_device():
         engine = Engine(config, weights, max_length=2 * tokens)
         requests = engine._requests([[0]], [SamplingParams(temperature=0.0, max_tokens=1)])
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), requests)

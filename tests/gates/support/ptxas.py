@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ARCHITECTURE = "sm_90a"
 _ENTRY = re.compile(r"^\s*\.visible \.entry (\w+)\(", re.MULTILINE)
+_TARGET = re.compile(r"^\.target (\w+)", re.MULTILINE)
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 
@@ -36,6 +36,12 @@ def entry_name(ptx: str) -> str | None:
     return names[0] if names else None
 
 
+def architecture(ptx: str) -> str:
+    """That PTX is written for, such as sm_90a."""
+    (found,) = _TARGET.findall(ptx)
+    return found
+
+
 def measure(ptxas: Path, sources: Mapping[str, str]) -> dict[str, Resources]:
     """Assembles the PTX of every kernel, by name.
 
@@ -48,7 +54,7 @@ def measure(ptxas: Path, sources: Mapping[str, str]) -> dict[str, Resources]:
 
 def _assemble(ptxas: Path, ptx: str) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as out:
-        command = [str(ptxas), "-arch", ARCHITECTURE, "-v", "-", "-o", out.name]
+        command = [str(ptxas), "-arch", architecture(ptx), "-v", "-", "-o", out.name]
         run = subprocess.run(command, input=ptx, capture_output=True, text=True, check=False)
         assembled = out.read()
     frame, registers = _FRAME.search(run.stderr), _REGISTERS.search(run.stderr)
