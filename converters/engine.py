@@ -24,10 +24,10 @@ from converters.gpt2_blocks import open_checkpoint
 from converters.plan import Plan, make_plan
 from converters.report import ConversionReport
 from converters.sources import TensorSource, WrappedSource, folder_of
-from converters.sources.hashing import sha256_of
 from converters.verify import verify_folder
 from converters.verify_logits import LogitsFunction
 from flashsvd_jax.checkpoint import FolderWriter, Manifest, SourceFile, WeightWarning
+from flashsvd_jax.checkpoint.hashing import sha256_of
 from flashsvd_jax.checkpoint.layout import MANIFEST_FILE, companion_files
 from flashsvd_jax.checkpoint.manifest import DTYPES
 from flashsvd_jax.config import ModelConfig, RopeConfig
@@ -179,7 +179,8 @@ def _write(job: _Job, dst: Path, companions: list[Path], progress: bool) -> None
     stored = job.plan.stored
     bar = progress_bar(f"converting {dst.name}", len(stored), " tensors", progress)
     try:
-        with warnings.catch_warnings(), bar, FolderWriter(dst, job.base.hf, manifest, copy_files=companions) as writer:
+        writing = FolderWriter(dst, job.base.hf, manifest, copy_files=companions, progress=progress)
+        with warnings.catch_warnings(), writing as writer, bar:
             warnings.simplefilter("error", WeightWarning)  # of no use to anybody, so nothing is written
             for name, info in stored.items():
                 writer.add(name, job.source.get(info.name))

@@ -6,6 +6,7 @@ CONFIG_FILE = "config.json"
 MANIFEST_FILE = "factorization.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CHECKSUMS_FILE = "SHA256SUMS"
 
 # Files of the base model that a factorized one needs unchanged: how text becomes tokens, and how to sample.
 COMPANION_FILES = (

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from flashsvd_jax.any_config import AnyConfig
 from flashsvd_jax.checkpoint.casting import cast
+from flashsvd_jax.checkpoint.hashing import write_checksums
 from flashsvd_jax.checkpoint.layout import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, WEIGHTS_FILE
 from flashsvd_jax.checkpoint.manifest import Manifest
 from flashsvd_jax.checkpoint.metadata import Metadata
@@ -41,6 +42,7 @@ class FolderWriter:
       manifest: what the folder holds; every array is cast to its dtype.
       shard_bytes: size at which a new file is begun; only a tensor that is larger by itself makes a larger file.
       copy_files: files to copy into the folder, such as the tokenizer's (see `layout.companion_files`).
+      progress: show a bar if taking checksums of what was written takes more than two seconds.
 
     Attributes:
       config: the model that ``hf_config`` and ``manifest`` describe.
@@ -58,8 +60,9 @@ class FolderWriter:
         *,
         shard_bytes: int = 2 * 2**30,
         copy_files: Sequence[Path] = (),
+        progress: bool = False,
     ):
-        self._dst = Path(dst)
+        self._dst, self._progress = Path(dst), progress
         checked = Manifest.from_json(manifest.to_json(), f"manifest for {dst}")  # what is written can be read
         self._metadata = Metadata.of(hf_config, checked, str(dst))
         self.config: AnyConfig = self._metadata.config
@@ -118,6 +121,7 @@ class FolderWriter:
             for file in self._copy_files:
                 shutil.copyfile(file, self._staged.path / file.name)
             self._metadata.write_manifest(self._staged.path)
+            write_checksums(self._staged.path, self._progress)
         self._staged.commit()
 
     def _warn(self) -> None:

@@ -75,7 +75,8 @@ def compress(
         factorization = run.factorization()
         manifest = _manifest(folder, recipe, calibration, factorization, stored)
         try:
-            with FolderWriter(dst, folder.hf_config, manifest, copy_files=companion_files(folder.path)) as writer:
+            companions = companion_files(folder.path)
+            with FolderWriter(dst, folder.hf_config, manifest, copy_files=companions, progress=progress) as writer:
                 run.write(writer, factorization)
         except WeightWarning as warning:
             raise CheckpointError(f"{warning}; nothing was written: choose a dtype of a wider range") from warning

@@ -5,7 +5,7 @@ sequences a third helps that to put inputs together:
 
     loading       w w w w w w k v w w w w w w ...     tiles of 16 KiB, weights and the cache's keys and values alike, in the order
                       |                                 in which they will be used; no input is waited for, so they come early
-    ring          [ 3 on their way | landed ..... ]   12 or 13 tiles, what memory inputs leave; 48 KiB on their way suffice
+    ring          [ 3 or 4 on their way | landed .. ]  12 or 13 tiles, what memory inputs leave; 56 KiB on their way suffice
                                         |
     multiplying   input | w w w | words | input | w w | words ...   an input is put together from words of other programs
 

@@ -1,6 +1,8 @@
 """Folders appear whole, with the values that were given, or not at all."""
 
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ def names_in(folder: Path) -> list[str]:
 def test_single_file(tiny_model: Callable[..., Any], tmp_path: Path, dtype: str) -> None:
     model = tiny_model(dtype=dtype)
     folder = model.write(tmp_path / "model")
-    assert names_in(folder) == ["config.json", "factorization.json", "model.safetensors"]
+    assert names_in(folder) == ["SHA256SUMS", "config.json", "factorization.json", "model.safetensors"]
     assert json.loads((folder / "config.json").read_text()) == model.hf_config
     arrays = stored(folder)
     assert arrays.keys() == model.arrays.keys()
@@ -53,6 +55,21 @@ def test_shards_are_bounded_and_indexed(model: Any, tmp_path: Path) -> None:
     assert all(size <= limit for size in sizes)
     assert index["metadata"]["total_size"] == sum(sizes)
     assert index["weight_map"].keys() == model.arrays.keys()
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum, of GNU coreutils, is not here")
+def test_checksums_tell_a_changed_byte(model: Any, tmp_path: Path) -> None:
+    def check() -> list[str]:
+        command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False).stdout.splitlines()
+
+    folder = model.write(tmp_path / "model", shard_bytes=2000)
+    others = [name for name in names_in(folder) if name != "SHA256SUMS"]
+    assert check() == [f"{name}: OK" for name in others]
+    changed = bytearray((folder / others[-2]).read_bytes())
+    changed[-1] ^= 1
+    (folder / others[-2]).write_bytes(changed)
+    assert [line for line in check() if not line.endswith(": OK")] == [f"{others[-2]}: FAILED"]
 
 
 def test_an_array_larger_than_a_shard_has_a_file_of_its_own(model: Any, tmp_path: Path) -> None:
@@ -167,7 +184,7 @@ def test_companion_files_are_copied(model: Any, tmp_path: Path) -> None:
     (source / "vocab.json").unlink()
     folder = model.write(tmp_path / "model", copy_files=companion_files(source))
     copied = set(COMPANION_FILES) - {"vocab.json"}
-    assert set(names_in(folder)) == copied | {"config.json", "factorization.json", "model.safetensors"}
+    assert set(names_in(folder)) == copied | {"SHA256SUMS", "config.json", "factorization.json", "model.safetensors"}
     for name in copied:
         assert (folder / name).read_text() == f"content of {name}"
 

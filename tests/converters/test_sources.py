@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
 from converters.sources import open_source
-from converters.sources.hashing import sha256_of
+from flashsvd_jax.checkpoint.hashing import sha256_of
 from flashsvd_jax.errors import CheckpointError
 
 TENSORS = {

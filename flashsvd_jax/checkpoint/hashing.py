@@ -1,8 +1,9 @@
-"""Checksums of weight files for the record of a conversion."""
+"""Checksums of files, of those that a model was converted from and of its own."""
 
 import hashlib
 from pathlib import Path
 
+from flashsvd_jax.checkpoint.layout import CHECKSUMS_FILE
 from flashsvd_jax.errors import CheckpointError
 from flashsvd_jax.progress import progress_bar
 
@@ -26,3 +27,12 @@ def sha256_of(path: Path, progress: bool = True) -> str:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
+
+
+def write_checksums(folder: Path, progress: bool = True) -> None:
+    """Writes those of all files of a folder as `CHECKSUMS_FILE`, which `sha256sum -c` reads.
+
+    Raises CheckpointError if a file cannot be read, OSError if that file cannot be written.
+    """
+    lines = [f"{sha256_of(file, progress)}  {file.name}\n" for file in sorted(folder.iterdir())]
+    (folder / CHECKSUMS_FILE).write_text("".join(lines), encoding="utf-8")
