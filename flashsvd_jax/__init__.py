@@ -11,10 +11,18 @@ __version__ = "0.1.0"
 __flashsvd__ = True  # marks this project's own packages; see flashsvd_jax._siblings
 
 _EXPORTS = {
+    "CheckpointError": "errors",
     "Completion": "generation",
+    "ConfigError": "errors",
+    "ConversionError": "errors",
     "EncoderModel": "encoder_model",
+    "FlashSVDError": "errors",
+    "KernelError": "errors",
+    "MissingExtraError": "errors",
     "Model": "model",
+    "ModelNotFoundError": "errors",
     "Piece": "generation",
+    "RequestError": "errors",
     "SamplingParams": "sampling",
     "batch_generate": "generation",
     "compile_count": "compile_cache",
@@ -31,10 +39,18 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CheckpointError",
     "Completion",
+    "ConfigError",
+    "ConversionError",
     "EncoderModel",
+    "FlashSVDError",
+    "KernelError",
+    "MissingExtraError",
     "Model",
+    "ModelNotFoundError",
     "Piece",
+    "RequestError",
     "SamplingParams",
     "__version__",
     "batch_generate",
@@ -59,6 +75,16 @@ if TYPE_CHECKING:
     from flashsvd_jax.compile_cache import compile_count, expect_no_compile
     from flashsvd_jax.encoder_model import EncoderModel, load_encoder
     from flashsvd_jax.encoding import encode
+    from flashsvd_jax.errors import (
+        CheckpointError,
+        ConfigError,
+        ConversionError,
+        FlashSVDError,
+        KernelError,
+        MissingExtraError,
+        ModelNotFoundError,
+        RequestError,
+    )
     from flashsvd_jax.generation import Completion, Piece, batch_generate, generate, stream_generate
     from flashsvd_jax.inspection import inspect
     from flashsvd_jax.model import Model, load

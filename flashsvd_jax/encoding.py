@@ -10,6 +10,7 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.length_batches import SMALLEST_BUCKET, batch_within_workspace, bucket, length_batches, scores_held
 from flashsvd_jax.models.encoder import POOLINGS
 from flashsvd_jax.progress import progress_bar
+from flashsvd_jax.token_ids import as_token_ids
 
 
 def encode(
@@ -82,7 +83,8 @@ def _check(
 def _token_ids(
     model: EncoderModel, texts: Sequence[str | Sequence[int]], limit: int, truncate: bool
 ) -> list[Sequence[int]]:
-    ids: list[Sequence[int]] = [() if isinstance(text, str) else [int(token) for token in text] for text in texts]
+    given = "texts are texts or lists of token ids"
+    ids: list[Sequence[int]] = [() if isinstance(text, str) else as_token_ids(text, given) for text in texts]
     written = [number for number, text in enumerate(texts) if isinstance(text, str)]
     if written and model.tokenizer is None:
         raise RequestError("this model was made without a tokenizer: give the texts as token ids")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from flashsvd_jax.errors import RequestError
 from flashsvd_jax.model import Model
 from flashsvd_jax.sampling import SamplingParams
 from flashsvd_jax.stop_text import StopText
+from flashsvd_jax.token_ids import as_token_ids
 
 Prompt = str | Sequence[int]
 
@@ -96,7 +97,7 @@ def stream_generate(
 
 def batch_generate(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     **options: Any,
 ) -> list[Completion]:
@@ -107,8 +108,9 @@ def batch_generate(
       prompts: texts or token ids, of any lengths.
       params: options for all, or one a prompt.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
         raise RequestError("batch_generate takes a list of prompts; a single one goes to generate")
+    prompts = list(prompts)
     if isinstance(params, Sequence):
         if options or len(params) != len(prompts):
             raise RequestError(
@@ -147,7 +149,7 @@ def _join(pieces: list[Piece]) -> Completion:
 def _run(model: Model, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[tuple[int, Piece]]:
     """Yields (row, piece); every row ends with one piece that has a finish reason."""
     before = time.perf_counter(), compile_count(), cache_hits()
-    if len(prompts) == 0:  # of an array there is no other way to ask
+    if not prompts:
         raise RequestError("no prompts were given")
     if model.tokenizer is None and any(p.stop for p in params):
         raise RequestError("stop needs a tokenizer, and this model was made without one: use stop_token_ids")
@@ -167,9 +169,7 @@ def _run(model: Model, prompts: Sequence[Prompt], params: Sequence[SamplingParam
 
 def _encode(model: Model, prompt: Prompt) -> list[int]:
     if not isinstance(prompt, str):
-        if not all(isinstance(token, int | np.integer) for token in prompt):
-            raise RequestError("a prompt is a text or a list of token ids; several prompts go to batch_generate")
-        return [int(token) for token in prompt]
+        return as_token_ids(prompt, "a prompt is a text or a list of token ids; several prompts go to batch_generate")
     if model.tokenizer is None:
         raise RequestError("this model was made without a tokenizer: give prompts as token ids")
     if not prompt:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,15 @@ class Model:
     ):
         check_kernels(kernels)
         limit = config.max_position
-        if max_length is not None and not 2 <= max_length <= limit:
+        if max_length is not None and not (isinstance(max_length, Integral) and 2 <= max_length <= limit):
             raise RequestError(
-                f"max_length must be from 2 to the {limit} positions that the model knows, not {max_length}"
+                f"max_length must be from 2 to the {limit} positions that the model knows, not {max_length!r}"
             )
+        if not (isinstance(decode_chunk, Integral) and decode_chunk >= 1):
+            raise RequestError(f"decode_chunk must be a whole number of at least 1, not {decode_chunk!r}")
         self.config, self.weights, self.tokenizer = config, weights, tokenizer
-        self.max_length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else max_length
-        self.decode_chunk, self.kernels = decode_chunk, kernels
+        self.max_length = min(limit, DEFAULT_MAX_LENGTH) if max_length is None else int(max_length)
+        self.decode_chunk, self.kernels = int(decode_chunk), kernels
         self._engines: dict[int, Engine] = {}
 
     @classmethod

@@ -1,7 +1,7 @@
 """Log-probabilities of given tokens, and the perplexity of a text, through forward passes of a few fixed shapes."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from flashsvd_jax.models.decoder import full_logits, token_losses
 from flashsvd_jax.models.pass_options import prompt_options
 from flashsvd_jax.models.weights import DecoderWeights
 from flashsvd_jax.progress import progress_bar
+from flashsvd_jax.token_ids import as_token_ids
 
 PERPLEXITY_WINDOW = 2048
 # From so many windows on, the spread between them gives the error; tokens of one window are not independent.
@@ -87,6 +88,10 @@ def score(
     Raises:
       RequestError: a sequence is too short or too long, or has a token outside the vocabulary.
     """
+    given = "score takes a list of sequences, each a list of token ids"
+    if isinstance(sequences, str) or not isinstance(sequences, Iterable):
+        raise RequestError(given)
+    sequences = [as_token_ids(ids, given) for ids in sequences]
     buckets = [bucket(len(ids) - 1, model.max_length, SMALLEST_BUCKET) for ids in sequences]
     return _score(model, sequences, buckets, batch, progress)
 
@@ -143,7 +148,7 @@ def _token_ids(model: Model, text: str | Sequence[int]) -> list[int]:
             raise RequestError("this model was made without a tokenizer: give the text as token ids")
         ids = model.tokenizer.encode(text)
     else:
-        ids = [int(token) for token in text]
+        ids = as_token_ids(text, "a perplexity is that of one text, or of one list of token ids")
     if len(ids) < 3:
         raise RequestError(f"the text has {len(ids)} tokens; a perplexity with its error needs at least 3")
     return ids

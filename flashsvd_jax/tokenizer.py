@@ -1,7 +1,8 @@
 """Text to tokens and back, through `transformers`: encoding, chat templates, and decoding a stream piece by piece."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,30 +53,33 @@ class Tokenizer:
         return bool(self.hf.chat_template)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the model expects at the start."""
-        return list(self.hf.encode(text, verbose=False))
+        """Token ids, with the special tokens that the model expects at the start.
+
+        Raises:
+          RequestError: the tokenizer does not take the text.
+        """
+        with _refused_as_request_error([text]):
+            return list(self.hf.encode(text, verbose=False))
 
     def encode_all(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
         """The same for many texts, cut off so that each has at most ``limit`` tokens, special ones at its end included."""
         cut = {} if limit is None else {"truncation": True, "max_length": limit}
-        try:
-            given = self.hf(list(texts), verbose=False, **cut)
-        except Exception as error:  # transformers raises whatever its backends do
-            raise RequestError(f"the tokenizer does not take these texts: {first_line(error)}") from error
-        return [list(row) for row in given["input_ids"]]
+        with _refused_as_request_error(texts):
+            return [list(row) for row in self.hf(list(texts), verbose=False, **cut)["input_ids"]]
 
     def encode_windows(self, text: str, length: int) -> list[list[int]]:
         """The whole text in pieces of so many tokens, each with the special tokens of a text by itself; the last may be shorter.
 
         Raises:
-          RequestError: the tokenizer cannot do that, or its special tokens leave no room.
+          RequestError: the tokenizer cannot do that or does not take the text, or its special tokens leave no room.
         """
         if not self.hf.is_fast:
             raise RequestError("the tokenizer cannot cut a text into windows: a tokenizer.json is needed for that")
         if length <= self.hf.num_special_tokens_to_add():
             raise RequestError(f"windows of {length} tokens leave no room beside the tokenizer's special tokens")
         cut = {"truncation": True, "max_length": length, "return_overflowing_tokens": True}
-        return [list(row) for row in self.hf(text, verbose=False, **cut)["input_ids"]]
+        with _refused_as_request_error([text]):
+            return [list(row) for row in self.hf(text, verbose=False, **cut)["input_ids"]]
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the assistant speaks next.
@@ -100,6 +104,26 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         """A decoder for one completion."""
         return TextStream(self)
+
+
+@contextlib.contextmanager
+def _refused_as_request_error(texts: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers raises whatever its backends do
+        why = next(filter(None, map(_not_unicode, texts)), first_line(error))
+        raise RequestError(f"the tokenizer does not take the text: {why}") from error
+
+
+def _not_unicode(text: str) -> str | None:
+    """Where a text is none, as of bytes that Python could not decode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"{text[error.start]!r}, its character {error.start}, is not Unicode; was it read as UTF-8, and is it that?"
+        )
+    return None
 
 
 class TextStream:

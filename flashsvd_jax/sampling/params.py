@@ -1,6 +1,7 @@
 """What a user asks of one completion, with the names that vLLM and OpenAI use."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -50,9 +51,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            found = tuple(map(_plain, value)) if isinstance(value, list | tuple) else _plain(value)
+            object.__setattr__(self, field.name, found)
         checks = {
             "temperature": (_in_range(self.temperature, 0, MAX_TEMPERATURE), f"a number from 0 to {MAX_TEMPERATURE:g}"),
             "top_k": (_is_int(self.top_k) and self.top_k >= -1, "a whole number of at least -1"),
@@ -83,6 +85,13 @@ class SamplingParams:
         for name, (valid, allowed) in checks.items():
             if not valid:
                 raise RequestError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+
+
+def _plain(value: Any) -> Any:
+    """Python's number for one of NumPy's, which is compiled for by its type; anything else as it is."""
+    if isinstance(value, bool | int | float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_int(value: Any) -> bool:

@@ -5,6 +5,7 @@ import dataclasses
 import time
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -251,9 +252,20 @@ def test_a_model_is_at_most_as_long_as_its_positions(tiny: Any, tokenizer: Token
     positions = tiny.config.max_position
     assert Model(tiny.config, tiny.weights, tokenizer).max_length == positions
     assert Model(tiny.config, tiny.weights, max_length=40).engine(1).max_length == 40
-    for length in (positions + 1, 0, -3):
-        with pytest.raises(RequestError, match=f"max_length.* {length}"):
-            Model(tiny.config, tiny.weights, max_length=length).engine(1)
+    for length in (positions + 1, 0, -3, "40", 40.0):
+        with pytest.raises(RequestError, match=f"max_length.* {length!r}"):
+            Model(tiny.config, tiny.weights, max_length=length).engine(1)  # type: ignore[arg-type]
+    for chunk in (0, "8"):
+        with pytest.raises(RequestError, match=f"decode_chunk.* {chunk!r}"):
+            Model(tiny.config, tiny.weights, decode_chunk=chunk)  # type: ignore[arg-type]
+
+
+def test_prompts_and_options_may_be_numpys_and_jaxs(model: Model) -> None:
+    ids, options = [3, 4, 5], {"temperature": np.float32(0.0), "max_tokens": np.int64(6), "seed": np.uint32(3)}
+    expected = generate(model, ids, temperature=0.0, max_tokens=6, seed=3)
+    for given in (np.array(ids), jnp.array(ids), tuple(ids), iter(ids)):
+        assert generate(model, given, **options) == expected
+    assert [found.text for found in batch_generate(model, (given for given in [ids, ids]), **options)] == [expected] * 2
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
@@ -264,10 +276,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "params and keywords": (("a", SamplingParams()), {"top_k": 3}, "top_k"),
     "empty text": (("",), {}, "the prompt is empty"),
     "no token": (([],), {}, "the prompt is empty"),
-    "too long": (([1] * 200,), {}, "200 tokens.*max_length"),
+    "too long": (([1] * 200,), {}, "200 tokens.*: shorten the prompt"),
     "outside the vocabulary": (([1, 5000],), {}, "outside the vocabulary"),
     "texts for one prompt": ((["a", "b"],), {}, "prompt"),
     "not whole numbers": (([1.5, 2.0],), {}, "prompt"),
+    "truth values": (([True, False],), {}, "prompt"),
+    "bytes": ((b"abc",), {}, "prompt"),
+    "nothing": ((None,), {}, "prompt"),
+    "not Unicode": (("ab\udcff",), {}, "'.udcff', its character 2, is not Unicode"),
 }
 
 
@@ -286,6 +302,7 @@ REFUSED_BATCHES: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "too many options": ((["a"], [SamplingParams()] * 2), {}, "1 prompts need"),
     "list and keywords": ((["a"], [SamplingParams()]), {"top_k": 3}, "keywords"),
     "one text": (("abc",), {}, "list of prompts"),
+    "nothing": ((None,), {}, "list of prompts"),
     "one bad among good": ((["a", ""],), {}, "prompt.* is empty"),
 }
 

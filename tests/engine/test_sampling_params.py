@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from flashsvd_jax.errors import RequestError
@@ -41,6 +42,18 @@ AT_THE_LIMIT: dict[str, list[Any]] = {
     "ignore_eos": [True, False],
     "logprobs": [None, 0, MAX_LOGPROBS],
 }
+
+
+def test_numpys_numbers_are_pythons() -> None:
+    """Whatever the type, it is one program that is compiled."""
+    given = SamplingParams(
+        temperature=np.float32(0.5), top_k=np.int32(3), seed=np.uint64(2**63), stop_token_ids=[np.int64(7)]
+    )
+    assert given == SamplingParams(temperature=0.5, top_k=3, seed=2**63, stop_token_ids=(7,))
+    assert {type(given.temperature), type(given.top_k), type(given.seed), *map(type, given.stop_token_ids)} == {
+        float,
+        int,
+    }
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:

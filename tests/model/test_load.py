@@ -25,6 +25,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_every_public_name_is_there_and_every_error_among_them() -> None:
+    assert all(hasattr(flashsvd_jax, name) for name in flashsvd_jax.__all__)
+    errors = vars(flashsvd_jax.errors).values()
+    raised = {found.__name__ for found in errors if isinstance(found, type) and issubclass(found, Exception)}
+    assert raised <= set(flashsvd_jax.__all__) and flashsvd_jax.RequestError is RequestError
+
+
 def test_the_bundled_checkpoint_generates_the_same_text_twice(folder: Path) -> None:
     model = load(folder, dtype="float32", max_length=64)
     options = {"temperature": 0.5, "seed": 3, "max_tokens": 8}

@@ -90,6 +90,9 @@ def test_batch_size_keeps_memory_bounded(bucket: int, count: int, batch: int) ->
         ([[5, 10_000]], {}, "outside the vocabulary"),
         ([[5, -1]], {}, "outside the vocabulary"),
         ([[5, 6]], {"batch": 0}, "batch must be at least 1"),
+        (["some text"], {}, "score takes a list of sequences"),
+        ("some text", {}, "score takes a list of sequences"),
+        ([[5, 6.5]], {}, "score takes a list of sequences"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(
@@ -174,6 +177,9 @@ def test_a_short_last_window_compiles_nothing_of_its_own(tiny: Any) -> None:
         ([5] * 50, {"window": 8, "stride": 9}, "stride must be from 1"),
         ([5] * 50, {"window": 8, "stride": 0}, "stride must be from 1"),
         ([5] * 50, {"batch": -1}, "batch must be"),
+        (["some", "texts"], {}, "that of one text"),
+        (None, {}, "that of one text"),
+        ("a\udcff", {}, "is not Unicode"),
     ],
 )
 def test_a_perplexity_that_cannot_be_had_is_refused(
