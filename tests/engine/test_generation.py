@@ -282,6 +282,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "not whole numbers": (([1.5, 2.0],), {}, "prompt"),
     "truth values": (([True, False],), {}, "prompt"),
     "bytes": ((b"abc",), {}, "prompt"),
+    "an array of fractions": ((np.array([1.0, 2.0]),), {}, "prompt"),
+    "an array that is one number": ((np.array(3),), {}, "prompt"),
     "nothing": ((None,), {}, "prompt"),
     "not Unicode": (("ab\udcff",), {}, "'.udcff', its character 2, is not Unicode"),
 }
