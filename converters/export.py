@@ -73,7 +73,7 @@ def export(
 ) -> ExportReport:
     """Writes a converted model in a published form; the folder appears whole at ``dst``, or after an error not at all.
 
-    Every array is written as it is stored, so converting the result gives the same arrays again, bit for bit.
+    Every array is written as it is stored, so converting the result to that dtype gives the same arrays again, bit for bit.
 
     Args:
       folder: a converted model.

@@ -20,8 +20,8 @@ class ExportFormat:
 
     Attributes:
       name: what the user calls it.
-      family: the family that reads it back; its first rule whose names hold a factor is what is written.
-      rule: which of the family's rules, from 0.
+      family: the family that reads it back.
+      rule: which of the family's rules, from 0, has the names that are written.
       architecture: class name in config.json, ``{base}`` standing for that of the base model.
       added: further entries of config.json, from the compression method and the rank by module path.
       block_biases: base models whose classes keep biases of factorized projections as buffers of the block (``q_bias``).

@@ -101,7 +101,8 @@ def batch_generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     **options: Any,
 ) -> list[Completion]:
-    """Completions of several prompts, computed together; each is what the prompt alone would give.
+    """Completions of several prompts, computed together; each is what the prompt alone would give, but for rounding, as sums
+    are made otherwise at another batch size.
 
     Args:
       model: from `load`.

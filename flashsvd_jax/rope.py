@@ -1,4 +1,4 @@
-"""Rotary position embedding, with every published frequency scaling.
+"""Rotary position embedding, with the published frequency scalings of `ROPE_KINDS`.
 
 Rotation pairs element i of a head with element i + head_dim/2 (the Llama convention). Frequencies follow the formulas of
 "RoFormer" (Su et al. 2021), position interpolation (Chen et al. 2023), dynamic NTK, YaRN (Peng et al. 2023), LongRoPE

@@ -15,7 +15,7 @@ from flashsvd_jax.checkpoint.manifest import Manifest
 from flashsvd_jax.checkpoint.metadata import Metadata
 from flashsvd_jax.checkpoint.params_tree import full_tree
 from flashsvd_jax.checkpoint.shards import Header, Shards
-from flashsvd_jax.errors import CheckpointError
+from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.progress import progress_bar
 from flashsvd_jax.schema import check_shapes, schema
 
@@ -125,7 +125,12 @@ def load_params(path: str | Path, dtype: DTypeLike | None = None) -> dict[str, A
 
     Raises:
       ConfigError, CheckpointError: see `open_folder`.
+      RequestError: no such dtype.
     """
+    try:
+        dtype = None if dtype is None else jnp.dtype(dtype)
+    except TypeError as error:
+        raise RequestError(f"there is no dtype {dtype!r}") from error
     arrays = {}
     with open_folder(path) as folder:
         itemsize = jnp.dtype(folder.manifest.dtype).itemsize

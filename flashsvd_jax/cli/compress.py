@@ -1,4 +1,4 @@
-"""Compress a dense decoder or encoder: every projection of its layers becomes two factors, chosen so that the model loses least."""
+"""Compress a dense decoder or encoder: projections of its layers become two factors each, chosen so that the model loses least."""
 
 import argparse
 import contextlib

@@ -45,7 +45,7 @@ def add_kernels(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, temperature: float) -> None:
-    """One option for each field of SamplingParams."""
+    """One option for each field of SamplingParams but ``logprobs``."""
     add = parser.add_argument
     add("--max-tokens", type=int, default=256, metavar="N", help="at most so many tokens")
     add("--temperature", type=float, default=temperature, metavar="T", help="0 takes the most likely token")

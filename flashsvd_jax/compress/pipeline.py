@@ -45,7 +45,7 @@ def compress(
       src: the dense model, a folder in this project's layout.
       dst: the folder to make.
       recipe: how.
-      calibration: the text, which everything but method "svd" with uniform or given ranks reads.
+      calibration: the text, where the recipe reads one (`Recipe.reads_text`).
       dtype: of the stored arrays; that of ``src`` if not given.
       resume: keep finished layers in a hidden folder beside ``dst`` until all are done, and go on from those that an interrupted
         call with the same arguments left there.

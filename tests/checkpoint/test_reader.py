@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flashsvd_jax.checkpoint import ModelFolder, load_params, open_folder
-from flashsvd_jax.errors import CheckpointError
+from flashsvd_jax.errors import CheckpointError, RequestError
 from flashsvd_jax.schema import abstract_params, flatten, schema
 
 ALIAS, OWNER = "layers_1.self_attn.q_proj.down", "layers_0.self_attn.q_proj.down"
@@ -107,3 +107,8 @@ def test_loading_holds_one_array_at_a_time(model: Any, tmp_path: Path, monkeypat
     monkeypatch.setattr(jax, "device_put", lambda array: jnp.array(array, copy=True))
     load_params(model.write(tmp_path / "model"))
     assert len(alive) == len(model.arrays) and max(alive) == 0
+
+
+def test_a_dtype_that_there_is_not_is_an_error(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="no dtype 'float17'"):
+        load_params(model.write(tmp_path / "model"), "float17")
