@@ -71,8 +71,8 @@ class Engine:
       batch: sequences computed together.
       max_length: longest prompt plus completion, in tokens.
       decode_chunk: tokens per dispatch; more hides the host, fewer stream sooner.
-      prefill_chunk: longer prompts are processed in pieces of this many tokens, rounded up to a power of two; what suits the device if not given, see
-        `prompt_chunks`.
+      prefill_chunk: longer prompts are processed in pieces of this many tokens, rounded up to a power of two; what suits the
+        device if not given, see `prompt_chunks`.
       kernels: "auto" for the fastest implementation of every op, or the name of one that is tried first, such as "xla".
 
     Attributes:

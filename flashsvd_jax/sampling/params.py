@@ -26,8 +26,7 @@ class SamplingParams:
       repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output; 1 for none.
       presence_penalty: subtracted from logits of tokens in the output.
       frequency_penalty: subtracted once for every time a token is in the output.
-      seed: the same seed gives the same text whatever is computed beside it, but for how sums are rounded at other batch sizes; None
-        draws one.
+      seed: the same seed gives the same text whatever is computed beside it, but for rounding at other batch sizes; None draws one.
       max_tokens: at most so many tokens; None for as many as the cache holds.
       stop: texts that end the completion; they are not part of it.
       stop_token_ids: further tokens that end it, besides the model's own end tokens.
