@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,8 @@ def preferring(kernels: str) -> contextlib.AbstractContextManager[None]:
 class BackgroundStep:
     """A jitted function that is called with arguments of one kind, and may be compiled in another thread before its first call.
 
+    Threads may call it at once; the first begins it.
+
     Args:
       jitted: what `jax.jit` gave.
       made_of: as text, all that decides what it computes beside its arguments; executables are kept across processes by it, none
@@ -40,6 +43,8 @@ class BackgroundStep:
         self._compiled: Future[Any] | None = None
         self._gives: Any = None
         self._read: tuple[Path, tuple[Any, ...]] | None = None  # from where, and for arguments of which shapes
+        self._untried: Path | None = None  # from where, until it was called
+        self._lock = threading.RLock()
 
     def begin(self, *shapes: Any) -> Any:
         """Starts to compile it for arguments of such shapes, if nobody has, or to read what an earlier process has kept.
@@ -49,34 +54,39 @@ class BackgroundStep:
         Returns:
           The shapes of what it gives.
         """
-        if self._compiled is not None:
-            return self._gives
+        with self._lock:
+            return self._gives if self._compiled is not None else self._begin(*shapes)
+
+    def _begin(self, *shapes: Any) -> Any:
         file = None if self._made_of is None else kept_steps.file_of(self._made_of, shapes)
         kept = None if file is None else kept_steps.read(file)
         if file is not None and kept is not None:
             add_choices(self._used, kept.used)
-            self._gives, self._read = kept.gives, (file, shapes)
+            self._gives, self._read, self._untried = kept.gives, (file, shapes), file
             self._compiled = _threads().submit(_loaded, kept)
             return self._gives
         with self._recorded():
             traced = self._jitted.trace(*shapes)
-        self._gives, self._read = traced.out_info, None
+        self._gives, self._read, self._untried = traced.out_info, None, None
         self._compiled = _threads().submit(_compiled, traced.lower(), file, self._gives, self._chosen)
         return self._gives
 
     def wait(self) -> None:
         """Until it is compiled, if that has begun. Raises whatever compiling it raised; what begins it next tries again."""
-        if self._compiled is None:
+        compiled = self._compiled
+        if compiled is None:
             return
         try:
-            self._compiled.result()
+            compiled.result()
         except Exception as error:
-            self._compiled = None
-            if self._read is None:
-                raise
-            file, shapes = self._read
-            kept_steps.forget(file, error)
-            self.begin(*shapes)
+            with self._lock:
+                if self._compiled in (compiled, None):  # else another thread has begun it again
+                    self._compiled = None
+                    if self._read is None:
+                        raise
+                    file, shapes = self._read
+                    kept_steps.forget(file, error)
+                    self.begin(*shapes)
             self.wait()
         self._read = None  # what it holds may be large
 
@@ -99,7 +109,16 @@ class BackgroundStep:
         self.begin(*arguments)
         self.wait()
         assert self._compiled is not None
-        return self._compiled.result()(*arguments)
+        try:
+            return self._compiled.result()(*arguments)
+        except Exception as error:
+            if (
+                self._untried is not None
+            ):  # it may be at fault, and its arguments are gone: the next process does without
+                kept_steps.forget(self._untried, error)
+            raise
+        finally:
+            self._untried = None
 
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -141,8 +160,7 @@ class BackgroundSteps(dict[Hashable, BackgroundStep]):
         return cls(jax.jit(chosen, **options), said, used)
 
     def __missing__(self, kind: Hashable) -> BackgroundStep:
-        step = self[kind] = BackgroundStep(*self._of_each)
-        return step
+        return self.setdefault(kind, BackgroundStep(*self._of_each))  # two threads get the same one
 
 
 def _compiled(lowered: Any, file: Path | None, gives: Any, used: Record) -> Any:

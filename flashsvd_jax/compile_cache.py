@@ -19,6 +19,11 @@ _HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 _counts = {_COMPILE_EVENT: 0, _HIT_EVENT: 0}
 _of_thread = threading.local()
+_lock = threading.Lock()
+_read: dict[int, Any] = {}
+"""Executables that were read, by their ids, which no others get as long as they are here."""
+_reading: set[int] = set()
+"""Threads that have read one which is not there yet."""
 
 
 def _count(event: str, *_: object, **__: object) -> None:
@@ -26,6 +31,8 @@ def _count(event: str, *_: object, **__: object) -> None:
         _counts[event] += 1
     if event == _HIT_EVENT:
         _of_thread.hits = _hits_of_thread() + 1
+        if getattr(_of_thread, "tells", False):
+            _reading.add(threading.get_ident())
 
 
 def _hits_of_thread() -> int:
@@ -47,10 +54,20 @@ def cache_hits() -> int:
 
 
 def compiled_anew(lowered: Any) -> tuple[Any, bool]:
-    """A lowered function compiled, and whether that was not read from the persistent cache."""
-    before = _hits_of_thread()
-    compiled = lowered.compile()
-    return compiled, _hits_of_thread() == before
+    """A lowered function compiled, and whether that was not read from the persistent cache, by this thread or by another: JAX
+    gives the same executable to all that compile the same."""
+    before, _of_thread.tells = _hits_of_thread(), True
+    try:
+        compiled = lowered.compile()
+        executable = compiled.runtime_executable()
+        with _lock:
+            if _hits_of_thread() != before:
+                _read[id(executable)] = executable
+            _reading.discard(threading.get_ident())
+            return compiled, id(executable) not in _read and not _reading
+    finally:
+        _of_thread.tells = False
+        _reading.discard(threading.get_ident())
 
 
 def count_read() -> None:

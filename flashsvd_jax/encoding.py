@@ -1,6 +1,6 @@
 """Texts to vectors, through an encoder's forward passes of a few fixed shapes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from flashsvd_jax.token_ids import as_token_ids
 
 def encode(
     model: EncoderModel,
-    texts: Sequence[str | Sequence[int]],
+    texts: Iterable[str | Sequence[int]],
     *,
     pooling: str = "mean",
     normalize: bool = False,
@@ -44,7 +44,12 @@ def encode(
     Raises:
       RequestError: a text is too long or has no token, an option cannot be used, or the model is no encoder.
     """
-    _check(model, texts, pooling, max_length, batch)
+    if isinstance(texts, str) or not isinstance(texts, Iterable):
+        raise RequestError(
+            f"texts is {'a single text' if isinstance(texts, str) else repr(texts)}: give a list of them"
+        )
+    texts = list(texts)
+    _check(model, pooling, max_length, batch)
     limit = model.config.max_position if max_length is None else max_length
     ids = _token_ids(model, texts, limit, truncate)
     buckets = [bucket(len(row), model.config.max_position, SMALLEST_BUCKET) for row in ids]
@@ -64,13 +69,9 @@ def encode(
     return found
 
 
-def _check(
-    model: EncoderModel, texts: Sequence[object], pooling: str, max_length: int | None, batch: int | None
-) -> None:
+def _check(model: EncoderModel, pooling: str, max_length: int | None, batch: int | None) -> None:
     if not isinstance(model, EncoderModel):
         raise RequestError("only an encoder encodes texts: load one with load_encoder")
-    if isinstance(texts, str):
-        raise RequestError("texts is a single text: give a list of them")
     if pooling not in POOLINGS:
         raise RequestError(f"pooling {pooling!r} is not one of {', '.join(POOLINGS)}")
     if max_length is not None and not 1 <= max_length <= model.config.max_position:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,9 @@ class Evaluation:
         found = fields.pop("perplexity")
         if found is not None:
             names = ("standard_error", "tokens", "windows", "window")
-            fields |= {"perplexity": found.value, **{name: getattr(found, name) for name in names}}
+            values = {"perplexity": found.value, **{name: getattr(found, name) for name in names}}
+            # JSON has no infinity, which a broken model's perplexity may be.
+            fields |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
         return json.dumps(fields | device | provenance())
 

@@ -73,10 +73,11 @@ class Model:
         """The engine for so many prompts at once: batch sizes are powers of two, so that few are ever compiled."""
         batch = power_of_two(prompts)
         if batch not in self._engines:
-            self._engines[batch] = Engine(
+            engine = Engine(
                 self.config, self.weights, batch=batch, max_length=self.max_length, decode_chunk=self.decode_chunk,
                 kernels=self.kernels,
             )  # fmt: skip
+            self._engines.setdefault(batch, engine)  # two threads get the same one
         return self._engines[batch]
 
     def warm_up(self, prompts: int = 1, longest: int | None = None, *, greedy: bool | None = None) -> int:

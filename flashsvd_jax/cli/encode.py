@@ -1,6 +1,7 @@
 """Turn each line of a text file into a vector, with an encoder."""
 
 import argparse
+import io
 import json
 import sys
 from pathlib import Path
@@ -70,15 +71,21 @@ def _lines(file: str) -> list[str]:
 
 
 def _save(file: Path, vectors: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all; where a link leads, and into what is there but no file, such as a device, as it is."""
     import numpy as np
 
-    partial = file.with_name(f".{file.name}.partial")
+    content = io.BytesIO()
+    np.save(content, vectors)
     try:
-        with partial.open("wb") as out:
-            np.save(out, vectors)
-        partial.replace(file)
+        place = file.resolve()
+        if place.exists() and not place.is_file():
+            place.write_bytes(content.getbuffer())
+            return
+        partial = place.with_name(f".{place.name}.partial")
+        try:
+            partial.write_bytes(content.getbuffer())
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise RequestError(f"{file} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

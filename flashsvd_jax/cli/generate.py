@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from flashsvd_jax.cli.options import add_model_options, add_sampling_options, load_model, sampling_params
+from flashsvd_jax.errors import RequestError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> None:
     """Runs the command."""
-    prompt = sys.stdin.read() if parsed.prompt is None else parsed.prompt
+    prompt = _given() if parsed.prompt is None else parsed.prompt
     params = sampling_params(parsed)
     print_stream(load_model(parsed), prompt, params)
+
+
+def _given() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input cannot be read as text: {error}") from error
 
 
 def print_stream(model: Any, prompt: Any, params: Any) -> Any:

@@ -109,8 +109,10 @@ def check_folder_of(file: Path | None) -> None:
     """Refuses an output file before work is done for it.
 
     Raises:
-      RequestError: its folder does not exist.
+      RequestError: its folder does not exist, or it is one itself.
     """
+    if file is not None and file.is_dir():
+        raise RequestError(f"{file} cannot be written: it is a folder")
     if file is not None and not file.absolute().parent.is_dir():
         raise RequestError(f"{file} cannot be written: its folder does not exist")
 

@@ -39,6 +39,8 @@ class Calibration:
         """
         if self.samples < 1:
             raise RequestError(f"samples must be at least 1, not {self.samples}")
+        if self.seed < 0:
+            raise RequestError(f"seed must be at least 0, not {self.seed}")
         if not 2 <= self.length <= config.max_position:
             raise RequestError(f"length must be from 2 to {config.max_position}, the model's limit, not {self.length}")
         if isinstance(config, EncoderConfig):

@@ -39,6 +39,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} must be at least 1, not {value}")
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed must be from 0 to 2**63 - 1, not {self.seed}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise RequestError(f"lr must be above 0, not {self.lr}")
         if self.dtype not in DTYPES:

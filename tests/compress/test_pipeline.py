@@ -248,6 +248,7 @@ def test_windows_lie_side_by_side_and_the_seed_chooses_them(dense: Any) -> None:
         ({"text": "x = 1"}, r"text\.txt has \d tokens, 0 windows of 48; 4 windows need 192: give a longer text"),
         ({"samples": 100_000}, r"100000 windows need 4800000"),
         ({"samples": 0}, "samples must be at least 1, not 0"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"length": 1}, "length must be from 2 to 64, the model's limit, not 1"),
         ({"length": 65}, "length must be from 2 to 64"),
     ],

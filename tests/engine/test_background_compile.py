@@ -1,6 +1,8 @@
 """A step is compiled once, elsewhere than where it is called, and its errors arrive there."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -8,11 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flashsvd_jax.background_compile import BackgroundStep
+from flashsvd_jax.background_compile import BackgroundStep, BackgroundSteps
 from flashsvd_jax.compile_cache import compile_count, expect_no_compile
 from flashsvd_jax.sampling import SamplingParams
 
 SHAPE = jax.ShapeDtypeStruct((3,), jnp.float32)
+
+
+class Executable:
+    """As compiling gives."""
+
+    def __call__(self, *arguments: object) -> object:
+        return arguments
+
+    def runtime_executable(self) -> object:
+        return self
 
 
 class Jitted:
@@ -37,7 +49,7 @@ class Jitted:
         self.threads.append(threading.current_thread())
         if self.error is not None:
             raise self.error
-        return lambda *arguments: arguments
+        return Executable()
 
 
 def test_it_is_lowered_here_and_compiled_meanwhile() -> None:
@@ -75,6 +87,22 @@ def test_a_jitted_function_is_compiled_once(begun: bool) -> None:
     assert compile_count() == before + 1 and values[0].is_deleted()
     with expect_no_compile():
         step(*found)
+
+
+def test_threads_that_call_at_once_begin_it_once() -> None:
+    traced: list[None] = []
+
+    class Slow:
+        def trace(self, *shapes: Any) -> Any:
+            traced.append(None)
+            time.sleep(0.1)
+            return jax.jit(lambda x: x + 1).trace(*shapes)
+
+    steps = BackgroundSteps(Slow())
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: steps["a kind"](jnp.ones(3)), range(6)))
+    np.testing.assert_array_equal(found, np.full((6, 3), 2))
+    assert len(traced) == 1
 
 
 def test_all_that_a_call_needs_is_begun_before_anything_is_called(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from kept_executables import end_of_process, kept_in
 
 from flashsvd_jax import config, kept_steps
 from flashsvd_jax.background_compile import BackgroundStep
-from flashsvd_jax.compile_cache import ENVIRONMENT_VARIABLE, cache_hits, compile_count
+from flashsvd_jax.compile_cache import ENVIRONMENT_VARIABLE, cache_hits, compile_count, compiled_anew
 from flashsvd_jax.shapes import mixed_config, shape_config
 from pallas_kernels import Implementation, Norm, assume_target, record, rms_norm
 from pallas_kernels.registry import Record
@@ -80,6 +80,33 @@ def test_what_jax_had_kept_is_not_kept_again(counted: Any, folder: Path) -> None
     for _ in range(2):
         np.testing.assert_array_equal(call(norm), first)
     assert len(traced) == 3 and not list(folder.iterdir())
+
+
+def test_what_another_has_read_is_not_kept_again(counted: Any, folder: Path) -> None:
+    """JAX gives one executable to all that compile the same, and tells a hit only to who has read it."""
+    norm, _ = counted
+    call(norm)
+    jitted = jax.jit(lambda x: norm(x))
+    (read, first), (given, second) = (compiled_anew(jitted.lower(SHAPE)) for _ in range(2))
+    assert read.runtime_executable() is given.runtime_executable()
+    assert (first, second) == (False, False)
+
+
+def test_a_kept_step_that_fails_when_it_is_called_is_forgotten(
+    counted: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, _ = counted
+    first = call(norm)
+
+    def fails(*arguments: Any) -> Any:
+        raise ValueError("a function is not there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kept_steps.KeptStep, "load", lambda self: fails)
+        with pytest.raises(ValueError, match="not there"):
+            call(norm)
+    assert not list(folder.iterdir())
+    np.testing.assert_array_equal(call(norm), first)
 
 
 def test_it_is_traced_once_and_says_again_which_kernels_it_uses(counted: Any, folder: Path) -> None:

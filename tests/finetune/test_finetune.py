@@ -228,6 +228,8 @@ def test_the_command(compressed: Any, tmp_path: Path, capsys: pytest.CaptureFixt
         ({"lora": 0}, "lora must be at least 1, not 0"),
         ({"lr": float("nan")}, "lr must be above 0, not nan"),
         ({"dtype": "int8"}, "dtype 'int8' is not one of"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"seed": 2**63}, "seed must be from 0"),
         ({"length": 65}, "length must be from 2 to 64, the model's limit, not 65"),
         ({"batch": 5000}, r"text has \d+ tokens; a step reads 120001: give a longer text"),
         ({"lr": 1e30}, "the loss is not finite at step"),

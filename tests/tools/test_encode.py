@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +251,25 @@ def test_command_writes_an_array(tiny_encoder: TinyEncoder, tmp_path: Path) -> N
     assert sorted(file.name for file in tmp_path.iterdir()) == ["texts", "vectors.npy"]
 
 
+def test_command_writes_where_a_link_leads_and_into_a_pipe(tiny_encoder: TinyEncoder, tmp_path: Path) -> None:
+    (tmp_path / "texts").write_text("a cat\n")
+    (tmp_path / "link.npy").symlink_to("real.npy")
+    os.mkfifo(tmp_path / "pipe")
+    arguments = ["encode", str(tiny_encoder.folder), str(tmp_path / "texts"), "-o"]
+    assert main([*arguments, str(tmp_path / "link.npy")]) == 0
+    with ThreadPoolExecutor() as pool:
+        read = pool.submit((tmp_path / "pipe").read_bytes)
+        assert main([*arguments, str(tmp_path / "pipe")]) == 0
+        assert read.result() == (tmp_path / "real.npy").read_bytes()
+    assert (tmp_path / "link.npy").is_symlink() and (tmp_path / "pipe").is_fifo()
+
+
+def test_texts_may_be_any_iterable(tiny_encoder: TinyEncoder) -> None:
+    want = encode(tiny_encoder.model, ["a cat", "b"])
+    for texts in (iter(["a cat", "b"]), dict.fromkeys(["a cat", "b"]).keys()):
+        np.testing.assert_array_equal(encode(tiny_encoder.model, texts), want)
+
+
 def test_command_prints_a_vector_a_line(
     tiny_encoder: TinyEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +288,7 @@ def test_errors_of_the_command(tiny_encoder: TinyEncoder, tmp_path: Path, capsys
         ([str(tmp_path / "binary")], "binary cannot be read as text"),
         ([str(tmp_path / "long"), "-o", out], "text 0 has 102 tokens"),
         ([str(tmp_path / "long"), "-o", str(tmp_path / "no" / "out.npy")], "its folder does not exist"),
+        ([str(tmp_path / "long"), "-o", str(tmp_path)], "it is a folder"),
     ):
         assert main(["encode", folder, *arguments]) == 1
         assert message in capsys.readouterr().err
