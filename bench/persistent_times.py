@@ -76,6 +76,7 @@ VARIANTS: dict[str, tuple[Patch, ...]] = {
     "no copies": (NO_COPIES,),
     "no waits or copies": (NO_WAITS, NO_COPIES),
     "nothing fetched ahead": ((loading, "fetch_ahead", lambda *arguments: None),),
+    "2 tiles in flight": (_tuning(tiles_in_flight=2),),
     "3 tiles in flight": (_tuning(tiles_in_flight=3),),
     "3.5 tiles in flight": (_tuning(tiles_in_flight=3.5),),
     "4 tiles in flight": (_tuning(tiles_in_flight=4),),

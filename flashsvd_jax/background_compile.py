@@ -112,9 +112,8 @@ class BackgroundStep:
         try:
             return self._compiled.result()(*arguments)
         except Exception as error:
-            if (
-                self._untried is not None
-            ):  # it may be at fault, and its arguments are gone: the next process does without
+            # What was read may be at fault; its arguments are gone, but the next process does without it.
+            if self._untried is not None:
                 kept_steps.forget(self._untried, error)
             raise
         finally:

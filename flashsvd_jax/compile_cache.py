@@ -63,8 +63,7 @@ def compiled_anew(lowered: Any) -> tuple[Any, bool]:
         with _lock:
             if _hits_of_thread() != before:
                 _read[id(executable)] = executable
-            _reading.discard(threading.get_ident())
-            return compiled, id(executable) not in _read and not _reading
+            return compiled, id(executable) not in _read and _reading <= {threading.get_ident()}
     finally:
         _of_thread.tells = False
         _reading.discard(threading.get_ident())

@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from flashsvd_jax.checkpoint.hashing import sha256_of
 from flashsvd_jax.checkpoint.layout import CONFIG_FILE, MANIFEST_FILE
 from flashsvd_jax.checkpoint.staging import locked, sync, unwritable_as_checkpoint_error
 from flashsvd_jax.errors import CheckpointError
@@ -116,8 +117,6 @@ class WorkFolder:
 
 def content_digest(folder: Path) -> str:
     """Of a model's folder: the SHA-256 of its weights, configuration and manifest."""
-    digests = []
-    for file in sorted([*folder.glob("*.safetensors"), folder / CONFIG_FILE, folder / MANIFEST_FILE]):
-        with file.open("rb") as opened:
-            digests.append(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}")
+    files = sorted([*folder.glob("*.safetensors"), folder / CONFIG_FILE, folder / MANIFEST_FILE])
+    digests = [f"{file.name} {sha256_of(file, progress=False)}" for file in files]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -14,7 +14,7 @@ import pytest
 from flashsvd_jax.cli import main
 from flashsvd_jax.compress import Recipe, compress
 from flashsvd_jax.errors import RequestError
-from flashsvd_jax.evaluation import evaluate, table
+from flashsvd_jax.evaluation import Evaluation, evaluate, table
 from flashsvd_jax.model import load
 from flashsvd_jax.schema import count_params
 from flashsvd_jax.scoring import Perplexity, perplexity
@@ -136,3 +136,16 @@ def test_a_model_that_is_not_there_is_told_before_another_is_scored(
     models = [str(dense.folder), str(tmp_path / "missing")]
     assert main(["evaluate", *models, "--append", str(lines), "--window", "16", "--quiet"]) == 1
     assert "missing" in capsys.readouterr().err and not lines.exists()
+
+
+def test_rows_are_json_whatever_the_perplexity() -> None:
+    endless = Perplexity(math.inf, math.inf, 10, 1, 16, ())
+    row = Evaluation(
+        model="m", family="svd", notes=(), kept=1.0, params=1, weight_bytes=2, dtype="float32", perplexity=endless
+    )
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    found = json.loads(row.to_json(), parse_constant=refuse)
+    assert (found["perplexity"], found["standard_error"], found["tokens"]) == (None, None, 10)

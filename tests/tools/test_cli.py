@@ -1,5 +1,6 @@
 """The command line: help at once, exit codes, one line for an explained error, and the output of some commands."""
 
+import io
 import json
 import os
 import subprocess
@@ -179,3 +180,11 @@ def test_perplexity_of_a_file_without_text(
 )
 def test_what_a_call_waited_for_is_told(compiled: int, read: int, said: str) -> None:
     assert said in describe(Statistics(7, 3, 0.5, 0.1, compiled, read))
+
+
+def test_standard_input_that_is_no_text_is_an_error(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a \xff"), encoding="utf-8"))
+    assert main(["generate", str(tiny.folder)]) == 1
+    assert "standard input cannot be read as text" in capsys.readouterr().err
